@@ -1,0 +1,47 @@
+// class_attention: scores[b, n] = mean_h softmax_n(q[b, h] . k[b, h, n] * scale).
+//
+// q [B, H, D], k [B, H, N, D], both with a dense last dimension and any other strides (k is usually a slice
+// of a packed qkv projection). scores [B, N], dense, in the accumulation type. B may be 0; H, N, D at
+// least 1. A NaN logit makes its head's scores NaN, as does a row whose maximum is +Inf or all of -Inf.
+// Differentiable in q and k. Deterministic: every sum has one fixed order, whatever the threads.
+#pragma once
+
+#include "executor.h"
+#include "types.h"
+
+namespace evit {
+
+struct ClassAttentionSizes {
+  int64_t batch;     // B
+  int64_t heads;     // H
+  int64_t tokens;    // N
+  int64_t channels;  // D
+  double scale;
+};
+
+template <typename T>
+struct ClassAttentionInput {
+  const T* q;
+  int64_t q_stride_b, q_stride_h;
+  const T* k;
+  int64_t k_stride_b, k_stride_h, k_stride_n;
+
+  const T* query(int64_t b, int64_t h) const { return q + b * q_stride_b + h * q_stride_h; }
+  const T* keys(int64_t b, int64_t h) const { return k + b * k_stride_b + h * k_stride_h; }
+};
+
+namespace cpu {
+
+template <typename T>
+void class_attention(const ClassAttentionSizes& sizes, const ClassAttentionInput<T>& input,
+                     accumulate_t<T>* scores, const Executor& executor);
+
+// grad_q [B, H, D] and grad_k [B, H, N, D], dense, from grad_scores [B, N] (strides in elements). The softmax
+// is computed again from q and k.
+template <typename T>
+void class_attention_backward(const ClassAttentionSizes& sizes, const ClassAttentionInput<T>& input,
+                              const accumulate_t<T>* grad_scores, int64_t grad_stride_b,
+                              int64_t grad_stride_n, T* grad_q, T* grad_k, const Executor& executor);
+
+}  // namespace cpu
+}  // namespace evit

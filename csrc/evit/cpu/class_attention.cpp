@@ -1,0 +1,88 @@
+#include "../class_attention.h"
+
+#include <memory>
+
+#include "simd/row_kernels.h"
+
+namespace evit::cpu {
+namespace {
+
+// softmax_n(q . k_n * scale) of one head, into probabilities[padded(N)]. query is padded(D) long.
+template <typename T>
+void head_attention(const RowKernels<T>& kernels, const ClassAttentionSizes& sizes,
+                    const ClassAttentionInput<T>& input, int64_t b, int64_t h, accumulate_t<T>* query,
+                    accumulate_t<T>* probabilities) {
+  kernels.load_row(input.query(b, h), sizes.channels, query);
+  kernels.dot_rows(query, input.keys(b, h), input.k_stride_n, nullptr, sizes.tokens, sizes.channels,
+                   probabilities);
+  kernels.softmax(probabilities, sizes.tokens, static_cast<accumulate_t<T>>(sizes.scale));
+}
+
+}  // namespace
+
+template <typename T>
+void class_attention(const ClassAttentionSizes& sizes, const ClassAttentionInput<T>& input,
+                     accumulate_t<T>* scores, const Executor& executor) {
+  using A = accumulate_t<T>;
+  const auto& kernels = row_kernels<T>();
+  const int64_t heads = sizes.heads, tokens = sizes.tokens, row = padded(tokens);
+  // Heads are independent, so that even a batch of one feeds several threads; their mean is formed
+  // afterwards, in the order of heads.
+  const std::unique_ptr<A[]> probabilities(new A[sizes.batch * heads * row]);
+  executor.for_range(sizes.batch * heads, tokens * sizes.channels, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<A[]> query(new A[padded(sizes.channels)]);
+    for (int64_t i = begin; i < end; ++i)
+      head_attention(kernels, sizes, input, i / heads, i % heads, query.get(), &probabilities[i * row]);
+  });
+  executor.for_range(sizes.batch, heads * tokens, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      A* out = scores + b * tokens;
+      const A* head = &probabilities[b * heads * row];
+      for (int64_t n = 0; n < tokens; ++n) out[n] = head[n];
+      for (int64_t h = 1; h < heads; ++h)
+        for (int64_t n = 0; n < tokens; ++n) out[n] += head[h * row + n];
+      for (int64_t n = 0; n < tokens; ++n) out[n] /= static_cast<A>(heads);
+    }
+  });
+}
+
+template <typename T>
+void class_attention_backward(const ClassAttentionSizes& sizes, const ClassAttentionInput<T>& input,
+                              const accumulate_t<T>* grad_scores, int64_t grad_stride_b,
+                              int64_t grad_stride_n, T* grad_q, T* grad_k, const Executor& executor) {
+  using A = accumulate_t<T>;
+  const auto& kernels = row_kernels<T>();
+  const int64_t heads = sizes.heads, tokens = sizes.tokens, channels = sizes.channels;
+  executor.for_range(sizes.batch * heads, 3 * tokens * channels, [&](int64_t begin, int64_t end) {
+    const int64_t width = padded(channels);
+    const std::unique_ptr<A[]> buffer(new A[2 * width + padded(tokens)]);
+    A* query = buffer.get();
+    A* sum = query + width;
+    A* p = sum + width;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / heads, h = i % heads;
+      head_attention(kernels, sizes, input, b, h, query, p);
+      // d logits_n = scale * p_n * (g_n - sum_m p_m g_m) with g = grad_scores / H, in p's place.
+      const A* g = grad_scores + b * grad_stride_b;
+      A mean = 0;
+      for (int64_t n = 0; n < tokens; ++n) mean += p[n] * g[n * grad_stride_n];
+      const A factor = static_cast<A>(sizes.scale) / static_cast<A>(heads);
+      for (int64_t n = 0; n < tokens; ++n) p[n] *= (g[n * grad_stride_n] - mean) * factor;
+      for (int64_t c = 0; c < width; ++c) sum[c] = 0;
+      kernels.add_rows(p, input.keys(b, h), input.k_stride_n, nullptr, tokens, channels, sum);
+      kernels.store_row(sum, channels, grad_q + i * channels);
+      kernels.outer_rows(p, query, grad_k + i * tokens * channels, channels, nullptr, tokens, channels);
+    }
+  });
+}
+
+#define EVIT_INSTANTIATE(T)                                                                            \
+  template void class_attention<T>(const ClassAttentionSizes&, const ClassAttentionInput<T>&,          \
+                                   accumulate_t<T>*, const Executor&);                                 \
+  template void class_attention_backward<T>(const ClassAttentionSizes&, const ClassAttentionInput<T>&, \
+                                            const accumulate_t<T>*, int64_t, int64_t, T*, T*,          \
+                                            const Executor&);
+EVIT_FOR_EACH_TYPE(EVIT_INSTANTIATE)
+#undef EVIT_INSTANTIATE
+
+}  // namespace evit::cpu

@@ -1,0 +1,63 @@
+// The K best of a row of scores, by radix selection: linear in N, whatever the values.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace evit::cpu {
+
+// An unsigned number that orders as the score does: NaN above everything, -0 equal to +0.
+template <typename S>
+auto order_key(S score) {
+  using Key = std::conditional_t<sizeof(S) == 8, uint64_t, uint32_t>;
+  if (score != score) return ~Key{0};
+  score += S{0};  // -0 becomes +0
+  Key bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  constexpr Key sign = Key{1} << (8 * sizeof(Key) - 1);
+  return static_cast<Key>((bits & sign) != 0 ? ~bits : bits | sign);
+}
+
+template <typename Key>
+struct Threshold {
+  Key key;       // keys above it are selected,
+  int64_t ties;  // and so many equal ones, the first ones
+};
+
+// The threshold that selects `keep` of the `count` keys, 1 <= keep <= count. Byte by byte from the top, the
+// byte that the keep-th largest key has is found from a histogram of the keys that agree so far.
+template <typename Key>
+Threshold<Key> select_threshold(const Key* keys, int64_t count, int64_t keep) {
+  Key prefix = 0, mask = 0;
+  int64_t wanted = keep;
+  for (int shift = 8 * static_cast<int>(sizeof(Key)) - 8; shift >= 0; shift -= 8) {
+    int64_t histogram[256] = {};
+    for (int64_t i = 0; i < count; ++i)
+      if ((keys[i] & mask) == prefix) ++histogram[(keys[i] >> shift) & 0xff];
+    int digit = 255;
+    for (; histogram[digit] < wanted; --digit) wanted -= histogram[digit];
+    prefix |= static_cast<Key>(digit) << shift;
+    mask |= Key{0xff} << shift;
+  }
+  return {prefix, wanted};
+}
+
+// Writes the numbers of the `keep` best scores to kept and of the others to others (may be null), both
+// ascending. Ties go to the lower number. keys is scratch for `count` keys.
+template <typename S, typename Key>
+void select(const S* scores, int64_t stride, int64_t count, int64_t keep, Key* keys, int64_t* kept,
+            int64_t* others) {
+  for (int64_t i = 0; i < count; ++i) keys[i] = order_key(scores[i * stride]);
+  auto [threshold, ties] = select_threshold(keys, count, keep);
+  for (int64_t i = 0; i < count; ++i) {
+    const bool tie = keys[i] == threshold && ties > 0;
+    if (tie) --ties;
+    if (tie || keys[i] > threshold)
+      *kept++ = i;
+    else if (others != nullptr)
+      *others++ = i;
+  }
+}
+
+}  // namespace evit::cpu

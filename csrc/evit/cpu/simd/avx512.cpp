@@ -1,0 +1,27 @@
+// The loops for processors with AVX-512 (F, BW, DQ, VL).
+#include <cstdint>
+#include <limits>
+
+#include "row_kernels.h"
+
+#if defined(__x86_64__)
+
+// After the standard headers, so that no function of theirs is compiled for a processor that is not there.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+
+// Nothing here crosses the ABI with a vector in a register: every such function is inlined.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#define EVIT_SIMD_NAMESPACE avx512
+#include "row_kernels.inc"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif  // __x86_64__

@@ -1,0 +1,11 @@
+// The loops for whatever the compiler targets by default: any x86-64, or NEON on Arm.
+#include <cstdint>
+#include <limits>
+
+#include "row_kernels.h"
+
+// Nothing here crosses the ABI with a vector in a register: every such function is inlined.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#define EVIT_SIMD_NAMESPACE baseline
+#include "row_kernels.inc"

@@ -1,0 +1,83 @@
+#include "row_kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace evit::cpu {
+
+namespace baseline {
+template <typename T>
+const RowKernels<T>& table();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+template <typename T>
+const RowKernels<T>& table();
+}
+namespace avx512 {
+template <typename T>
+const RowKernels<T>& table();
+}
+#endif
+
+namespace {
+
+constexpr SimdLevel kLevels[] = {SimdLevel::avx512, SimdLevel::avx2, SimdLevel::baseline};
+
+SimdLevel choose_level() {
+  const char* wanted = std::getenv("EVIT_CPU_CAPABILITY");
+  bool allowed = wanted == nullptr;
+  for (const SimdLevel level : kLevels) {
+    // From the level asked for downwards; a name that is none of ours is reported by the Python package.
+    allowed = allowed || std::strcmp(wanted, simd_level_name(level)) == 0;
+    if (allowed && simd_level_available(level)) return level;
+  }
+  return SimdLevel::baseline;
+}
+
+}  // namespace
+
+const char* simd_level_name(SimdLevel level) {
+  switch (level) {
+    case SimdLevel::avx512:
+      return "avx512";
+    case SimdLevel::avx2:
+      return "avx2";
+    case SimdLevel::baseline:
+      break;
+  }
+  return "baseline";
+}
+
+bool simd_level_available(SimdLevel level) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (level == SimdLevel::avx512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (level == SimdLevel::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return level == SimdLevel::baseline;
+}
+
+SimdLevel simd_level() {
+  static const SimdLevel level = choose_level();
+  return level;
+}
+
+template <typename T>
+const RowKernels<T>& row_kernels(SimdLevel level) {
+#if defined(__x86_64__)
+  if (level == SimdLevel::avx512) return avx512::table<T>();
+  if (level == SimdLevel::avx2) return avx2::table<T>();
+#endif
+  (void)level;
+  return baseline::table<T>();
+}
+
+#define EVIT_INSTANTIATE(T) template const RowKernels<T>& row_kernels<T>(SimdLevel);
+EVIT_FOR_EACH_TYPE(EVIT_INSTANTIATE)
+#undef EVIT_INSTANTIATE
+
+}  // namespace evit::cpu

@@ -1,0 +1,54 @@
+// The inner loops of the CPU operators, one table of functions per element type and instruction level.
+//
+// The same source (row_kernels.inc) is compiled once per level; the best level that the processor runs is
+// chosen when the first operator is called. All levels form their sums in the same order over 16 lanes, so
+// they differ only where one has a fused multiply-add and another has not.
+#pragma once
+
+#include "../../types.h"
+
+namespace evit::cpu {
+
+enum class SimdLevel { baseline = 0, avx2 = 1, avx512 = 2 };
+
+// The level in use: the best of this processor, or the lower one that the environment variable
+// EVIT_CPU_CAPABILITY (baseline, avx2, avx512) asks for.
+SimdLevel simd_level();
+const char* simd_level_name(SimdLevel level);
+// Whether this build has the level and this processor runs it.
+bool simd_level_available(SimdLevel level);
+
+// Buffers that the loops run over to their padded end are this many elements longer than needed.
+constexpr int64_t simd_padding = 16;
+constexpr int64_t padded(int64_t size) { return (size + simd_padding - 1) / simd_padding * simd_padding; }
+
+// Rows are `rows + index[i] * stride`, or `rows + i * stride` where index is null.
+template <typename T>
+struct RowKernels {
+  using A = accumulate_t<T>;
+
+  // out[i] = sum_c a[c] * row_i[c]; a is padded with zeros.
+  void (*dot_rows)(const A* a, const T* rows, int64_t stride, const int64_t* index, int64_t count,
+                   int64_t channels, A* out);
+  // sum[c] += sum_i weights[i] * row_i[c], rows in order; sum is padded.
+  void (*add_rows)(const A* weights, const T* rows, int64_t stride, const int64_t* index, int64_t count,
+                   int64_t channels, A* sum);
+  // row_i[c] = weights[i] * a[c]; a is padded.
+  void (*outer_rows)(const A* weights, const A* a, T* rows, int64_t stride, const int64_t* index,
+                     int64_t count, int64_t channels);
+  // out[c] = in[c], converted; the accumulator side is padded.
+  void (*load_row)(const T* in, int64_t channels, A* out);
+  void (*store_row)(const A* in, int64_t channels, T* out);
+  // In place: softmax(values * scale); values is padded, the padding is overwritten.
+  void (*softmax)(A* values, int64_t count, A scale);
+};
+
+template <typename T>
+const RowKernels<T>& row_kernels(SimdLevel level);
+
+template <typename T>
+const RowKernels<T>& row_kernels() {
+  return row_kernels<T>(simd_level());
+}
+
+}  // namespace evit::cpu

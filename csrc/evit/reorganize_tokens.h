@@ -1,0 +1,46 @@
+// reorganize_tokens: keep the K best of the N - P patch tokens in their order, fuse the others into one.
+//
+// x [B, N, C] with a dense last dimension; scores [B, N - P], one for each patch token, float or double, any
+// strides. tokens [B, P + K + (1 if fuse), C], dense: prefix tokens, kept tokens in ascending order, then
+// sum scores[b, j] * x[b, P + j] over the others, accumulated in ascending order in the accumulation type of
+// x. kept [B, K]: numbers of the kept tokens among the patch tokens, ascending.
+//
+// The K best by a linear-time radix selection: ties go to the lower number, NaN counts as the largest, -0 and
+// +0 are equal. 1 <= K < N - P (with K == N - P there is nothing to reorganise; the caller copies). B and C
+// may be 0. Every row of x is read once. Deterministic. Differentiable in x and, with fuse, in scores.
+#pragma once
+
+#include "executor.h"
+#include "types.h"
+
+namespace evit {
+
+struct ReorganizeSizes {
+  int64_t batch;     // B
+  int64_t tokens;    // N
+  int64_t prefix;    // P
+  int64_t keep;      // K
+  int64_t channels;  // C
+  bool fuse;
+
+  int64_t patches() const { return tokens - prefix; }
+  int64_t out_tokens() const { return prefix + keep + (fuse ? 1 : 0); }
+};
+
+namespace cpu {
+
+// T: element type of x. S: float or double, the type of the scores.
+template <typename T, typename S>
+void reorganize_tokens(const ReorganizeSizes& sizes, const Tokens<T>& x, const Tokens<S>& scores, T* tokens,
+                       int64_t* kept, const Executor& executor);
+
+// grad_x [B, N, C] and grad_scores [B, N - P] (rows grad_scores_stride_b apart, dense in a row), every
+// element written, from grad_tokens [B, P + K + 1, C] with a dense last dimension. sizes.fuse must be true:
+// without a fused token the gradient is scatter_tokens. kept is dense and ascending.
+template <typename T, typename S>
+void reorganize_tokens_backward(const ReorganizeSizes& sizes, const Tokens<T>& grad_tokens,
+                                const Tokens<T>& x, const Tokens<S>& scores, const int64_t* kept, T* grad_x,
+                                S* grad_scores, int64_t grad_scores_stride_b, const Executor& executor);
+
+}  // namespace cpu
+}  // namespace evit

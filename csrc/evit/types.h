@@ -1,0 +1,45 @@
+// Element types of the operators and the types that their sums are formed in.
+//
+// Notation of every header in this folder: B batch, H heads, N tokens, P prefix tokens, K kept patches,
+// C channels, D channels a head. Sizes, strides and offsets count elements and are int64_t throughout.
+#pragma once
+
+#include <cstdint>
+
+namespace evit {
+
+// IEEE binary16 and bfloat16 as storage. Layout-compatible with torch's, CUDA's and Arm's types.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <typename T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+
+// The type in which sums over T values are formed: double for double, float for everything else.
+template <typename T>
+using accumulate_t = typename Accumulate<T>::type;
+
+// A read-only token tensor [B, N, C] (or [B, N] with channels == 1) whose last dimension is dense.
+template <typename T>
+struct Tokens {
+  const T* data;
+  int64_t stride_b;
+  int64_t stride_n;
+
+  const T* row(int64_t b, int64_t n) const { return data + b * stride_b + n * stride_n; }
+};
+
+}  // namespace evit
+
+// Calls macro(T) for every element type.
+#define EVIT_FOR_EACH_TYPE(macro) macro(float) macro(double) macro(::evit::Half) macro(::evit::BFloat16)

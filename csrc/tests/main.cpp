@@ -1,0 +1,21 @@
+// Runs every test, or those whose names contain the first argument. Exit code 1 if any failed.
+#include <cstring>
+
+#include "../evit/cpu/simd/row_kernels.h"
+#include "check.h"
+
+int main(int argc, char** argv) {
+  using namespace evit::tests;
+  std::printf("instruction level: %s\n", evit::cpu::simd_level_name(evit::cpu::simd_level()));
+  int passed = 0, failed = 0;
+  for (const Test& test : registry()) {
+    if (argc > 1 && std::strstr(test.name, argv[1]) == nullptr) continue;
+    const int before = failures();
+    test.run();
+    const bool ok = failures() == before;
+    std::printf("%s %s\n", ok ? "ok    " : "FAILED", test.name);
+    ++(ok ? passed : failed);
+  }
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed == 0 && passed > 0 ? 0 : 1;
+}
