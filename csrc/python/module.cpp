@@ -1,0 +1,71 @@
+// evit_ext._C: importing it loads the operators (torch.ops.evit); it passes no tensors.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "../evit/cpu/simd/row_kernels.h"
+#ifdef USE_CUDA
+#include "../evit/self_test.h"
+#endif
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+pybind11::dict build_info() {
+  using namespace evit::cpu;
+  std::vector<std::string> levels;
+  for (const SimdLevel level : {SimdLevel::baseline, SimdLevel::avx2, SimdLevel::avx512})
+    if (simd_level_available(level)) levels.emplace_back(simd_level_name(level));
+  pybind11::dict info;
+  info["version"] = EVIT_VERSION;
+  info["compiler"] = compiler();
+  info["cxx_standard"] = static_cast<long>(__cplusplus);
+  info["built_with_torch"] = EVIT_TORCH_VERSION;
+  info["minimum_torch"] = "2.10";
+  info["cpu_capability"] = simd_level_name(simd_level());
+  info["cpu_capabilities"] = levels;
+#ifdef USE_CUDA
+  info["cuda"] = EVIT_CUDA_VERSION;
+  info["cuda_architectures"] = EVIT_CUDA_ARCHITECTURES;
+#else
+  info["cuda"] = pybind11::none();
+  info["cuda_architectures"] = "";
+#endif
+  info["cuda_operators"] = false;
+  return info;
+}
+
+std::string cuda_self_test(int device) {
+#ifdef USE_CUDA
+  pybind11::gil_scoped_release release;
+  return evit::cuda::self_test(device);
+#else
+  (void)device;
+  return "this build has no CUDA code";
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled part of evit_ext. Importing it registers torch.ops.evit.";
+  m.def("build_info", &build_info,
+        "Facts about this build and machine, as a dict: version, compiler, cxx_standard, built_with_torch,\n"
+        "minimum_torch, cpu_capability (the instruction level in use), cpu_capabilities (those that this\n"
+        "processor runs), cuda (the toolkit's version or None), cuda_architectures and cuda_operators "
+        "(whether\n"
+        "the operators have CUDA kernels; where not, they run their PyTorch reference on CUDA tensors).");
+  m.def("cuda_self_test", &cuda_self_test, pybind11::arg("device") = 0,
+        "Run one small kernel on a CUDA device. Returns '' or what went wrong.");
+}

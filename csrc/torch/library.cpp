@@ -1,0 +1,17 @@
+// The operators' schemas. Scalars are int64_t, double and bool in C++: the boxing does not check their types.
+#include "stable.h"
+
+STABLE_TORCH_LIBRARY(evit, m) {
+  m.def("class_attention(Tensor q, Tensor k, float scale) -> Tensor");
+  m.def("class_attention_backward(Tensor grad_scores, Tensor q, Tensor k, float scale) -> (Tensor, Tensor)");
+  m.def("gather_tokens(Tensor x, Tensor index) -> Tensor");
+  m.def("scatter_tokens(Tensor x, Tensor index, SymInt num_tokens) -> Tensor");
+  m.def("fuse_tokens(Tensor x, Tensor weights, Tensor index) -> Tensor");
+  m.def("fuse_tokens_backward(Tensor grad, Tensor x, Tensor weights, Tensor index) -> (Tensor, Tensor)");
+  m.def(
+      "reorganize_tokens(Tensor x, Tensor scores, SymInt num_keep, SymInt num_prefix_tokens, bool fuse)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "reorganize_tokens_backward(Tensor grad_tokens, Tensor x, Tensor scores, Tensor kept,"
+      " SymInt num_prefix_tokens) -> (Tensor, Tensor)");
+}

@@ -1,0 +1,45 @@
+#include "stable.h"
+
+namespace evit::adapter {
+
+std::string shape_str(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + "]";
+}
+
+void check_dim(const Tensor& tensor, const char* name, int64_t dim, const char* shape) {
+  STD_TORCH_CHECK(tensor.dim() == dim, name, " must have shape ", shape, ", got ", shape_str(tensor));
+}
+
+void check_same_dtype(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), a_name, " and ", b_name, " must have one dtype, got ",
+                  torch::headeronly::toString(a.scalar_type()), " and ",
+                  torch::headeronly::toString(b.scalar_type()));
+}
+
+Executor executor() {
+  return {static_cast<int64_t>(torch::stable::get_num_threads()),
+          [](int64_t end, int64_t grain, Executor::Range range, void* context) {
+            STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, end, grain, range, context));
+          }};
+}
+
+Tensor with_dense_rows(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.stride(last) == 1 || tensor.size(last) <= 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+ScalarType accumulate_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor to_dtype(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+}  // namespace evit::adapter

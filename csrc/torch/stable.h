@@ -1,0 +1,82 @@
+// The one place that includes torch. Only LibTorch's stable ABI is used, as it was in torch 2.10, so that one
+// binary serves torch 2.10 and every newer one, whichever it was built with.
+#pragma once
+
+// Here and not as a compiler flag: the copy of pybind11 in torch 2.10 to 2.12 does not compile with it, and
+// the Python module is built with the same flags.
+#ifndef TORCH_TARGET_VERSION
+#define TORCH_TARGET_VERSION 0x020a000000000000
+#endif
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+#include <type_traits>
+
+#include "../evit/executor.h"
+#include "../evit/types.h"
+
+namespace evit::adapter {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// "[2, 197, 384]", for messages: STD_TORCH_CHECK cannot print sizes.
+std::string shape_str(const Tensor& tensor);
+
+// Raises unless the tensor has `dim` dimensions; `shape` says which, e.g. "[B, N, C]".
+void check_dim(const Tensor& tensor, const char* name, int64_t dim, const char* shape);
+// Raises unless both have one dtype.
+void check_same_dtype(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name);
+
+// torch's threads.
+Executor executor();
+
+// The tensor itself where neighbours in the last dimension are neighbours in memory, else a dense copy.
+Tensor with_dense_rows(const Tensor& tensor);
+// The dtype that sums over `dtype` values have: float64 for float64, else float32.
+ScalarType accumulate_dtype(ScalarType dtype);
+// The tensor in `dtype`; itself where it has that already.
+Tensor to_dtype(const Tensor& tensor, ScalarType dtype);
+// An uninitialised dense tensor on `like`'s device.
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
+
+// Calls body(T{}) with the element type that belongs to `dtype`.
+template <typename Body>
+void dispatch(ScalarType dtype, const char* op, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::Half:
+      return body(Half{});
+    case ScalarType::BFloat16:
+      return body(BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, op, ": expected float32, float16, bfloat16 or float64, got ",
+                      torch::headeronly::toString(dtype));
+  }
+}
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// A view on x [B, N, C] or [B, N] for the kernels; `first` skips leading tokens.
+template <typename T>
+Tokens<T> tokens(const Tensor& x, int64_t first = 0) {
+  return {data<T>(x) + first * x.stride(1), x.stride(0), x.stride(1)};
+}
+
+}  // namespace evit::adapter

@@ -1,0 +1,17 @@
+// Checks shared by the operators that take an index: gather_tokens, scatter_tokens, fuse_tokens.
+#pragma once
+
+#include "../evit/gather_tokens.h"
+#include "stable.h"
+
+namespace evit::adapter {
+
+// Sizes of an operator between x [B, rows, C] and index [B, K] into `tokens` tokens. Raises where shapes or
+// dtypes do not fit or an index is out of range.
+GatherSizes check_index(const Tensor& x, const Tensor& index, int64_t tokens);
+
+inline TokenIndex token_index(const Tensor& index) {
+  return {data<int64_t>(index), index.stride(0), index.stride(1)};
+}
+
+}  // namespace evit::adapter

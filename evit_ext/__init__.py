@@ -1,0 +1,1 @@
+"""EViT for PyTorch: vision transformers that keep the patches that matter and fuse the rest."""

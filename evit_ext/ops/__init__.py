@@ -1,0 +1,23 @@
+"""The operators of EViT: class-token scores, token gather, scatter, fusion and reorganisation.
+
+Each is a C++ operator (``torch.ops.evit.<name>``) with shape inference for tracing, a gradient and a twin in
+:mod:`evit_ext.ops.reference`, which also runs on devices without a kernel. All take float32, float16,
+bfloat16 and float64, any strides and any batch size including 0, and work under autocast, ``torch.compile``
+and ``torch.export``.
+"""
+
+from evit_ext.ops import reference
+from evit_ext.ops.class_attention import class_attention
+from evit_ext.ops.fuse_tokens import fuse_tokens
+from evit_ext.ops.gather_tokens import gather_tokens
+from evit_ext.ops.reorganize_tokens import reorganize_tokens
+from evit_ext.ops.scatter_tokens import scatter_tokens
+
+__all__ = [
+    "class_attention",
+    "fuse_tokens",
+    "gather_tokens",
+    "reference",
+    "reorganize_tokens",
+    "scatter_tokens",
+]

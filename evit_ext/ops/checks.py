@@ -1,0 +1,138 @@
+"""Argument checks shared by the operators and their reference.
+
+Each function raises the error that its operator documents, naming what was expected and what came. They are
+Python because the errors are typed (ValueError, TypeError, IndexError), which an exception from C++ is not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _tensor(name: str, value: object, dim: int, shape: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(value).__name__}")
+    if value.dim() != dim:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+
+
+def _floating(name: str, value: Tensor) -> None:
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {value.dtype}")
+
+
+def _same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} and {other_name} must be on one device, got {value.device} and {other.device}"
+        )
+
+
+def _index(index: Tensor, batch: int, num_tokens: int, x: Tensor) -> None:
+    if index.dtype != torch.int64:
+        raise TypeError(f"index must be int64, got {index.dtype}")
+    _same_device("index", index, "x", x)
+    if index.shape[0] != batch:
+        raise ValueError(f"index must have the batch size of x, {batch}, got shape {tuple(index.shape)}")
+    # The values are looked at only where that costs nothing: on the CPU (elsewhere it would wait for the
+    # device) and outside of tracing. The kernels check again and never leave the tensor's bounds.
+    tracing = torch.compiler.is_compiling() or type(index) is not Tensor
+    if index.device.type == "cpu" and not tracing and index.numel():
+        low, high = (int(bound) for bound in index.aminmax())
+        if low < 0 or high >= num_tokens:
+            raise IndexError(f"index must be in [0, {num_tokens}), got {low if low < 0 else high}")
+
+
+def _integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def class_attention(q: Tensor, k: Tensor, scale: float | None) -> float:
+    """Check `q` [B, H, D] and `k` [B, H, N, D]; return the scale to use (default D ** -0.5)."""
+    _tensor("q", q, 3, "[B, H, D]")
+    _tensor("k", k, 4, "[B, H, N, D]")
+    _floating("q", q)
+    _floating("k", k)
+    if q.dtype != k.dtype:
+        raise TypeError(f"q and k must have one dtype, got {q.dtype} and {k.dtype}")
+    _same_device("q", q, "k", k)
+    if (q.shape[0], q.shape[1], q.shape[2]) != (k.shape[0], k.shape[1], k.shape[3]):
+        raise ValueError(
+            f"q [B, H, D] and k [B, H, N, D] must agree in B, H and D, "
+            f"got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if q.shape[1] < 1 or q.shape[2] < 1 or k.shape[2] < 1:
+        raise ValueError(f"k must have at least one head, token and channel, got shape {tuple(k.shape)}")
+    if scale is None:
+        return float(q.shape[2]) ** -0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
+    return float(scale)
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> None:
+    """Check `x` [B, N, C] and `index` [B, K] with values in [0, N)."""
+    _tensor("x", x, 3, "[B, N, C]")
+    _tensor("index", index, 2, "[B, K]")
+    _floating("x", x)
+    _index(index, x.shape[0], x.shape[1], x)
+
+
+def scatter_tokens(x: Tensor, index: Tensor, num_tokens: int) -> None:
+    """Check `x` [B, K, C] and `index` [B, K] with values in [0, num_tokens)."""
+    _tensor("x", x, 3, "[B, K, C]")
+    _tensor("index", index, 2, "[B, K]")
+    _floating("x", x)
+    _integer("num_tokens", num_tokens)
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
+    if index.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"x [B, K, C] and index [B, K] must agree in K, got {tuple(x.shape)} and {tuple(index.shape)}"
+        )
+    _index(index, x.shape[0], num_tokens, x)
+
+
+def fuse_tokens(x: Tensor, weights: Tensor, index: Tensor) -> None:
+    """Check `x` [B, N, C], `weights` [B, N] and `index` [B, K] with values in [0, N)."""
+    _tensor("x", x, 3, "[B, N, C]")
+    _tensor("weights", weights, 2, "[B, N]")
+    _tensor("index", index, 2, "[B, K]")
+    _floating("x", x)
+    _floating("weights", weights)
+    _same_device("weights", weights, "x", x)
+    if weights.shape[0] != x.shape[0] or weights.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"weights must have shape [B, N] = {tuple(x.shape[:2])}, as x has, got {tuple(weights.shape)}"
+        )
+    _index(index, x.shape[0], x.shape[1], x)
+
+
+def reorganize_tokens(x: Tensor, scores: Tensor, num_keep: int, num_prefix_tokens: int) -> None:
+    """Check `x` [B, N, C], `scores` [B, N] or [B, N − P], 0 ≤ P < N and 1 ≤ num_keep ≤ N − P."""
+    _tensor("x", x, 3, "[B, N, C]")
+    _tensor("scores", scores, 2, "[B, N] or [B, N − num_prefix_tokens]")
+    _floating("x", x)
+    _floating("scores", scores)
+    _same_device("scores", scores, "x", x)
+    _integer("num_keep", num_keep)
+    _integer("num_prefix_tokens", num_prefix_tokens)
+    num_tokens = x.shape[1]
+    if not 0 <= num_prefix_tokens < num_tokens:
+        raise ValueError(
+            f"num_prefix_tokens must be in [0, {num_tokens}) for {num_tokens} tokens, got {num_prefix_tokens}"
+        )
+    num_patches = num_tokens - num_prefix_tokens
+    if scores.shape[0] != x.shape[0] or (scores.shape[1] != num_tokens and scores.shape[1] != num_patches):
+        raise ValueError(
+            f"scores must have shape {(x.shape[0], num_tokens)} (all tokens) or "
+            f"{(x.shape[0], num_patches)} (patch tokens), got {tuple(scores.shape)}"
+        )
+    if not 1 <= num_keep <= num_patches:
+        raise ValueError(
+            f"num_keep must be in [1, {num_patches}], the number of patch tokens, got {num_keep}"
+        )

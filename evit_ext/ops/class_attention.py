@@ -1,0 +1,78 @@
+"""`class_attention`: how much the class token attends to every token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evit_ext.ops import checks, library, reference
+
+# Asked once: for other devices (meta) torch raises, and torch 2.10 cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(t for t in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(t))
+
+
+def class_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """Return the attention of one query to all tokens, averaged over heads.
+
+    ``scores[b, n] = mean_h softmax_n(q[b, h] · k[b, h, n] * scale)``: with the class token's query, how much
+    it attends to each token, by which EViT (Liang et al., ICLR 2022, section 3.2) ranks the patches. The
+    N × N attention map is never formed, and the backward pass computes the softmax again from `q` and `k`.
+
+    Args:
+        q: the class token's query, [B, H, D], float32, float16, bfloat16 or float64, any strides.
+        k: the keys of all tokens, [B, H, N, D], dtype and device of `q`, any strides. A slice of a packed
+            qkv projection is read in place; only a tensor whose last dimension is strided is copied first.
+        scale: factor of the dot products; default ``D ** -0.5``.
+
+    Returns:
+        scores [B, N], float32 (float64 for float64 inputs). They sum to 1 over N.
+
+    Under autocast `q` and `k` are cast to the autocast dtype, as scaled_dot_product_attention casts them.
+    Differentiable once, in `q` and `k`. Deterministic, whatever the number of threads.
+
+    Raises:
+        TypeError: a dtype is not supported, or `q` and `k` differ in dtype.
+        ValueError: shapes or devices do not fit.
+    """
+    q, k = _autocast(q, k)
+    scale = checks.class_attention(q, k, scale)
+    if not library.has_kernel(q.device):
+        return reference.class_attention(q, k, scale)
+    return torch.ops.evit.class_attention(q, k, scale)
+
+
+def _autocast(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    if not isinstance(q, Tensor) or not isinstance(k, Tensor):
+        return q, k  # the checks say what is wrong
+    device_type = q.device.type
+    if device_type not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
+        return q, k
+    dtype = torch.get_autocast_dtype(device_type)
+    castable = (torch.float32, torch.float16, torch.bfloat16)
+    return q.to(dtype) if q.dtype in castable else q, k.to(dtype) if k.dtype in castable else k
+
+
+@torch.library.register_fake("evit::class_attention")
+def _fake(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return k.new_empty((k.shape[0], k.shape[2]), dtype=reference.accumulation_dtype(k.dtype))
+
+
+@torch.library.register_fake("evit::class_attention_backward")
+def _fake_backward(grad_scores: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, ctx.scale = inputs
+    ctx.save_for_backward(q, k)
+
+
+def _backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor, Tensor, None]:
+    q, k = ctx.saved_tensors
+    grad_q, grad_k = torch.ops.evit.class_attention_backward(grad_scores, q, k, ctx.scale)
+    return grad_q, grad_k, None
+
+
+torch.library.register_autograd("evit::class_attention", _backward, setup_context=_setup_context)

@@ -1,0 +1,73 @@
+"""Every operator of :mod:`evit_ext.ops` in plain PyTorch, with the same names and signatures.
+
+The reference is three things at once: the definition of what each operator computes, the oracle its tests
+compare with, and the code that runs on devices for which no kernel is built. It is differentiable through
+ordinary autograd, accumulates in float32 (float64 for float64 inputs) and checks its arguments as the
+operators do.
+
+Notation: B batch, H heads, N tokens, P prefix tokens, K kept patches, C channels, D channels a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from evit_ext.ops import checks
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which sums over `dtype` values are formed: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def class_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """Mean over heads of softmax(q · kᵀ · scale). See :func:`evit_ext.ops.class_attention`."""
+    scale = checks.class_attention(q, k, scale)
+    accumulate = accumulation_dtype(q.dtype)
+    logits = torch.einsum("bhd,bhnd->bhn", q.to(accumulate), k.to(accumulate)) * scale
+    return logits.softmax(dim=-1).mean(dim=1)
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` of `x`. See :func:`evit_ext.ops.gather_tokens`."""
+    checks.gather_tokens(x, index)
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+def scatter_tokens(x: Tensor, index: Tensor, num_tokens: int) -> Tensor:
+    """Rows of `x` at the places `index`, zeros elsewhere. See :func:`evit_ext.ops.scatter_tokens`."""
+    checks.scatter_tokens(x, index, num_tokens)
+    accumulate = accumulation_dtype(x.dtype)
+    out = torch.zeros(x.shape[0], num_tokens, x.shape[2], dtype=accumulate, device=x.device)
+    out = out.scatter_add(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]), x.to(accumulate))
+    return out.to(x.dtype)
+
+
+def fuse_tokens(x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+    """Sum over `index` of weights · x. See :func:`evit_ext.ops.fuse_tokens`."""
+    checks.fuse_tokens(x, weights, index)
+    accumulate = accumulation_dtype(x.dtype)
+    rows = x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2])).to(accumulate)
+    return (rows * weights.gather(1, index).to(accumulate).unsqueeze(-1)).sum(dim=1).to(x.dtype)
+
+
+def reorganize_tokens(
+    x: Tensor, scores: Tensor, num_keep: int, num_prefix_tokens: int = 1, fuse: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Keep the best patches, fuse the others. See :func:`evit_ext.ops.reorganize_tokens`."""
+    checks.reorganize_tokens(x, scores, num_keep, num_prefix_tokens)
+    num_patches = x.shape[1] - num_prefix_tokens
+    patch_scores = scores[:, scores.shape[1] - num_patches :]
+    if num_keep == num_patches:
+        kept = torch.arange(num_patches, device=x.device).expand(x.shape[0], -1).contiguous()
+        return x.clone(memory_format=torch.contiguous_format), kept
+    # A stable descending sort: ties go to the lower index, NaN counts as the largest.
+    order = patch_scores.detach().sort(dim=1, descending=True, stable=True).indices
+    kept = order[:, :num_keep].sort(dim=1).values
+    patches = x[:, num_prefix_tokens:]
+    parts = [x[:, :num_prefix_tokens], gather_tokens(patches, kept)]
+    if fuse:
+        others = order[:, num_keep:].sort(dim=1).values
+        parts.append(fuse_tokens(patches, patch_scores, others).unsqueeze(1))
+    return torch.cat(parts, dim=1), kept

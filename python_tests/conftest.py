@@ -1,0 +1,78 @@
+"""Fixtures shared by the tests: devices, small models and the golden files of the published code."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+GOLDEN = Path(__file__).parent / "golden"
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device of this machine in turn."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Start every test with the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def weights() -> ModuleType:
+    """The module that draws the weights, images and projections the golden files were made with."""
+    spec = importlib.util.spec_from_file_location("golden_weights", GOLDEN / "weights.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def golden() -> Any:
+    """A function from a golden file's name to its arrays as tensors."""
+
+    def load(name: str) -> dict[str, torch.Tensor]:
+        with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
+            return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+    return load
+
+
+@pytest.fixture
+def small_vit() -> Any:
+    """A function that builds a timm VisionTransformer with 4 blocks and 16 patches; arguments override.
+
+    Its weights are large enough that every token tells on the logits, which timm's initial ones are not.
+    """
+
+    def build(cls: type = VisionTransformer, dtype: torch.dtype = torch.float32, **arguments: Any) -> Any:
+        defaults = {
+            "img_size": 32,
+            "patch_size": 8,
+            "embed_dim": 24,
+            "depth": 4,
+            "num_heads": 2,
+            "num_classes": 5,
+        }
+        model = cls(**{**defaults, **arguments})
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                torch.nn.init.normal_(parameter, mean=1.0 if name.endswith("weight") else 0.0, std=0.1)
+            else:
+                fan_in = parameter[0].numel() if parameter.shape[0] > 1 else 4
+                torch.nn.init.normal_(parameter, std=1.5 * fan_in**-0.5)
+        return model.to(dtype).eval()
+
+    return build

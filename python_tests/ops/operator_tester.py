@@ -1,0 +1,277 @@
+"""What every operator must do, as tests that each operator's test class inherits.
+
+A subclass gives `operator`, `reference` and `cases`; it gets: agreement with the reference computed in
+float64, of values and of gradients, in every dtype; any strides; determinism, whatever the number of threads;
+gradcheck; opcheck; torch.compile with a dynamic batch; torch.export; autocast; a batch of 0; inputs left as
+they were.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+# Error allowed, relative to 1 + the exact value. The largest seen over all cases, gradients included: float32
+# 1.0e-6 (sums of some hundred terms), float16 3.9e-4 and bfloat16 3.4e-3 (one rounding), float64 7.6e-16.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float64: 4e-15}
+
+
+@dataclass
+class Case:
+    """Arguments of one call. Tensors are float64 and are cast to the dtype under test."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    # Arguments that keep their dtype whatever dtype is tested.
+    keep_dtype: tuple[int, ...] = ()
+
+    def cast(self, dtype: torch.dtype, device: torch.device) -> list[Any]:
+        """The arguments with floating tensors in `dtype`; fresh copies, on `device`."""
+        out: list[Any] = []
+        for i, arg in enumerate(self.args):
+            if isinstance(arg, Tensor):
+                arg = arg.detach().clone().to(device)
+                if arg.is_floating_point() and i not in self.keep_dtype:
+                    arg = arg.to(dtype)
+            out.append(arg)
+        return out
+
+
+def exact(args: list[Any]) -> list[Any]:
+    """The same values in float64."""
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+
+
+def outputs(result: Any) -> list[Tensor]:
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Compare with a float64 tensor within TOLERANCE of `dtype`; integers must be equal."""
+    if not actual.is_floating_point():
+        assert torch.equal(actual, expected)
+        return
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(
+        actual.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True
+    )
+
+
+def differentiable(args: list[Any]) -> list[Tensor]:
+    """The floating tensors among `args`, now requiring gradients."""
+    return [a.requires_grad_() for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+
+
+def awkward_strides(x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The values of `x` behind strides that nobody would choose."""
+    padded = torch.zeros([size + 3 for size in x.shape], dtype=x.dtype, device=x.device)
+    slice_of_larger = padded[tuple(slice(1, size + 1) for size in x.shape)]
+    yield "slice of a larger tensor", slice_of_larger.copy_(x)
+    yield "every second row", x.repeat_interleave(2, dim=1)[:, ::2]
+    yield "last two dimensions swapped", x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    yield "every second element", x.repeat_interleave(2, dim=-1)[..., ::2]
+    yield "batch innermost", x.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+class OperatorTester:
+    """Base of the operators' test classes; see the module's docstring."""
+
+    operator: Callable[..., Any]
+    reference: Callable[..., Any]
+    #: Name in torch.ops.evit.
+    qualified_name: str
+    #: Whether the floating outputs have the accumulation dtype instead of the inputs'.
+    scores_like = False
+
+    @staticmethod
+    def cases() -> list[Case]:
+        raise NotImplementedError
+
+    @staticmethod
+    def raw_args(args: list[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """Arguments of torch.ops.evit.<name>; by default those of the public function."""
+        return tuple(args)
+
+    def _call(self, case: Case, args: list[Any]) -> Any:
+        return type(self).operator(*args, **case.kwargs)
+
+    def _expected(self, case: Case, args: list[Any]) -> list[Tensor]:
+        return outputs(type(self).reference(*exact(args), **case.kwargs))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_matches_float64_reference(self, device: torch.device, dtype: torch.dtype) -> None:
+        for case in self.cases():
+            args = case.cast(dtype, device)
+            before = copy.deepcopy(args)
+            result = outputs(self._call(case, args))
+            for actual, expected in zip(result, self._expected(case, args), strict=True):
+                assert_near(actual, expected, dtype)
+                if actual.is_floating_point():
+                    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+                    assert actual.dtype == (wanted if self.scores_like else dtype)
+                assert actual.is_contiguous()
+            for was, now in zip(before, args, strict=True):
+                assert not isinstance(was, Tensor) or torch.equal(was, now)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_gradients_match_float64_reference(self, device: torch.device, dtype: torch.dtype) -> None:
+        for case in self.cases():
+            args = case.cast(dtype, device)
+            wide = exact(args)
+            grads = []
+            for function, values in ((type(self).operator, args), (type(self).reference, wide)):
+                leaves = differentiable(values)
+                result = outputs(function(*values, **case.kwargs))[0]
+                torch.manual_seed(1)
+                weight = torch.randn(result.shape, dtype=torch.float64).to(dtype).to(result)
+                grads.append(torch.autograd.grad(result, leaves, weight, allow_unused=True))
+            for actual, expected in zip(*grads, strict=True):
+                if expected is None or actual is None:
+                    # No path at all is the same as a gradient of zeros.
+                    other = actual if expected is None else expected
+                    assert other is None or not other.any()
+                    continue
+                scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+                assert_near(actual / scale, expected / scale, dtype)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_any_strides(self, device: torch.device, dtype: torch.dtype) -> None:
+        for case in self.cases():
+            args = case.cast(dtype, device)
+            expected = outputs(self._call(case, args))
+            for i, arg in enumerate(args):
+                if not isinstance(arg, Tensor):
+                    continue
+                for name, strided in awkward_strides(arg):
+                    result = outputs(self._call(case, [*args[:i], strided, *args[i + 1 :]]))
+                    for a, b in zip(result, expected, strict=True):
+                        assert torch.equal(a, b), f"{case.name}: argument {i}, {name}"
+
+    def test_expanded_gradient(self, device: torch.device) -> None:
+        """`out.sum().backward()` sends a gradient whose strides are all 0."""
+        case = self.cases()[0]
+        grads = []
+        for expand in (True, False):
+            args = case.cast(torch.float32, device)
+            leaves = differentiable(args)
+            result = outputs(self._call(case, args))[0]
+            ones = torch.ones((), device=device).expand(result.shape)
+            grads.append(torch.autograd.grad(result, leaves, ones if expand else ones.contiguous()))
+        for a, b in zip(*grads, strict=True):
+            assert torch.equal(a, b)
+
+    def test_deterministic_whatever_the_threads(self, device: torch.device) -> None:
+        threads = torch.get_num_threads()
+        seen: list[list[Tensor]] = []
+        try:
+            for count in (1, 2, 3, 7, 1):
+                torch.set_num_threads(count)
+                run: list[Tensor] = []
+                for case in self.cases():
+                    args = case.cast(torch.float32, device)
+                    leaves = differentiable(args)
+                    result = outputs(self._call(case, args))
+                    grads = torch.autograd.grad(result[0].square().sum(), leaves, allow_unused=True)
+                    run += [*result, *(g for g in grads if g is not None)]
+                seen.append(run)
+        finally:
+            torch.set_num_threads(threads)
+        for run in seen[1:]:
+            for a, b in zip(run, seen[0], strict=True):
+                assert torch.equal(a, b)
+
+    def test_gradcheck(self, device: torch.device) -> None:
+        for case in self.cases():
+            args = case.cast(torch.float64, device)
+            if sum(a.numel() for a in args if isinstance(a, Tensor)) > 2000:
+                continue  # finite differences of the large cases would take minutes; the small ones are alike
+            differentiable(args)
+
+            def first_output(*values: Any, case: Case = case) -> Tensor:
+                return outputs(self._call(case, list(values)))[0]
+
+            assert torch.autograd.gradcheck(first_output, args, fast_mode=False)
+
+    def test_opcheck(self, device: torch.device) -> None:
+        operator = getattr(torch.ops.evit, self.qualified_name)
+        for case in self.cases():
+            args = case.cast(torch.float32, device)
+            differentiable(args)
+            torch.library.opcheck(operator, self.raw_args(args, case.kwargs))
+
+    def test_compiles_without_graph_break_with_dynamic_batch(self, device: torch.device) -> None:
+        torch._dynamo.reset()
+        case = self.cases()[0]
+
+        def loss(*values: Any) -> tuple[Tensor, Tensor]:
+            result = outputs(self._call(case, list(values)))
+            return result[0], result[0].float().square().sum()
+
+        compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+        for repeat in (1, 3, 2):
+            args = case.cast(torch.float32, device)
+            args = [a.repeat(repeat, *[1] * (a.dim() - 1)) if isinstance(a, Tensor) else a for a in args]
+            leaves = differentiable(args)
+            (eager, eager_loss), (graph, graph_loss) = loss(*args), compiled(*args)
+            assert torch.equal(eager, graph)
+            eager_grads = torch.autograd.grad(eager_loss, leaves, allow_unused=True)
+            for a, b in zip(
+                eager_grads, torch.autograd.grad(graph_loss, leaves, allow_unused=True), strict=True
+            ):
+                assert (a is None and b is None) or torch.equal(a, b)
+
+    def test_exports(self, device: torch.device) -> None:
+        case = self.cases()[0]
+        args = case.cast(torch.float32, device)
+        tensors = tuple(a for a in args if isinstance(a, Tensor))
+
+        class Module(torch.nn.Module):
+            def forward(module, *values: Tensor) -> list[Tensor]:
+                rest = iter(values)
+                return outputs(self._call(case, [next(rest) if isinstance(a, Tensor) else a for a in args]))
+
+        batch = torch.export.Dim("batch", min=1, max=64)
+        program = torch.export.export(
+            Module(), tensors, dynamic_shapes={"values": tuple({0: batch} for _ in tensors)}
+        )
+        larger = tuple(t.repeat(3, *[1] * (t.dim() - 1)) for t in tensors)
+        for a, b in zip(program.module()(*larger), Module()(*larger), strict=True):
+            assert torch.equal(a, b)
+
+    def test_autocast(self, device: torch.device) -> None:
+        case = self.cases()[0]
+        args = case.cast(torch.float32, device)
+        leaves = differentiable(args)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            result = outputs(self._call(case, args))
+        for actual, expected in zip(result, self._expected(case, args), strict=True):
+            assert_near(actual, expected, torch.bfloat16)
+        for grad in torch.autograd.grad(result[0].float().sum(), leaves):
+            assert grad.dtype == torch.float32
+
+    def test_batch_of_zero(self, device: torch.device) -> None:
+        for dtype in DTYPES:
+            case = self.cases()[0]
+            args = [a[:0] if isinstance(a, Tensor) else a for a in case.cast(dtype, device)]
+            leaves = differentiable(args)
+            result = outputs(self._call(case, args))
+            for actual, expected in zip(result, self._expected(case, args), strict=True):
+                assert actual.shape == expected.shape
+            for leaf, grad in zip(leaves, torch.autograd.grad(result[0].sum(), leaves), strict=True):
+                assert grad.shape == leaf.shape
+
+    def test_meta_tensors(self) -> None:
+        for case in self.cases():
+            args = case.cast(torch.float32, torch.device("cpu"))
+            meta = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
+            for a, b in zip(outputs(self._call(case, meta)), outputs(self._call(case, args)), strict=True):
+                assert (a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, "meta")

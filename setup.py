@@ -1,0 +1,221 @@
+"""Builds evit_ext._C, the module that carries the operators. Metadata stands in pyproject.toml.
+
+Environment:
+    FORCE_CUDA            1: build the CUDA code or fail; 0: do not build it. Otherwise it is built where
+                          torch has CUDA and a toolkit of the same major version is found.
+    CUDA_HOME             the toolkit to use.
+    TORCH_CUDA_ARCH_LIST  architectures, as for every torch extension, e.g. "8.0;9.0+PTX".
+    CXX, MAX_JOBS         the compiler; the number of parallel jobs.
+
+No network, no GPU. Every choice and every flag is printed (`pip install -v`).
+"""
+
+import glob
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+BUILD = json.loads((ROOT / "csrc" / "build.json").read_text())
+
+
+def stop(sentence):
+    """End the build with one sentence that says what to do."""
+    raise SystemExit(f"\nevit_ext: {sentence}\n")
+
+
+def say(line):
+    print(f"evit_ext: {line}", flush=True)
+
+
+try:
+    import torch
+except ImportError:
+    stop("torch is needed to build: run `pip install torch`, or leave out --no-build-isolation.")
+
+
+def version():
+    """The version that pyproject.toml states (no TOML reader before Python 3.11)."""
+    text = (ROOT / "pyproject.toml").read_text()
+    return re.search(r'^version = "([^"]+)"', text, re.MULTILINE).group(1)
+
+
+def check_compiler():
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        stop(
+            f"no C++ compiler `{compiler}` found: install one (Debian, Ubuntu: `apt install g++`; "
+            "Fedora: `dnf install gcc-c++`; macOS: `xcode-select --install`) or name it in CXX."
+        )
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        stop(
+            f"Python's headers are missing ({header}): install them (Debian, Ubuntu: `apt install "
+            "python3-dev`; Fedora: `dnf install python3-devel`)."
+        )
+
+
+def toolkit_version(home):
+    """(major, minor) of the CUDA toolkit in `home`, or None where there is no complete one."""
+    nvcc = Path(home) / "bin" / "nvcc"
+    if not nvcc.exists() or not (Path(home) / "include" / "cuda_runtime.h").exists():
+        return None
+    try:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def toolkit_candidates():
+    """Folders that may hold a CUDA toolkit, the likeliest first."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            yield os.environ[name]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        # The nvcc on PATH may be a wrapper script somewhere else: the compiler itself knows where it lives.
+        dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+        here = re.search(r"^#\$ _HERE_=(.+)$", dry_run.stderr, re.MULTILINE)
+        if here:
+            yield str(Path(here[1]).parent)
+        yield str(Path(nvcc).resolve().parent.parent)
+    yield "/usr/local/cuda"
+    yield from sorted(glob.glob("/usr/local/cuda-*"), reverse=True)
+
+
+def find_toolkit():
+    """(folder, version) of a toolkit that fits torch, or (None, reason)."""
+    if torch.version.cuda is None:
+        return None, f"torch {torch.__version__} has no CUDA"
+    wanted = int(torch.version.cuda.split(".")[0])
+    seen = []
+    for home in toolkit_candidates():
+        found = toolkit_version(home)
+        if found and found[0] == wanted:
+            return home, found
+        if found and home not in seen:
+            seen.append(f"{found[0]}.{found[1]} in {home}")
+    other = f" (found {', '.join(dict.fromkeys(seen))})" if seen else ""
+    return None, f"torch {torch.__version__} needs a CUDA {wanted} toolkit and there is none{other}"
+
+
+def choose_cuda():
+    """The toolkit to build with, or None."""
+    force = os.environ.get("FORCE_CUDA", "")
+    if force not in ("", "0", "1"):
+        stop(f"FORCE_CUDA must be 0 or 1, got {force!r}.")
+    if force == "0":
+        say("CUDA: off (FORCE_CUDA=0)")
+        return None
+    home, found = find_toolkit()
+    if home is None:
+        if force == "1":
+            stop(f"FORCE_CUDA=1, but {found}: install a fitting toolkit or set CUDA_HOME to one.")
+        say(f"CUDA: off ({found})")
+        return None
+    say(f"CUDA: on (toolkit {found[0]}.{found[1]} in {home}, torch for {torch.version.cuda})")
+    return home, found
+
+
+def architectures(toolkit):
+    """The TORCH_CUDA_ARCH_LIST to use: the user's, else those of build.json that the toolkit knows."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return os.environ["TORCH_CUDA_ARCH_LIST"]
+    newest = 12.0 if toolkit >= (12, 8) else 9.0
+    return ";".join(arch for arch in BUILD["cuda_architectures"] if float(arch.split("+")[0]) <= newest)
+
+
+def limit_jobs():
+    """Set MAX_JOBS, unless it is set: as many as there are cores, and 2 GiB of free memory, for each."""
+    if "MAX_JOBS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        memory = Path("/proc/meminfo")
+        gib = cores * 2
+        if memory.exists():
+            available = re.search(r"MemAvailable:\s+(\d+) kB", memory.read_text())
+            gib = int(available[1]) / 2**20 if available else gib
+        os.environ["MAX_JOBS"] = str(max(1, min(cores, int(gib / 2))))
+    say(f"jobs: {os.environ['MAX_JOBS']}")
+
+
+def cuda_settings(home, found):
+    """What the extension needs for the CUDA code: sources, macros, include and library folders, libraries."""
+    arch_list = os.environ["TORCH_CUDA_ARCH_LIST"]
+    macros = [
+        ("USE_CUDA", None),
+        ("EVIT_CUDA_VERSION", f'"{found[0]}.{found[1]}"'),
+        ("EVIT_CUDA_ARCHITECTURES", f'"{arch_list}"'),
+    ]
+    # The static runtime: the module then also loads beside a torch for another CUDA, or for none.
+    static = glob.glob(f"{home}/lib*/libcudart_static.a")
+    static += glob.glob(f"{home}/targets/*/lib/libcudart_static.a")
+    if static:
+        library_dir, libraries = os.path.dirname(static[0]), ["cudart_static", "rt", "dl", "pthread"]
+    else:
+        say("CUDA: no libcudart_static.a in the toolkit, linking with libcudart.so")
+        library_dir, libraries = os.path.join(home, "lib64"), ["cudart"]
+    say(f"CUDA: architectures {arch_list}")
+    return BUILD["cuda_kernels"], macros, os.path.join(home, "include"), library_dir, libraries
+
+
+def extension():
+    check_compiler()
+    limit_jobs()
+    cuda = choose_cuda()
+    if cuda:
+        os.environ["CUDA_HOME"] = cuda[0]  # read when torch.utils.cpp_extension is imported
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(cuda[1])
+    from torch.utils.cpp_extension import CppExtension
+
+    standard = f"-std=c++{BUILD['cxx_standard']}"
+    flags = {"cxx": [standard, *BUILD["cxx_flags"], "-g0"], "nvcc": [standard, *BUILD["nvcc_flags"]]}
+    sources = BUILD["kernels"] + BUILD["adapter"] + BUILD["module"]
+    macros = [("EVIT_VERSION", f'"{version()}"'), ("EVIT_TORCH_VERSION", f'"{torch.__version__}"')]
+    include_dirs, library_dirs, libraries = [], [], []
+    try:
+        import pybind11
+
+        include_dirs.append(pybind11.get_include())
+    except ImportError:
+        pass  # torch carries a copy of pybind11's headers
+    say(f"C++: {os.environ.get('CXX', 'c++')} {' '.join(flags['cxx'])}")
+    if cuda:
+        cuda_sources, cuda_macros, include_dir, library_dir, cuda_libraries = cuda_settings(*cuda)
+        sources += cuda_sources
+        macros += cuda_macros
+        include_dirs.append(include_dir)
+        library_dirs.append(library_dir)
+        libraries += cuda_libraries
+        say(f"CUDA: nvcc {' '.join(flags['nvcc'])}")
+    headers = [p for kind in ("*.h", "*.inc") for p in sorted((ROOT / "csrc").rglob(kind))]
+    return CppExtension(
+        "evit_ext._C",
+        sources,
+        include_dirs=include_dirs,
+        library_dirs=library_dirs,
+        libraries=libraries,
+        define_macros=macros,
+        extra_compile_args=flags,
+        # Symbols of static libraries stay inside: another extension may link another version of the runtime.
+        extra_link_args=["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else [],
+        depends=["csrc/build.json", *(str(header.relative_to(ROOT)) for header in headers)],
+    )
+
+
+def main():
+    ext = extension()  # first: it sets CUDA_HOME, which torch.utils.cpp_extension reads on import
+    from torch.utils.cpp_extension import BuildExtension
+
+    setup(ext_modules=[ext], cmdclass={"build_ext": BuildExtension})
+
+
+main()
