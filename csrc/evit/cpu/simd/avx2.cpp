@@ -17,6 +17,7 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 #define EVIT_SIMD_NAMESPACE avx2
+#define EVIT_SIMD_BYTES 32
 #include "row_kernels.inc"
 
 #if defined(__clang__)

@@ -18,6 +18,7 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 #define EVIT_SIMD_NAMESPACE avx512
+#define EVIT_SIMD_BYTES 64
 #include "row_kernels.inc"
 
 #if defined(__clang__)

@@ -8,4 +8,5 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 #define EVIT_SIMD_NAMESPACE baseline
+#define EVIT_SIMD_BYTES 16
 #include "row_kernels.inc"
