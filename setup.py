@@ -218,4 +218,5 @@ def main():
     setup(ext_modules=[ext], cmdclass={"build_ext": BuildExtension})
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -84,7 +84,16 @@ def test_ties_go_to_the_lower_index(device: torch.device, dtype: torch.dtype) ->
     assert select([0.5] * 9, 4, device, dtype) == [0, 1, 2, 3]
     assert select([0.0, 1.0, 0.5, 0.5, 0.5, 1.0], 4, device, dtype) == [1, 2, 3, 5]
     assert select([-0.0, 0.0, -0.0, -1.0], 2, device, dtype) == [0, 1]
+    assert select([-0.0, 0.0, 0.0], 1, device, dtype) == [0]
     assert select([-1.0, -2.0, -1.0, -3.0], 2, device, dtype) == [0, 2]
+
+
+def test_of_tied_tokens_the_later_ones_are_fused(device: torch.device) -> None:
+    for count, keep in ((9, 4), (40, 3), (6, 5), (300, 100)):
+        x = torch.arange(1.0, count + 1, device=device).reshape(1, count, 1).repeat(2, 1, 1)
+        tokens, kept = ops.reorganize_tokens(x, torch.ones(2, count, device=device), keep, 0)
+        assert kept.tolist() == [list(range(keep))] * 2
+        assert tokens[:, -1, 0].tolist() == [sum(range(keep + 1, count + 1))] * 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,0 +1,212 @@
+"""Tests of the build: what it says about itself, and one clear sentence where it cannot go on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import evit_ext
+from evit_ext import _C
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_build_info() -> None:
+    info = _C.build_info()
+    assert info["version"] == evit_ext.__version__
+    assert info["cpu_capability"] in info["cpu_capabilities"]
+    assert info["cpu_capabilities"][0] == "baseline"
+    assert re.fullmatch(r"\d+\.\d+.*", info["built_with_torch"])
+    assert info["minimum_torch"] == "2.10"
+    assert (info["cuda"] is None) == (info["cuda_architectures"] == "")
+
+
+def test_cuda_self_test_says_what_is_missing() -> None:
+    message = _C.cuda_self_test()
+    if torch.cuda.is_available() and _C.build_info()["cuda"]:
+        assert message == ""
+    else:
+        assert message
+
+
+def capability(wanted: str) -> str:
+    code = "import torch; from evit_ext import _C; print(_C.build_info()['cpu_capability'])"
+    environment = {**os.environ, "EVIT_CPU_CAPABILITY": wanted}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    return run.stdout.strip()
+
+
+@pytest.mark.parametrize("level", _C.build_info()["cpu_capabilities"])
+def test_cpu_capability_can_be_lowered(level: str) -> None:
+    assert capability(level) == level
+
+
+def test_unknown_cpu_capability_is_the_lowest() -> None:
+    assert capability("avx1024") == "baseline"
+
+
+def setup(command: str = "--version", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run setup.py, which makes all its choices before it does anything."""
+    return subprocess.run(
+        [sys.executable, "setup.py", *command.split()],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+needs_source = pytest.mark.skipif(
+    not (ROOT / "setup.py").exists(), reason="tests run without the source tree"
+)
+
+
+@needs_source
+def test_setup_prints_its_choices_and_the_version() -> None:
+    run = setup(FORCE_CUDA="0", MAX_JOBS="3")
+    assert run.returncode == 0, run.stderr
+    assert "evit_ext: CUDA: off (FORCE_CUDA=0)" in run.stdout
+    assert "evit_ext: jobs: 3" in run.stdout
+    assert "-std=c++20 -O3" in run.stdout
+    assert run.stdout.strip().splitlines()[-1] == evit_ext.__version__
+
+
+@needs_source
+def test_setup_limits_jobs() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "MAX_JOBS"}
+    run = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env={**environment, "FORCE_CUDA": "0"},
+        capture_output=True,
+        text=True,
+    )
+    jobs = int(re.search(r"jobs: (\d+)", run.stdout)[1])  # type: ignore[index]
+    assert 1 <= jobs <= (os.cpu_count() or 1)
+
+
+@needs_source
+def test_missing_compiler() -> None:
+    run = setup(CXX="no-such-compiler")
+    assert run.returncode != 0
+    assert "no C++ compiler `no-such-compiler` found: install one" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.fixture
+def setup_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """setup.py as a module, with no CUDA toolkit on this machine unless a test makes one."""
+    spec = importlib.util.spec_from_file_location("evit_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "toolkit_candidates", list)
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    for name in ("FORCE_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    return module
+
+
+def make_toolkit(folder: Path, release: str, header: bool = True) -> str:
+    """A folder that looks like a CUDA toolkit."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "include").mkdir()
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.chmod(0o755)
+    if header:
+        (folder / "include" / "cuda_runtime.h").touch()
+    return str(folder)
+
+
+@needs_source
+def test_cuda_is_off_without_a_toolkit(
+    setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert setup_module.choose_cuda() is None
+    assert "needs a CUDA 13 toolkit and there is none" in capsys.readouterr().out
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    with pytest.raises(
+        SystemExit, match="FORCE_CUDA=1, but torch .*: install a fitting toolkit or set CUDA_HOME"
+    ):
+        setup_module.choose_cuda()
+
+
+@needs_source
+def test_cuda_is_off_where_torch_has_none(
+    setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    toolkit = make_toolkit(tmp_path / "cuda", "13.0")
+    monkeypatch.setattr(setup_module, "toolkit_candidates", lambda: [toolkit])
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert setup_module.choose_cuda() is None
+
+
+@needs_source
+def test_the_toolkit_of_torchs_major_version_is_taken(
+    setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other = make_toolkit(tmp_path / "cuda-12.8", "12.8")
+    incomplete = make_toolkit(tmp_path / "incomplete", "13.1", header=False)
+    fitting = make_toolkit(tmp_path / "cuda-13.0", "13.0")
+    candidates = [str(tmp_path / "none"), other, incomplete, fitting]
+    monkeypatch.setattr(setup_module, "toolkit_candidates", lambda: candidates)
+    assert setup_module.choose_cuda() == (fitting, (13, 0))
+    monkeypatch.setenv("FORCE_CUDA", "0")
+    assert setup_module.choose_cuda() is None
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    candidates.pop()
+    with pytest.raises(SystemExit, match=r"there is none \(found 12.8 in .*cuda-12.8\)"):
+        setup_module.choose_cuda()
+
+
+@needs_source
+def test_nvcc_may_be_a_wrapper_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("evit_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    wrapper = tmp_path / "bin" / "nvcc"
+    wrapper.parent.mkdir()
+    wrapper.write_text("#!/bin/sh\necho '#$ _HERE_=/opt/somewhere/cuda/bin' >&2\n")
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", str(wrapper.parent), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    assert next(iter(module.toolkit_candidates())) == "/opt/somewhere/cuda"
+
+
+@needs_source
+def test_architectures(setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert setup_module.architectures((13, 0)) == "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+    assert setup_module.architectures((12, 6)) == "8.0;8.6;8.9;9.0"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
+    assert setup_module.architectures((13, 0)) == "7.5"
+
+
+@needs_source
+def test_force_cuda_must_be_0_or_1() -> None:
+    run = setup(FORCE_CUDA="yes")
+    assert run.returncode != 0
+    assert "FORCE_CUDA must be 0 or 1, got 'yes'." in run.stderr
+
+
+@needs_source
+def test_one_list_of_sources_names_every_source() -> None:
+    build = json.loads((ROOT / "csrc" / "build.json").read_text())
+    listed = {
+        path for key in ("kernels", "cuda_kernels", "adapter", "module", "tests") for path in build[key]
+    }
+    present = {str(p.relative_to(ROOT)) for kind in ("*.cpp", "*.cu") for p in (ROOT / "csrc").rglob(kind)}
+    assert listed == present
