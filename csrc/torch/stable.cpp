@@ -21,7 +21,8 @@ void check_same_dtype(const Tensor& a, const char* a_name, const Tensor& b, cons
 Executor executor() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()),
           [](int64_t end, int64_t grain, Executor::Range range, void* context) {
-            STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, end, grain, range, context));
+            STD_TORCH_CHECK(torch_parallel_for(0, end, grain, range, context) == 0,
+                            "a parallel loop of an evit operator failed");
           }};
 }
 

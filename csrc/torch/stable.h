@@ -8,11 +8,14 @@
 #define TORCH_TARGET_VERSION 0x020a000000000000
 #endif
 
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"  // in the headers of torch 2.10
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#pragma GCC diagnostic pop
 
 #include <string>
 #include <type_traits>
