@@ -1,1 +1,31 @@
-"""EViT for PyTorch: vision transformers that keep the patches that matter and fuse the rest."""
+"""EViT for PyTorch: vision transformers that keep the patches that matter and fuse the rest.
+
+The method is that of Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via
+Token Reorganizations" (ICLR 2022, arXiv 2202.07800). ``apply`` turns a timm vision transformer into an EViT,
+``models`` builds the paper's, ``ops`` has the operators.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from evit_ext import models, ops
+from evit_ext.apply import apply, remove, set_keep_rate
+from evit_ext.macs import count_macs
+from evit_ext.record import record_tokens
+from evit_ext.schedule import keep_rate_schedule
+
+try:
+    __version__ = version("evit_ext")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "__version__",
+    "apply",
+    "count_macs",
+    "keep_rate_schedule",
+    "models",
+    "ops",
+    "record_tokens",
+    "remove",
+    "set_keep_rate",
+]

@@ -1,0 +1,262 @@
+"""DeiT with token reorganisation: the tiny, small and base models of the EViT paper."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+)
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from evit_ext.apply import apply
+from evit_ext.models.position_embedding import resize_position_embedding
+
+_logger = logging.getLogger(__name__)
+
+_SIZES = {
+    "tiny": {"embed_dim": 192, "num_heads": 3},
+    "small": {"embed_dim": 384, "num_heads": 6},
+    "base": {"embed_dim": 768, "num_heads": 12},
+}
+
+
+def _pretrained_cfg(size: str) -> PretrainedCfg:
+    cfg = get_pretrained_cfg(f"deit_{size}_patch16_224.fb_in1k")
+    assert cfg is not None
+    return cfg
+
+
+# The published EViTs start from DeiT's weights, which timm keeps under DeiT's names.
+default_cfgs = generate_default_cfgs(
+    {f"evit_deit_{size}_patch16_224.fb_in1k": _pretrained_cfg(size) for size in _SIZES}
+)
+
+
+class DeiT(VisionTransformer):
+    """timm's VisionTransformer, with position embeddings resized the way the published EViT does.
+
+    They are resized in the forward where ``dynamic_img_size`` is set and an image has another size than the
+    model was built for, and when the weights of a model for another size are loaded. State-dict keys are
+    timm's.
+    """
+
+    def _num_embedded_prefix_tokens(self) -> int:
+        return 0 if self.no_embed_class else self.num_prefix_tokens
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """Add the position embedding to patches [B, height, width, C] (dynamic_img_size) or [B, N, C]."""
+        if not self.dynamic_img_size or self.pos_embed is None:
+            return super()._pos_embed(x)
+        embedding = resize_position_embedding(
+            self.pos_embed,
+            self.patch_embed.grid_size,
+            (x.shape[1], x.shape[2]),
+            self._num_embedded_prefix_tokens(),
+        )
+        x = x.flatten(1, 2)
+        prefix = [
+            token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None
+        ]
+        if self.no_embed_class:
+            x = torch.cat([*prefix, x + embedding], dim=1)
+        else:
+            x = torch.cat([*prefix, x], dim=1) + embedding
+        return self.pos_drop(x)
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """Change the image or patch size the model is built for; see timm's VisionTransformer."""
+        old, old_grid = self.pos_embed, self.patch_embed.grid_size
+        super().set_input_size(*args, **kwargs)
+        if old is not None and self.pos_embed is not old:
+            resized = resize_position_embedding(
+                old.detach(), old_grid, self.patch_embed.grid_size, self._num_embedded_prefix_tokens()
+            )
+            self.pos_embed = nn.Parameter(resized, requires_grad=old.requires_grad)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = f"{prefix}pos_embed"
+        loaded = state_dict.get(key)
+        if loaded is not None and self.pos_embed is not None and loaded.shape != self.pos_embed.shape:
+            num_prefix_tokens = self._num_embedded_prefix_tokens()
+            # A state dict does not tell its grid. What is no square is left to the error about shapes.
+            side = math.isqrt(max(loaded.shape[1] - num_prefix_tokens, 0))
+            if side > 0 and side * side == loaded.shape[1] - num_prefix_tokens:
+                grid = self.patch_embed.grid_size
+                _logger.info("Resizing the position embedding from %s to %s patches.", (side, side), grid)
+                # load_state_dict hands out a copy of its dict to be changed.
+                state_dict[key] = resize_position_embedding(
+                    loaded.detach(), (side, side), grid, num_prefix_tokens
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _filter_checkpoint(state_dict: Mapping[str, Any], model: DeiT) -> dict[str, Tensor]:
+    """Return the weights of a DeiT checkpoint under timm's keys, the position embedding at its own size."""
+    for nesting in ("model", "state_dict"):
+        state_dict = state_dict.get(nesting, state_dict)
+    state = dict(state_dict)
+    # timm would resize it its own way; loading it into a DeiT resizes it the published way.
+    embedding = state.pop("pos_embed", None)
+    state = checkpoint_filter_fn(state, model)
+    return state if embedding is None else {**state, "pos_embed": embedding}
+
+
+def _create(
+    size: str,
+    pretrained: bool = False,
+    keep_rate: float | Sequence[float] = 0.7,
+    fuse_token: bool = True,
+    drop_loc: Sequence[int] | None = None,
+    **timm_kwargs: Any,
+) -> DeiT:
+    """Build the model behind `deit_<size>` and timm's registry name."""
+    if timm_kwargs.get("features_only"):
+        raise ValueError(
+            "features_only needs a token for every patch, which a model that drops tokens does not have"
+        )
+    arguments = {"patch_size": 16, "depth": 12, "dynamic_img_size": True, **_SIZES[size], **timm_kwargs}
+    try:
+        model = build_model_with_cfg(
+            DeiT,
+            f"evit_deit_{size}_patch16_224",
+            pretrained,
+            pretrained_filter_fn=_filter_checkpoint,
+            **arguments,
+        )
+    except Exception as error:
+        if pretrained and _is_connection_error(error):
+            raise RuntimeError(
+                f"the pretrained weights of deit_{size}_patch16_224 could not be fetched from the Hugging "
+                f"Face hub, nor are they in its cache ({type(error).__name__}). Without a network, use "
+                "pretrained=False and load a file with checkpoint_path=... or load_state_dict"
+            ) from error
+        raise
+    return apply(model, keep_rate, drop_loc, fuse_token)
+
+
+def _is_connection_error(error: Exception) -> bool:
+    # The hub's client has changed its HTTP library, and with it the class of its errors, more than once.
+    libraries = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
+    return isinstance(error, OSError) or type(error).__module__.startswith(libraries)
+
+
+@register_model
+def evit_deit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """EViT-DeiT-T: see :func:`deit_tiny`."""
+    return _create("tiny", pretrained, **kwargs)
+
+
+@register_model
+def evit_deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """EViT-DeiT-S: see :func:`deit_small`."""
+    return _create("small", pretrained, **kwargs)
+
+
+@register_model
+def evit_deit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """EViT-DeiT-B: see :func:`deit_base`."""
+    return _create("base", pretrained, **kwargs)
+
+
+def deit_tiny(
+    keep_rate: float | Sequence[float] = 0.7,
+    fuse_token: bool = True,
+    drop_loc: Sequence[int] | None = (3, 6, 9),
+    img_size: int | tuple[int, int] = 224,
+    num_classes: int = 1000,
+    pretrained: bool = False,
+    **timm_kwargs: Any,
+) -> DeiT:
+    """Return EViT-DeiT-T: 192 channels, 3 heads, 12 blocks. Arguments as of :func:`deit_small`."""
+    return _from_registry(
+        "tiny", keep_rate, fuse_token, drop_loc, img_size, num_classes, pretrained, timm_kwargs
+    )
+
+
+def deit_small(
+    keep_rate: float | Sequence[float] = 0.7,
+    fuse_token: bool = True,
+    drop_loc: Sequence[int] | None = (3, 6, 9),
+    img_size: int | tuple[int, int] = 224,
+    num_classes: int = 1000,
+    pretrained: bool = False,
+    **timm_kwargs: Any,
+) -> DeiT:
+    """Return EViT-DeiT-S: 384 channels, 6 heads, 12 blocks.
+
+    The same as ``timm.create_model("evit_deit_small_patch16_224", ...)`` and, at keep rate 1, as timm's
+    ``deit_small_patch16_224``, whose state-dict keys it has. It takes images [B, 3, height, width] of any
+    size that is a multiple of the patch size, unless ``dynamic_img_size=False`` is given.
+
+    Args:
+        keep_rate: share of the patch tokens that a reorganising block keeps, in (0, 1]; one number, or one
+            for each reorganising block.
+        fuse_token: fuse the patches that are not kept into one token; without it they are lost.
+        drop_loc: numbers of the reorganising blocks, ascending, from 0; None for those at the quarters of
+            the depth.
+        img_size: size of the images, and so of the position embedding. Weights of another size can be
+            loaded; their position embedding is resized as the published code does.
+        num_classes: number of logits; 0 for a model that returns features.
+        pretrained: load DeiT's ImageNet-1k weights through timm's hub. They were trained without token
+            reorganisation; at low keep rates the model needs fine-tuning.
+        timm_kwargs: any other argument of ``timm.create_model`` and timm's VisionTransformer, such as
+            ``in_chans``, ``drop_path_rate``, ``depth``, ``checkpoint_path``.
+
+    Raises:
+        TypeError: an argument has a wrong type or is not known to timm.
+        ValueError: an argument is out of range.
+        RuntimeError: the pretrained weights could not be fetched.
+    """
+    return _from_registry(
+        "small", keep_rate, fuse_token, drop_loc, img_size, num_classes, pretrained, timm_kwargs
+    )
+
+
+def deit_base(
+    keep_rate: float | Sequence[float] = 0.7,
+    fuse_token: bool = True,
+    drop_loc: Sequence[int] | None = (3, 6, 9),
+    img_size: int | tuple[int, int] = 224,
+    num_classes: int = 1000,
+    pretrained: bool = False,
+    **timm_kwargs: Any,
+) -> DeiT:
+    """Return EViT-DeiT-B: 768 channels, 12 heads, 12 blocks. Arguments as of :func:`deit_small`."""
+    return _from_registry(
+        "base", keep_rate, fuse_token, drop_loc, img_size, num_classes, pretrained, timm_kwargs
+    )
+
+
+def _from_registry(
+    size: str,
+    keep_rate: float | Sequence[float],
+    fuse_token: bool,
+    drop_loc: Sequence[int] | None,
+    img_size: int | tuple[int, int],
+    num_classes: int,
+    pretrained: bool,
+    timm_kwargs: dict[str, Any],
+) -> DeiT:
+    model = timm.create_model(
+        f"evit_deit_{size}_patch16_224",
+        pretrained=pretrained,
+        keep_rate=keep_rate,
+        fuse_token=fuse_token,
+        drop_loc=drop_loc,
+        img_size=img_size,
+        num_classes=num_classes,
+        **timm_kwargs,
+    )
+    assert isinstance(model, DeiT)
+    return model

@@ -1,0 +1,84 @@
+"""Which patches each stage of an EViT kept, and with what scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from evit_ext.apply import applied_blocks
+
+
+class TokenRecord:
+    """What :func:`record_tokens` saw in the last forward, a stage for each reorganising block."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Tensor] = {}
+        self._scores: dict[int, Tensor] = {}
+        self._ids: dict[int, Tensor] = {}  # [B, patch tokens that leave the stage]
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """For each stage, the patches it kept: int64 [B, K], numbers in the original grid, row by row.
+
+        Ascending, but that -1, which stands for a fused token of an earlier stage, comes last.
+        """
+        return [self._kept[stage] for stage in sorted(self._kept)]
+
+    @property
+    def scores(self) -> list[Tensor]:
+        """For each stage, the class-token scores [B, N - P] of the patch tokens that entered it.
+
+        They are in the order of the tokens: at the first stage all patches, at a later one ``kept`` of the
+        stage before followed by its fused token. float32, float64 for float64 models.
+        """
+        return [self._scores[stage] for stage in sorted(self._scores)]
+
+    def add(self, stage: int, kept: Tensor, scores: Tensor, fused: bool) -> None:
+        """Take note of a stage: `kept` [B, K] among its `scores` [B, N - P], and whether it fused."""
+        if stage == 0:
+            ids = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
+        else:
+            ids = self._ids[stage - 1]
+        # The fused token stands last in its stage, so -1 comes out last by itself.
+        ids = ids.gather(1, kept)
+        self._kept[stage] = ids
+        self._scores[stage] = scores.detach()
+        self._ids[stage] = torch.nn.functional.pad(ids, (0, 1), value=-1) if fused else ids
+
+
+@contextmanager
+def record_tokens(vit: nn.Module) -> Iterator[TokenRecord]:
+    """Record which patches each stage of `vit` keeps while the context is open.
+
+    Every forward replaces the record of the one before it. (A forward that fails on its way leaves the later
+    stages of the one before.) The record stays readable after the context, and the model does not keep it.
+    Contexts may be nested. Patches are numbered as they enter the first block; patch dropout, which timm
+    applies in training only, is not seen.
+
+    Args:
+        vit: a model that :func:`evit_ext.apply` changed.
+
+    Yields:
+        The :class:`TokenRecord`, empty until the first forward.
+
+    Raises:
+        ValueError: :func:`evit_ext.apply` was not called.
+
+    Example:
+        >>> with evit_ext.record_tokens(vit) as record:
+        ...     logits = vit(images)
+        >>> record.kept[0].shape  # 14 × 14 patches, keep rate 0.7
+        torch.Size([1, 138])
+    """
+    blocks = applied_blocks(vit)
+    record = TokenRecord()
+    for stage, block in enumerate(blocks):
+        block.recorders = (*block.recorders, (record, stage))
+    try:
+        yield record
+    finally:
+        for block in blocks:
+            block.recorders = tuple(entry for entry in block.recorders if entry[0] is not record)
