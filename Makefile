@@ -9,6 +9,7 @@ PYTHON ?= python3
 TORCH ?= torch>=2.10
 BIN = $(VENV)/bin
 
+
 .PHONY: help env demo test test-python test-cpp test-sanitize test-oldest-torch lint format wheel clean
 
 help:

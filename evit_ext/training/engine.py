@@ -1,0 +1,244 @@
+"""The loop: timm's optimizer, scheduler, mixup, EMA and losses; ours is what EViT adds, the keep rate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import timm.loss
+import timm.optim
+import torch
+from timm.data.mixup import Mixup
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+
+from evit_ext.apply import set_keep_rate
+from evit_ext.block import reorganizing_blocks
+from evit_ext.schedule import keep_rate_schedule
+from evit_ext.training.precision import Precision, autocast, choose_precision
+from evit_ext.training.progress import Progress
+from evit_ext.training.recipe import Recipe
+
+
+class EpochResult(NamedTuple):
+    """`loss` and `accuracy` (percent; of the unmixed labels) are means over the epoch, seen in training."""
+
+    loss: float
+    accuracy: float
+    keep_rate: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`top1` in percent, `loss` the mean cross-entropy, `images` how many there were."""
+
+    top1: float
+    loss: float
+    images: int
+
+
+class Trainer:
+    """Trains a model after a recipe, an epoch at a time.
+
+    Args:
+        model: returns logits [B, classes]; on its device already. An EViT gets the recipe's keep rate, along
+            its schedule. Nothing is seeded here: seed torch before the model is made, and NumPy too where the
+            recipe has mixup, as timm's draws from NumPy's global generator.
+        recipe: see :class:`Recipe`.
+        steps_per_epoch: batches that an epoch has.
+        num_classes: needed for mixup, CutMix and label smoothing with them; by default ``model.num_classes``.
+        precision: by default chosen for the model's device.
+
+    Attributes:
+        model: what is trained.
+        ema: timm's moving average of it, or None; evaluate ``ema.module``.
+
+    Raises:
+        ValueError: an optimizer that this timm does not know, or no step in an epoch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        steps_per_epoch: int,
+        num_classes: int | None = None,
+        precision: Precision | None = None,
+    ) -> None:
+        if steps_per_epoch < 1:
+            raise ValueError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
+        if recipe.optimizer not in timm.optim.list_optimizers():
+            raise ValueError(
+                f"timm {timm.__version__} has no optimizer {recipe.optimizer!r}; "
+                "timm.optim.list_optimizers() lists what it has, and a newer timm may have more"
+            )
+        self.model = model
+        self.recipe = recipe
+        self.steps_per_epoch = steps_per_epoch
+        self.device = next(model.parameters()).device
+        self.precision = precision or choose_precision(self.device)
+        self.optimizer = timm.optim.create_optimizer_v2(
+            model, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay
+        )
+        self.scheduler = CosineLRScheduler(
+            self.optimizer,
+            t_initial=recipe.epochs * steps_per_epoch,
+            lr_min=recipe.min_lr,
+            warmup_t=math.ceil(recipe.warmup_epochs * steps_per_epoch),
+            warmup_lr_init=recipe.warmup_lr,
+            t_in_epochs=False,
+        )
+        self.scheduler.step_update(0)
+        self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay is not None else None
+        self._step = 0
+        self._reorganizes = bool(reorganizing_blocks(model)) and recipe.keep_rate is not None
+        self._mixup, self._loss = self._targets(num_classes)
+
+    def _targets(self, num_classes: int | None) -> tuple[Any, nn.Module]:
+        recipe = self.recipe
+        if recipe.mixup > 0 or recipe.cutmix > 0:
+            if num_classes is None:
+                num_classes = int(self.model.num_classes)  # type: ignore[arg-type]
+            mixup = Mixup(
+                mixup_alpha=recipe.mixup,
+                cutmix_alpha=recipe.cutmix,
+                label_smoothing=recipe.label_smoothing,
+                num_classes=num_classes,
+            )
+            return mixup, timm.loss.SoftTargetCrossEntropy()
+        if recipe.label_smoothing > 0:
+            return None, timm.loss.LabelSmoothingCrossEntropy(recipe.label_smoothing)
+        return None, nn.CrossEntropyLoss()
+
+    def train_one_epoch(
+        self, batches: Iterable[Any], description: str = "train", progress: bool = True
+    ) -> EpochResult:
+        """Train on the batches of an epoch: `steps_per_epoch` tuples that begin with images and labels.
+
+        Args:
+            batches: of images float [B, C, H, W] and labels int64 [B]; what else a tuple holds is ignored.
+            description: what the progress says.
+            progress: show it.
+
+        Raises:
+            ValueError: there are fewer or more batches than `steps_per_epoch`.
+            FloatingPointError: the loss is not finite any more.
+        """
+        self.model.train(not self.recipe.eval_mode)
+        total_loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        images_seen, steps, keep_rate = 0, 0, 1.0
+        start = time.perf_counter()
+        with Progress(description, self.steps_per_epoch, progress) as bar:
+            for images, labels, *_ in batches:
+                if steps == self.steps_per_epoch:
+                    raise ValueError(f"the epoch has more than the {self.steps_per_epoch} batches announced")
+                images, labels = images.to(self.device), labels.to(self.device)
+                keep_rate = self._set_keep_rate()
+                loss, logits = self._optimize(images, labels)
+                total_loss += loss.double() * len(labels)
+                correct += (logits.argmax(dim=1) == labels).sum()
+                images_seen += len(labels)
+                steps += 1
+                # Reading the loss waits for a GPU: do it now and then.
+                if steps % 10 == 0 or steps == self.steps_per_epoch or self.device.type == "cpu":
+                    self._check_finite(loss)
+                    bar.step(
+                        loss=f"{total_loss.item() / images_seen:.3f}",
+                        accuracy=f"{100 * correct.item() / images_seen:.1f}%",
+                        keep_rate=f"{keep_rate:.2f}",
+                        images_per_second=f"{images_seen / (time.perf_counter() - start):.0f}",
+                    )
+                else:
+                    bar.step()
+        if steps < self.steps_per_epoch:
+            raise ValueError(f"the epoch has {steps} batches, {self.steps_per_epoch} were announced")
+        return EpochResult(
+            total_loss.item() / images_seen,
+            100 * correct.item() / images_seen,
+            keep_rate,
+            images_seen / (time.perf_counter() - start),
+        )
+
+    def _set_keep_rate(self) -> float:
+        recipe = self.recipe
+        if not self._reorganizes or recipe.keep_rate is None:
+            blocks = reorganizing_blocks(self.model)
+            return min((block.keep_rate for block in blocks), default=1.0)
+        keep_rate = keep_rate_schedule(
+            self._step,
+            steps_per_epoch=self.steps_per_epoch,
+            base_keep_rate=recipe.keep_rate,
+            start_epoch=recipe.keep_rate_start_epoch,
+            end_epoch=recipe.keep_rate_end_epoch,
+        )
+        set_keep_rate(self.model, keep_rate)
+        if self.ema is not None:
+            set_keep_rate(self.ema.module, keep_rate)  # an attribute, which the average does not follow
+        return keep_rate
+
+    def _optimize(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One step; returns the loss and the logits, detached."""
+        inputs, targets = (images, labels) if self._mixup is None else self._mixup(images.clone(), labels)
+        with autocast(self.device, self.precision, training=True):
+            logits = self.model(inputs)
+        loss = self._loss(logits.float(), targets)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.recipe.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+        self.optimizer.step()
+        self._step += 1
+        self.scheduler.step_update(self._step)
+        if self.ema is not None:
+            self.ema.update(self.model, step=self._step)
+        return loss.detach(), logits.detach()
+
+    def _check_finite(self, loss: Tensor) -> None:
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self._step}: try a smaller learning rate than "
+                f"{self.recipe.lr}"
+            )
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    precision: Precision | None = None,
+) -> Evaluation:
+    """Accuracy and loss on the batches, in eval mode; the model's mode is put back.
+
+    Args:
+        model: returns logits [B, classes].
+        batches: tuples that begin with images float [B, C, H, W] and labels int64 [B].
+        precision: by default chosen for the model's device.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    device = next(model.parameters()).device
+    precision = precision or choose_precision(device)
+    training = model.training
+    model.eval()
+    correct, images_seen = 0, 0
+    total_loss = 0.0
+    try:
+        with torch.inference_mode():
+            for images, labels, *_ in batches:
+                labels = labels.to(device)
+                with autocast(device, precision):
+                    logits = model(images.to(device))
+                total_loss += nn.functional.cross_entropy(logits.float(), labels, reduction="sum").item()
+                correct += int((logits.argmax(dim=1) == labels).sum())
+                images_seen += len(labels)
+    finally:
+        model.train(training)
+    if not images_seen:
+        raise ValueError("there is no image to evaluate on")
+    return Evaluation(100 * correct / images_seen, total_loss / images_seen, images_seen)
