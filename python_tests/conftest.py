@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -84,5 +86,42 @@ def small_vit() -> Any:
                 fan_in = parameter[0].numel() if parameter.shape[0] > 1 else 4
                 torch.nn.init.normal_(parameter, std=1.5 * fan_in**-0.5)
         return model.to(dtype).eval()
+
+    return build
+
+
+#: Kinds of vision transformers that are supported, by what they add to the plain one.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "registers": {"reg_tokens": 3},
+    "dinov2": {"reg_tokens": 2, "no_embed_class": True, "init_values": 0.5},
+    "qk_norm": {"qk_norm": True, "init_values": 0.7},
+    "scale_norm": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "clip": {"pre_norm": True, "qkv_bias": False},
+    "average_pool": {"global_pool": "avg"},
+    "attention_pool": {"global_pool": "map"},
+    "distilled": {"cls": VisionTransformerDistilled},
+    "gated": {"gated": True},  # set below: timm's VisionTransformer does not pass it on
+    "dynamic": {"dynamic_img_size": True},
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest, small_vit: Any) -> Any:
+    """A function that builds the same small model of one kind each time; arguments override."""
+
+    def build(**arguments: Any) -> Any:
+        torch.manual_seed(1)
+        arguments = {**VARIANTS[request.param], **arguments}
+        gated = arguments.pop("gated", False)
+        if not set(arguments) - {"cls", "dtype"} <= set(signature(VisionTransformer).parameters):
+            pytest.skip("this timm is too old for it")
+        vit = small_vit(**arguments)
+        if gated:
+            if not hasattr(vit.blocks[0].attn, "gate"):
+                pytest.skip("this timm is too old for it")
+            for block in vit.blocks:
+                block.attn.gate = torch.nn.Linear(24, 24).to(vit.cls_token.dtype)
+        return vit
 
     return build
