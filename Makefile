@@ -1,13 +1,15 @@
 # Everything runs in an environment of the project's own, .venv, which the first target builds.
 #
-#   make VENV=path          another environment
-#   make TORCH=torch==2.12  another torch
-#   make PYTHON=python3.12  another interpreter
+#   make VENV=.venv-other TORCH=torch==2.12 PYTHON=python3.12 test
+#
+# uses another environment, with another torch and interpreter; both are chosen when it is first made.
 
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch>=2.10
 BIN = $(VENV)/bin
+# Where other processes want the cores too, torch's threads otherwise burn them while they wait for each other.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 
 .PHONY: help env demo test test-python test-cpp test-sanitize test-oldest-torch lint format wheel clean
@@ -31,8 +33,10 @@ $(BIN)/.created:
 env: $(BIN)/.created
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable ".[dev]"
 
-demo: env
-	$(BIN)/python -m evit_ext.demo --output runs/demo
+# ARGS="--difficulty hard --epochs 40", for example; `.venv/bin/python -m evit_ext.demo --help` lists them.
+demo: $(BIN)/.created
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable ".[demo]"
+	$(BIN)/python -m evit_ext.demo --output runs/demo $(ARGS)
 
 test: env test-cpp test-python
 

@@ -41,6 +41,14 @@ except ImportError:
     stop("torch is needed to build: run `pip install torch`, or leave out --no-build-isolation.")
 
 
+def check_torch():
+    oldest = (2, 10)
+    if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < oldest:
+        stop(
+            f"torch 2.10 or newer is needed, this is {torch.__version__}: run `pip install --upgrade torch`."
+        )
+
+
 def version():
     """The version that pyproject.toml states (no TOML reader before Python 3.11)."""
     text = (ROOT / "pyproject.toml").read_text()
@@ -131,11 +139,13 @@ def architectures(toolkit):
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return os.environ["TORCH_CUDA_ARCH_LIST"]
     newest = 12.0 if toolkit >= (12, 8) else 9.0
-    return ";".join(arch for arch in BUILD["cuda_architectures"] if float(arch.split("+")[0]) <= newest)
+    known = [arch.removesuffix("+PTX") for arch in BUILD["cuda_architectures"]]
+    # PTX of the last one, so that later GPUs can run the code.
+    return ";".join(arch for arch in known if float(arch) <= newest) + "+PTX"
 
 
 def limit_jobs():
-    """Set MAX_JOBS, unless it is set: as many as there are cores, and 2 GiB of free memory, for each."""
+    """Set MAX_JOBS, unless it is set: one job for each core and for each 2 GiB of free memory."""
     if "MAX_JOBS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         memory = Path("/proc/meminfo")
@@ -143,6 +153,9 @@ def limit_jobs():
         if memory.exists():
             available = re.search(r"MemAvailable:\s+(\d+) kB", memory.read_text())
             gib = int(available[1]) / 2**20 if available else gib
+        container = Path("/sys/fs/cgroup/memory.max")
+        if container.exists() and container.read_text().strip().isdigit():
+            gib = min(gib, int(container.read_text()) / 2**30)
         os.environ["MAX_JOBS"] = str(max(1, min(cores, int(gib / 2))))
     say(f"jobs: {os.environ['MAX_JOBS']}")
 
@@ -168,6 +181,7 @@ def cuda_settings(home, found):
 
 
 def extension():
+    check_torch()
     check_compiler()
     limit_jobs()
     cuda = choose_cuda()
@@ -177,7 +191,10 @@ def extension():
     from torch.utils.cpp_extension import CppExtension
 
     standard = f"-std=c++{BUILD['cxx_standard']}"
-    flags = {"cxx": [standard, *BUILD["cxx_flags"], "-g0"], "nvcc": [standard, *BUILD["nvcc_flags"]]}
+    flags = {
+        "cxx": [standard, *BUILD["cxx_flags"], "-g0", f"-ffile-prefix-map={ROOT}/="],
+        "nvcc": [standard, *BUILD["nvcc_flags"]],
+    }
     sources = BUILD["kernels"] + BUILD["adapter"] + BUILD["module"]
     macros = [("EVIT_VERSION", f'"{version()}"'), ("EVIT_TORCH_VERSION", f'"{torch.__version__}"')]
     include_dirs, library_dirs, libraries = [], [], []

@@ -40,8 +40,13 @@ def apply(
     Returns:
         `vit`.
 
+    After a reorganising block there is no longer a token for every patch: what wants the full grid, such as
+    ``forward_intermediates`` in NCHW layout, does not work on an EViT (ask for NLC, and `record_tokens` where
+    each token was). Hooks on a replaced block go on running, hooks on its ``attn`` only while it keeps all
+    patches.
+
     Raises:
-        TypeError: `vit` is no module, or a keep rate or block number is not a number.
+        TypeError: `vit` is no module, a keep rate or block number is not a number, `fuse_token` not a bool.
         ValueError: the model is not supported (the message says why), or is an EViT already; a keep rate is
             not in (0, 1] or their number is wrong; `drop_loc` is empty, not ascending or out of range. The
             model is left as it was.
@@ -56,14 +61,30 @@ def apply(
             "the model reorganises tokens already: change its keep rate with evit_ext.set_keep_rate, or "
             "call evit_ext.remove first"
         )
-    locations = _locations(drop_loc, len(blocks))
+    locations, rates = check_arguments(len(blocks), keep_rate, drop_loc, fuse_token)
     for location in locations:
         _check_block(blocks[location], location)
-    rates = _keep_rates(keep_rate, len(locations))
     num_prefix_tokens = int(vit.num_prefix_tokens)  # type: ignore[arg-type]
     for location, rate in zip(locations, rates, strict=True):
-        blocks[location] = ReorganizingBlock(blocks[location], rate, num_prefix_tokens, bool(fuse_token))
+        blocks[location] = ReorganizingBlock(blocks[location], rate, num_prefix_tokens, fuse_token)
     return vit
+
+
+def check_arguments(
+    depth: int, keep_rate: float | Sequence[float], drop_loc: Sequence[int] | None, fuse_token: bool
+) -> tuple[list[int], list[float]]:
+    """Check what :func:`apply` is given for a model with `depth` blocks.
+
+    Returns:
+        The numbers of the reorganising blocks and their keep rates.
+
+    Raises:
+        TypeError, ValueError: as :func:`apply`.
+    """
+    if not isinstance(fuse_token, bool):
+        raise TypeError(f"fuse_token must be True or False, got {fuse_token!r}")
+    locations = _locations(drop_loc, depth)
+    return locations, _keep_rates(keep_rate, len(locations))
 
 
 def remove(vit: Model) -> Model:
@@ -132,7 +153,8 @@ def _supported_blocks(vit: nn.Module) -> nn.Sequential | nn.ModuleList:
     # timm counts register tokens as prefix tokens too, so their number does not tell about a class token.
     if getattr(vit, "cls_token", None) is None or getattr(vit, "num_prefix_tokens", 0) < 1:
         raise ValueError(
-            f"{name} is not supported: it has no class token, whose attention decides which patches are kept"
+            f"{name} is not supported: it has no class token (.cls_token), whose attention decides which "
+            "patches are kept"
         )
     return blocks
 
@@ -173,7 +195,10 @@ def _locations(drop_loc: Sequence[int] | None, depth: int) -> list[int]:
     if not locations:
         raise ValueError(f"{expected}, got none")
     if min(locations) < 0 or max(locations) >= depth:
-        raise ValueError(f"drop_loc must be in [0, {depth}), the model's blocks, got {tuple(locations)}")
+        raise ValueError(
+            f"drop_loc must be in [0, {depth}), the model's blocks, got {tuple(locations)}; None takes the "
+            "blocks at the quarters of the depth"
+        )
     if any(later <= earlier for earlier, later in pairwise(locations)):
         raise ValueError(f"drop_loc must be ascending, without repetition, got {tuple(locations)}")
     return locations
@@ -191,7 +216,7 @@ def _keep_rates(keep_rate: float | Sequence[float], number: int) -> list[float]:
         rates = [keep_rate] * number
     for rate in rates:
         if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
-            raise TypeError(f"keep_rate must be a number in (0, 1], got {rate!r}")
+            raise TypeError(f"keep_rate must be a number in (0, 1], or a list or tuple of them, got {rate!r}")
         # Written so that NaN is refused.
         if not 0 < float(rate) <= 1:
             raise ValueError(f"keep_rate must be in (0, 1], got {rate}")

@@ -57,6 +57,18 @@ SUPPORTED: dict[type[nn.Module], dict[type[nn.Module], Callable[[Any, Tensor], t
 }
 
 
+#: The attributes in which nn.Module keeps its hooks.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
 class ReorganizingBlock(nn.Module):
     """A pre-norm transformer block that keeps the patches the class token attends to most.
 
@@ -90,6 +102,9 @@ class ReorganizingBlock(nn.Module):
         for name, module in block.named_children():
             self.add_module(name, module)
         self.training = block.training
+        # Hooks on the block go on running, and their handles remove them still: the dictionaries are shared.
+        for hooks in _HOOKS:
+            setattr(self, hooks, getattr(block, hooks))
         self.keep_rate = keep_rate
         self.num_prefix_tokens = num_prefix_tokens
         self.fuse_token = fuse_token

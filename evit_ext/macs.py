@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.utils.model import unwrap_model
 from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,7 +33,7 @@ def count_macs(model: nn.Module, img_size: int | tuple[int, int] | None = None) 
     Raises:
         ValueError: `img_size` is not given and the model does not tell its own.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model = unwrap_model(model)  # out of torch.compile or DistributedDataParallel
     channels, size = _input_size(model, img_size)
     state: dict[str, Any] = {
         name: tensor.detach().to("meta")

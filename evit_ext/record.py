@@ -38,7 +38,10 @@ class TokenRecord:
 
     def add(self, stage: int, kept: Tensor, scores: Tensor, fused: bool) -> None:
         """Take note of a stage: `kept` [B, K] among its `scores` [B, N - P], and whether it fused."""
+        if kept.is_meta or _in_backward():
+            return  # the model is being counted, or recomputed for the gradient
         if stage == 0:
+            self._kept, self._scores, self._ids = {}, {}, {}
             ids = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
         else:
             ids = self._ids[stage - 1]
@@ -49,12 +52,16 @@ class TokenRecord:
         self._ids[stage] = torch.nn.functional.pad(ids, (0, 1), value=-1) if fused else ids
 
 
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 @contextmanager
 def record_tokens(vit: nn.Module) -> Iterator[TokenRecord]:
     """Record which patches each stage of `vit` keeps while the context is open.
 
-    Every forward replaces the record of the one before it. (A forward that fails on its way leaves the later
-    stages of the one before.) The record stays readable after the context, and the model does not keep it.
+    Every forward replaces the record of the one before it; one that stops on its way leaves a record of the
+    stages it passed. The record stays readable after the context, and the model does not keep it.
     Contexts may be nested. Patches are numbered as they enter the first block; patch dropout, which timm
     applies in training only, is not seen.
 

@@ -17,6 +17,9 @@ def keep_rate_schedule(
 
     The schedule with which EViT was trained for 300 epochs (Liang et al., ICLR 2022, section 4).
 
+    Under ``torch.compile`` every new keep rate compiles the model again, and torch stops compiling after a
+    few (``torch._dynamo.config.recompile_limit``): round the keep rate to few values there.
+
     Args:
         step: number of optimizer steps done since the start of training, from 0.
         steps_per_epoch: optimizer steps in an epoch.

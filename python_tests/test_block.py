@@ -167,6 +167,17 @@ def test_keys_and_query_are_read_in_place(small_vit: Any, monkeypatch: pytest.Mo
     assert k.untyped_storage().nbytes() == 4 * 2 * 17 * 3 * 24
 
 
+def test_hooks_on_the_block_go_on(small_vit: Any) -> None:
+    vit, seen = small_vit(), []
+    handle = vit.blocks[2].register_forward_hook(lambda block, args, out: seen.append(type(block).__name__))
+    evit_ext.apply(vit, keep_rate=0.5)(images())
+    evit_ext.remove(vit)(images())
+    assert seen == ["ReorganizingBlock", "Block"]
+    handle.remove()
+    vit(images())
+    assert len(seen) == 2
+
+
 def test_masks_are_refused_where_tokens_are_dropped(small_vit: Any) -> None:
     vit = small_vit()
     if "is_causal" not in signature(vit.forward).parameters:

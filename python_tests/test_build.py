@@ -52,8 +52,17 @@ def test_cpu_capability_can_be_lowered(level: str) -> None:
     assert capability(level) == level
 
 
-def test_unknown_cpu_capability_is_the_lowest() -> None:
+def test_unknown_cpu_capability_is_the_lowest_and_warned_about() -> None:
     assert capability("avx1024") == "baseline"
+    assert capability("") == _C.build_info()["cpu_capabilities"][-1]
+    run = subprocess.run(
+        [sys.executable, "-c", "import evit_ext"],
+        env={**os.environ, "EVIT_CPU_CAPABILITY": "AVX2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "EVIT_CPU_CAPABILITY must be one of baseline, avx2, avx512, got 'AVX2'" in run.stderr
 
 
 def setup(command: str = "--version", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -188,9 +197,18 @@ def test_nvcc_may_be_a_wrapper_script(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 @needs_source
+def test_torch_that_is_too_old(setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup_module.check_torch()
+    for version in ("2.9.1+cu128", "1.13.0"):
+        monkeypatch.setattr(torch, "__version__", version)
+        with pytest.raises(SystemExit, match="torch 2.10 or newer is needed"):
+            setup_module.check_torch()
+
+
+@needs_source
 def test_architectures(setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert setup_module.architectures((13, 0)) == "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
-    assert setup_module.architectures((12, 6)) == "8.0;8.6;8.9;9.0"
+    assert setup_module.architectures((12, 6)) == "8.0;8.6;8.9;9.0+PTX"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
     assert setup_module.architectures((13, 0)) == "7.5"
 

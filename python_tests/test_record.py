@@ -180,3 +180,32 @@ def test_recording_a_compiled_model(small_vit: Any) -> None:
 def test_model_that_was_not_applied(small_vit: Any) -> None:
     with pytest.raises(ValueError, match="call evit_ext.apply first"), evit_ext.record_tokens(small_vit()):
         pass
+
+
+def test_counting_does_not_touch_the_record(small_vit: Any) -> None:
+    vit = evit_ext.apply(small_vit(), keep_rate=0.6)
+    with evit_ext.record_tokens(vit) as record:
+        vit(torch.randn(2, 3, 32, 32))
+        evit_ext.count_macs(vit)
+    assert [kept.device.type for kept in record.kept] == ["cpu"] * 3
+    assert all(len(kept) == 2 for kept in record.kept)
+
+
+def test_recomputation_for_the_gradient_is_no_forward(small_vit: Any) -> None:
+    vit = evit_ext.apply(small_vit(), keep_rate=0.6).train()
+    vit.set_grad_checkpointing()
+    with evit_ext.record_tokens(vit) as record:
+        loss = vit(torch.randn(2, 3, 32, 32)).sum()
+        vit(torch.randn(5, 3, 32, 32))
+        loss.backward()
+    assert [len(kept) for kept in record.kept] == [5] * 3
+
+
+def test_a_forward_that_stops_early_leaves_no_older_stages(small_vit: Any) -> None:
+    vit = evit_ext.apply(small_vit(), keep_rate=0.6)
+    with evit_ext.record_tokens(vit) as record:
+        vit(torch.randn(3, 3, 32, 32))
+        vit.forward_intermediates(
+            torch.randn(1, 3, 32, 32), indices=[1], stop_early=True, output_fmt="NLC", intermediates_only=True
+        )
+    assert [len(kept) for kept in record.kept] == [1]

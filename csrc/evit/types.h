@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
 
 namespace evit {
 
@@ -38,6 +39,16 @@ struct Tokens {
 
   const T* row(int64_t b, int64_t n) const { return data + b * stride_b + n * stride_n; }
 };
+
+// The product of the sizes of a buffer to allocate; a product that int64_t cannot hold is no memory.
+template <typename... Sizes>
+int64_t buffer_size(int64_t first, Sizes... others) {
+  int64_t product = first;
+  bool overflow = false;
+  ((overflow = __builtin_mul_overflow(product, static_cast<int64_t>(others), &product) || overflow), ...);
+  if (overflow) throw std::bad_alloc();
+  return product;
+}
 
 }  // namespace evit
 

@@ -10,6 +10,7 @@ namespace {
 GatherSizes check(const Tensor& x, const Tensor& weights, const Tensor& index) {
   check_dim(x, "x", 3, "[B, N, C]");
   check_dim(weights, "weights", 2, "[B, N]");
+  check_floating(weights, "weights");
   STD_TORCH_CHECK(weights.size(0) == x.size(0) && weights.size(1) == x.size(1),
                   "weights must have shape [B, N] of x, got ", shape_str(weights), " for x ", shape_str(x));
   return check_index(x, index, x.size(1));

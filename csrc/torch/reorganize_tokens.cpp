@@ -11,6 +11,8 @@ ReorganizeSizes check(const Tensor& x, const Tensor& scores, int64_t num_keep, i
                       bool fuse) {
   check_dim(x, "x", 3, "[B, N, C]");
   check_dim(scores, "scores", 2, "[B, N] or [B, N - P]");
+  check_floating(x, "x");
+  check_floating(scores, "scores");
   const int64_t num_tokens = x.size(1);
   STD_TORCH_CHECK(num_prefix_tokens >= 0 && num_prefix_tokens < num_tokens,
                   "num_prefix_tokens must be in [0, ", num_tokens, "), got ", num_prefix_tokens);
@@ -33,6 +35,19 @@ void dispatch_pair(const Tensor& x, const Tensor& scores, const Body& body) {
     else
       body(zero, float{});
   });
+}
+
+// The backward kernel looks for kept tokens in one ascending pass: anything else would leave rows unwritten.
+void check_ascending(const Tensor& kept, int64_t num_patches) {
+  const int64_t* value = data<int64_t>(kept);
+  for (int64_t b = 0; b < kept.size(0); ++b) {
+    int64_t last = -1;
+    for (int64_t i = 0; i < kept.size(1); ++i, ++value) {
+      STD_TORCH_CHECK(*value > last && *value < num_patches, "kept must be ascending and in [0, ",
+                      num_patches, "), got ", *value, " after ", last);
+      last = *value;
+    }
+  }
 }
 
 Tensor identity_index(const Tensor& like, int64_t batch, int64_t count) {
@@ -83,6 +98,7 @@ std::tuple<Tensor, Tensor> reorganize_tokens_backward_cpu(const Tensor& grad_any
                   shape_str(x_any), " and kept ", shape_str(kept_any));
   const Tensor grad = with_dense_rows(grad_any), x = with_dense_rows(x_any);
   const Tensor kept = torch::stable::contiguous(kept_any);
+  check_ascending(kept, sizes.patches());
   const ScalarType scores_dtype = accumulate_dtype(scores_any.scalar_type());
   const Tensor scores = to_dtype(scores_any, scores_dtype);
   const int64_t width = scores.size(1), skip = width - sizes.patches();

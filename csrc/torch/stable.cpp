@@ -18,6 +18,10 @@ void check_same_dtype(const Tensor& a, const char* a_name, const Tensor& b, cons
                   torch::headeronly::toString(b.scalar_type()));
 }
 
+void check_floating(const Tensor& tensor, const char* name) {
+  dispatch(tensor.scalar_type(), name, [](auto) {});
+}
+
 Executor executor() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()),
           [](int64_t end, int64_t grain, Executor::Range range, void* context) {

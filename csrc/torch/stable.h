@@ -36,6 +36,9 @@ void check_dim(const Tensor& tensor, const char* name, int64_t dim, const char* 
 // Raises unless both have one dtype.
 void check_same_dtype(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name);
 
+// Raises unless the dtype is one that the operators take.
+void check_floating(const Tensor& tensor, const char* name);
+
 // torch's threads.
 Executor executor();
 

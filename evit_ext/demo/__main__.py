@@ -29,7 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=list(DIFFICULTIES),
         default="easy",
         help="easy: the digit among six faint pieces of others; hard: among ten as bright as itself, which "
-        "this much training does not master",
+        "the recipe's 8 epochs do not suffice for (33 %% instead of 97 %%)",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=argparse.SUPPRESS,
+        help=f"of the DeiT (default: {FULL.dense.epochs}, with --quick {QUICK.dense.epochs})",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the training images")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto asks the processor")
@@ -39,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     settings = replace(QUICK if options.quick else FULL, difficulty=options.difficulty)
     try:
+        if "epochs" in options:
+            settings = replace(settings, dense=replace(settings.dense, epochs=options.epochs))
         Demo(settings, options.output, options.seed, options.precision).run()
     except (ValueError, ModuleNotFoundError, OSError, FloatingPointError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)

@@ -71,7 +71,7 @@ def save_tokens_picture(
     widths: list[float] = [1.0]
     for column in columns:
         widths += [0.16] + [1.0] * len(column.survivors)
-    cell, top, bottom, gap = 1.15, 0.78, 0.45, 0.06
+    cell, top, bottom, gap = 1.15, 0.9, 0.45, 0.06
     figure = Figure(figsize=(cell * sum(widths) + 0.5, cell * rows + top + bottom), facecolor="white")
     FigureCanvasAgg(figure)
     height = cell * rows + top + bottom
@@ -112,10 +112,10 @@ def save_tokens_picture(
         for stage in range(count):
             share = float(column.survivors[stage].float().mean())
             title = (
-                f"stage {stage + 1}: {100 * share:.0f}% of patches\n"
-                f"{100 * column.object_shares[stage]:.0f}% of the digits'"
+                f"stage {stage + 1}\n{100 * share:.0f}% of patches\n"
+                f"{100 * column.object_shares[stage]:.0f}% of the digit"
             )
-            axes[0, position + stage].set_title(title, fontsize=7.5, color=_INK, pad=5)
+            axes[0, position + stage].set_title(title, fontsize=8, color=_INK, pad=5)
         first, last = axes[0, position].get_position(), axes[0, position + count - 1].get_position()
         figure.text(
             (first.x0 + last.x1) / 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from timm.models import (
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from evit_ext.apply import apply
+from evit_ext.apply import apply, check_arguments
 from evit_ext.models.position_embedding import resize_position_embedding
 
 _logger = logging.getLogger(__name__)
@@ -87,7 +88,12 @@ class DeiT(VisionTransformer):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = f"{prefix}pos_embed"
         loaded = state_dict.get(key)
-        if loaded is not None and self.pos_embed is not None and loaded.shape != self.pos_embed.shape:
+        if (
+            loaded is not None
+            and self.pos_embed is not None
+            and loaded.dim() == 3
+            and loaded.shape != self.pos_embed.shape
+        ):
             num_prefix_tokens = self._num_embedded_prefix_tokens()
             # A state dict does not tell its grid. What is no square is left to the error about shapes.
             side = math.isqrt(max(loaded.shape[1] - num_prefix_tokens, 0))
@@ -126,6 +132,7 @@ def _create(
             "features_only needs a token for every patch, which a model that drops tokens does not have"
         )
     arguments = {"patch_size": 16, "depth": 12, "dynamic_img_size": True, **_SIZES[size], **timm_kwargs}
+    check_arguments(arguments["depth"], keep_rate, drop_loc, fuse_token)  # before anything is downloaded
     try:
         model = build_model_with_cfg(
             DeiT,
@@ -147,8 +154,13 @@ def _create(
 
 def _is_connection_error(error: Exception) -> bool:
     # The hub's client has changed its HTTP library, and with it the class of its errors, more than once.
-    libraries = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
-    return isinstance(error, OSError) or type(error).__module__.startswith(libraries)
+    libraries = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib")
+    if type(error).__module__.startswith(libraries):
+        return True
+    # What the operating system says about the network; what it says about files is passed on as it is.
+    about_files = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return isinstance(error, OSError) and not isinstance(error, about_files) and not is_full
 
 
 @register_model

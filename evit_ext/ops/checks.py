@@ -11,6 +11,9 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
+#: Device types with autocast. Asked once: for others (meta) torch raises, and 2.10 cannot trace the question.
+AUTOCAST_DEVICES = frozenset(t for t in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(t))
+
 
 def _tensor(name: str, value: object, dim: int, shape: str) -> None:
     if not isinstance(value, Tensor):
@@ -24,7 +27,8 @@ def _floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {value.dtype}")
 
 
-def _same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless both are on one device."""
     if value.device != other.device:
         raise ValueError(
             f"{name} and {other_name} must be on one device, got {value.device} and {other.device}"
@@ -34,16 +38,21 @@ def _same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> No
 def _index(index: Tensor, batch: int, num_tokens: int, x: Tensor) -> None:
     if index.dtype != torch.int64:
         raise TypeError(f"index must be int64, got {index.dtype}")
-    _same_device("index", index, "x", x)
+    same_device("index", index, "x", x)
     if index.shape[0] != batch:
         raise ValueError(f"index must have the batch size of x, {batch}, got shape {tuple(index.shape)}")
     # The values are looked at only where that costs nothing: on the CPU (elsewhere it would wait for the
     # device) and outside of tracing. The kernels check again and never leave the tensor's bounds.
-    tracing = torch.compiler.is_compiling() or type(index) is not Tensor
-    if index.device.type == "cpu" and not tracing and index.numel():
+    tracing = torch.compiler.is_compiling() or type(index) not in (Tensor, torch.nn.Parameter)
+    if index.device.type == "cpu" and index.numel() and not tracing and not in_function_transform():
         low, high = (int(bound) for bound in index.aminmax())
         if low < 0 or high >= num_tokens:
             raise IndexError(f"index must be in [0, {num_tokens}), got {low if low < 0 else high}")
+
+
+def in_function_transform() -> bool:
+    """Return whether a transform of torch.func (vmap, jvp, grad …) is being applied."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _integer(name: str, value: object) -> None:
@@ -59,7 +68,7 @@ def class_attention(q: Tensor, k: Tensor, scale: float | None) -> float:
     _floating("k", k)
     if q.dtype != k.dtype:
         raise TypeError(f"q and k must have one dtype, got {q.dtype} and {k.dtype}")
-    _same_device("q", q, "k", k)
+    same_device("q", q, "k", k)
     if (q.shape[0], q.shape[1], q.shape[2]) != (k.shape[0], k.shape[1], k.shape[3]):
         raise ValueError(
             f"q [B, H, D] and k [B, H, N, D] must agree in B, H and D, "
@@ -104,7 +113,7 @@ def fuse_tokens(x: Tensor, weights: Tensor, index: Tensor) -> None:
     _tensor("index", index, 2, "[B, K]")
     _floating("x", x)
     _floating("weights", weights)
-    _same_device("weights", weights, "x", x)
+    same_device("weights", weights, "x", x)
     if weights.shape[0] != x.shape[0] or weights.shape[1] != x.shape[1]:
         raise ValueError(
             f"weights must have shape [B, N] = {tuple(x.shape[:2])}, as x has, got {tuple(weights.shape)}"
@@ -112,15 +121,17 @@ def fuse_tokens(x: Tensor, weights: Tensor, index: Tensor) -> None:
     _index(index, x.shape[0], x.shape[1], x)
 
 
-def reorganize_tokens(x: Tensor, scores: Tensor, num_keep: int, num_prefix_tokens: int) -> None:
+def reorganize_tokens(x: Tensor, scores: Tensor, num_keep: int, num_prefix_tokens: int, fuse: bool) -> None:
     """Check `x` [B, N, C], `scores` [B, N] or [B, N − P], 0 ≤ P < N and 1 ≤ num_keep ≤ N − P."""
     _tensor("x", x, 3, "[B, N, C]")
     _tensor("scores", scores, 2, "[B, N] or [B, N − num_prefix_tokens]")
     _floating("x", x)
     _floating("scores", scores)
-    _same_device("scores", scores, "x", x)
+    same_device("scores", scores, "x", x)
     _integer("num_keep", num_keep)
     _integer("num_prefix_tokens", num_prefix_tokens)
+    if not isinstance(fuse, bool):
+        raise TypeError(f"fuse must be a bool, got {type(fuse).__name__}")
     num_tokens = x.shape[1]
     if not 0 <= num_prefix_tokens < num_tokens:
         raise ValueError(

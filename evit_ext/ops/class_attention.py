@@ -9,9 +9,6 @@ from torch import Tensor
 
 from evit_ext.ops import checks, library, reference
 
-# Asked once: for other devices (meta) torch raises, and torch 2.10 cannot trace the question.
-_AUTOCAST_DEVICES = frozenset(t for t in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(t))
-
 
 def class_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     """Return the attention of one query to all tokens, averaged over heads.
@@ -30,7 +27,8 @@ def class_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
         scores [B, N], float32 (float64 for float64 inputs). They sum to 1 over N.
 
     Under autocast `q` and `k` are cast to the autocast dtype, as scaled_dot_product_attention casts them.
-    Differentiable once, in `q` and `k`. Deterministic, whatever the number of threads.
+    Differentiable once, in `q` and `k` (the reference any number of times). Deterministic, whatever the
+    number of threads.
 
     Raises:
         TypeError: a dtype is not supported, or `q` and `k` differ in dtype.
@@ -38,7 +36,7 @@ def class_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     """
     q, k = _autocast(q, k)
     scale = checks.class_attention(q, k, scale)
-    if not library.has_kernel(q.device):
+    if not library.runs_kernel(q, k):
         return reference.class_attention(q, k, scale)
     return torch.ops.evit.class_attention(q, k, scale)
 
@@ -47,7 +45,7 @@ def _autocast(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     if not isinstance(q, Tensor) or not isinstance(k, Tensor):
         return q, k  # the checks say what is wrong
     device_type = q.device.type
-    if device_type not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
+    if device_type not in checks.AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
         return q, k
     dtype = torch.get_autocast_dtype(device_type)
     castable = (torch.float32, torch.float16, torch.bfloat16)
@@ -56,11 +54,14 @@ def _autocast(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("evit::class_attention")
 def _fake(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    checks.class_attention(q, k, scale)
     return k.new_empty((k.shape[0], k.shape[2]), dtype=reference.accumulation_dtype(k.dtype))
 
 
 @torch.library.register_fake("evit::class_attention_backward")
 def _fake_backward(grad_scores: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    checks.class_attention(q, k, scale)
+    checks.same_device("grad_scores", grad_scores, "k", k)
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
@@ -76,3 +77,4 @@ def _backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 torch.library.register_autograd("evit::class_attention", _backward, setup_context=_setup_context)
+library.refuse_double_backward("class_attention")

@@ -32,18 +32,21 @@ def fuse_tokens(x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
         IndexError: an index is out of range (CPU tensors, outside of tracing).
     """
     checks.fuse_tokens(x, weights, index)
-    if not library.has_kernel(x.device):
+    if not library.runs_kernel(x, weights):
         return reference.fuse_tokens(x, weights, index)
     return torch.ops.evit.fuse_tokens(x, weights, index)
 
 
 @torch.library.register_fake("evit::fuse_tokens")
 def _fake(x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+    checks.fuse_tokens(x, weights, index)
     return x.new_empty((x.shape[0], x.shape[2]))
 
 
 @torch.library.register_fake("evit::fuse_tokens_backward")
 def _fake_backward(grad: Tensor, x: Tensor, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    checks.fuse_tokens(x, weights, index)
+    checks.same_device("grad", grad, "x", x)
     return x.new_empty(x.shape), weights.new_empty(weights.shape)
 
 
@@ -57,3 +60,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 torch.library.register_autograd("evit::fuse_tokens", _backward, setup_context=_setup_context)
+library.refuse_double_backward("fuse_tokens")

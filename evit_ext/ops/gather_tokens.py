@@ -29,13 +29,14 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
         IndexError: an index is out of range (CPU tensors, outside of tracing).
     """
     checks.gather_tokens(x, index)
-    if not library.has_kernel(x.device):
+    if not library.runs_kernel(x):
         return reference.gather_tokens(x, index)
     return torch.ops.evit.gather_tokens(x, index)
 
 
 @torch.library.register_fake("evit::gather_tokens")
 def _fake(x: Tensor, index: Tensor) -> Tensor:
+    checks.gather_tokens(x, index)
     return x.new_empty((x.shape[0], index.shape[1], x.shape[2]))
 
 

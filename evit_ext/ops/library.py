@@ -1,15 +1,54 @@
-"""What every operator module needs from the compiled library: its operators and where they have kernels."""
+"""What every operator module needs from the compiled library: its operators, and when they can be called."""
 
 from __future__ import annotations
 
+import os
+import warnings
+from typing import Any, NoReturn
+
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from evit_ext import _C  # importing it registers torch.ops.evit
+from evit_ext.ops import checks
 
 #: Device types that have compiled kernels. Meta tensors go through the operators' shape inference.
 KERNEL_DEVICES = frozenset({"cpu", "meta"} | ({"cuda"} if _C.build_info()["cuda_operators"] else set()))
 
+_CAPABILITIES = ("baseline", "avx2", "avx512")
+_wanted = os.environ.get("EVIT_CPU_CAPABILITY")
+if _wanted and _wanted not in _CAPABILITIES:
+    warnings.warn(
+        f"EVIT_CPU_CAPABILITY must be one of {', '.join(_CAPABILITIES)}, got {_wanted!r}: the operators use "
+        f"{_C.build_info()['cpu_capability']}",
+        stacklevel=2,
+    )
 
-def has_kernel(device: torch.device) -> bool:
-    """Return whether the operators have a kernel for `device`; where not, the reference runs."""
-    return device.type in KERNEL_DEVICES
+
+def runs_kernel(*tensors: Tensor) -> bool:
+    """Return whether the operator runs its kernel on `tensors`; where not, the reference runs.
+
+    The reference runs on devices without kernels, and for what the operators' gradients do not offer: the
+    transforms of torch.func and forward-mode differentiation.
+    """
+    if tensors[0].device.type not in KERNEL_DEVICES:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    if checks.in_function_transform():
+        return False
+    forward_mode = forward_ad._current_level >= 0
+    return not (forward_mode and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors))
+
+
+def refuse_double_backward(operator: str) -> None:
+    """Make a backward operator raise when it is differentiated, which would otherwise give zeros."""
+
+    def refuse(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise RuntimeError(
+            f"evit_ext.ops.{operator} is differentiable once; for higher derivatives use "
+            f"evit_ext.ops.reference.{operator}"
+        )
+
+    torch.library.register_autograd(f"evit::{operator}_backward", refuse)

@@ -10,6 +10,8 @@ Notation: B batch, H heads, N tokens, P prefix tokens, K kept patches, C channel
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -21,12 +23,18 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _has_autocast(device: torch.device) -> bool:
+    return device.type in checks.AUTOCAST_DEVICES
+
+
 def class_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     """Mean over heads of softmax(q · kᵀ · scale). See :func:`evit_ext.ops.class_attention`."""
     scale = checks.class_attention(q, k, scale)
     accumulate = accumulation_dtype(q.dtype)
-    logits = torch.einsum("bhd,bhnd->bhn", q.to(accumulate), k.to(accumulate)) * scale
-    return logits.softmax(dim=-1).mean(dim=1)
+    # Autocast would form the products in low precision again.
+    with torch.autocast(q.device.type, enabled=False) if _has_autocast(q.device) else nullcontext():
+        logits = torch.einsum("bhd,bhnd->bhn", q.to(accumulate), k.to(accumulate)) * scale
+        return logits.softmax(dim=-1).mean(dim=1)
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -56,7 +64,7 @@ def reorganize_tokens(
     x: Tensor, scores: Tensor, num_keep: int, num_prefix_tokens: int = 1, fuse: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Keep the best patches, fuse the others. See :func:`evit_ext.ops.reorganize_tokens`."""
-    checks.reorganize_tokens(x, scores, num_keep, num_prefix_tokens)
+    checks.reorganize_tokens(x, scores, num_keep, num_prefix_tokens, fuse)
     num_patches = x.shape[1] - num_prefix_tokens
     patch_scores = scores[:, scores.shape[1] - num_patches :]
     if num_keep == num_patches:

@@ -38,11 +38,11 @@ def reorganize_tokens(
     of threads.
 
     Raises:
-        TypeError: a dtype is not supported, or a number is not an int.
+        TypeError: a dtype is not supported, a number is not an int, or `fuse` not a bool.
         ValueError: shapes or devices do not fit, or `num_keep` or `num_prefix_tokens` is out of range.
     """
-    checks.reorganize_tokens(x, scores, num_keep, num_prefix_tokens)
-    if not library.has_kernel(x.device):
+    checks.reorganize_tokens(x, scores, num_keep, num_prefix_tokens, fuse)
+    if not library.runs_kernel(x, scores):
         return reference.reorganize_tokens(x, scores, num_keep, num_prefix_tokens, fuse)
     return torch.ops.evit.reorganize_tokens(x, scores, num_keep, num_prefix_tokens, fuse)
 
@@ -51,6 +51,7 @@ def reorganize_tokens(
 def _fake(
     x: Tensor, scores: Tensor, num_keep: int, num_prefix_tokens: int, fuse: bool
 ) -> tuple[Tensor, Tensor]:
+    checks.reorganize_tokens(x, scores, num_keep, num_prefix_tokens, fuse)
     fused = 1 if fuse and num_keep != x.shape[1] - num_prefix_tokens else 0
     return (
         x.new_empty((x.shape[0], num_prefix_tokens + num_keep + fused, x.shape[2])),
@@ -62,6 +63,9 @@ def _fake(
 def _fake_backward(
     grad_tokens: Tensor, x: Tensor, scores: Tensor, kept: Tensor, num_prefix_tokens: int
 ) -> tuple[Tensor, Tensor]:
+    checks.reorganize_tokens(x, scores, kept.shape[1], num_prefix_tokens, True)
+    checks.same_device("grad_tokens", grad_tokens, "x", x)
+    checks.same_device("kept", kept, "x", x)
     return x.new_empty(x.shape), scores.new_empty(scores.shape)
 
 
@@ -91,3 +95,4 @@ def _backward(
 
 
 torch.library.register_autograd("evit::reorganize_tokens", _backward, setup_context=_setup_context)
+library.refuse_double_backward("reorganize_tokens")

@@ -30,13 +30,14 @@ def scatter_tokens(x: Tensor, index: Tensor, num_tokens: int) -> Tensor:
         IndexError: an index is out of range (CPU tensors, outside of tracing).
     """
     checks.scatter_tokens(x, index, num_tokens)
-    if not library.has_kernel(x.device):
+    if not library.runs_kernel(x):
         return reference.scatter_tokens(x, index, num_tokens)
     return torch.ops.evit.scatter_tokens(x, index, num_tokens)
 
 
 @torch.library.register_fake("evit::scatter_tokens")
 def _fake(x: Tensor, index: Tensor, num_tokens: int) -> Tensor:
+    checks.scatter_tokens(x, index, num_tokens)
     return x.new_empty((x.shape[0], num_tokens, x.shape[2]))
 
 

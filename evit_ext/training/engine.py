@@ -13,12 +13,14 @@ import timm.optim
 import torch
 from timm.data.mixup import Mixup
 from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.utils.model import unwrap_model
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from evit_ext.apply import set_keep_rate
 from evit_ext.block import reorganizing_blocks
 from evit_ext.schedule import keep_rate_schedule
+from evit_ext.training.modes import eval_mode
 from evit_ext.training.precision import Precision, autocast, choose_precision
 from evit_ext.training.progress import Progress
 from evit_ext.training.recipe import Recipe
@@ -46,9 +48,10 @@ class Trainer:
     """Trains a model after a recipe, an epoch at a time.
 
     Args:
-        model: returns logits [B, classes]; on its device already. An EViT gets the recipe's keep rate, along
-            its schedule. Nothing is seeded here: seed torch before the model is made, and NumPy too where the
-            recipe has mixup, as timm's draws from NumPy's global generator.
+        model: returns logits [B, classes]; on its device already, wrapped (DistributedDataParallel,
+            torch.compile) or not. An EViT gets the recipe's keep rate, along its schedule. Nothing is seeded
+            here: seed torch before the model is made, and NumPy too where the recipe has mixup, as timm's
+            draws from NumPy's global generator.
         recipe: see :class:`Recipe`.
         steps_per_epoch: batches that an epoch has.
         num_classes: needed for mixup, CutMix and label smoothing with them; by default ``model.num_classes``.
@@ -78,12 +81,14 @@ class Trainer:
                 "timm.optim.list_optimizers() lists what it has, and a newer timm may have more"
             )
         self.model = model
+        # What a wrapper (DistributedDataParallel, torch.compile) hides: names, blocks, the number of classes.
+        self._unwrapped: nn.Module = unwrap_model(model)
         self.recipe = recipe
         self.steps_per_epoch = steps_per_epoch
         self.device = next(model.parameters()).device
         self.precision = precision or choose_precision(self.device)
         self.optimizer = timm.optim.create_optimizer_v2(
-            model, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay
+            self._unwrapped, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay
         )
         self.scheduler = CosineLRScheduler(
             self.optimizer,
@@ -94,16 +99,18 @@ class Trainer:
             t_in_epochs=False,
         )
         self.scheduler.step_update(0)
-        self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay is not None else None
+        self.ema = (
+            ModelEmaV3(self._unwrapped, decay=recipe.ema_decay) if recipe.ema_decay is not None else None
+        )
         self._step = 0
-        self._reorganizes = bool(reorganizing_blocks(model)) and recipe.keep_rate is not None
+        self._reorganizes = bool(reorganizing_blocks(self._unwrapped)) and recipe.keep_rate is not None
         self._mixup, self._loss = self._targets(num_classes)
 
     def _targets(self, num_classes: int | None) -> tuple[Any, nn.Module]:
         recipe = self.recipe
         if recipe.mixup > 0 or recipe.cutmix > 0:
             if num_classes is None:
-                num_classes = int(self.model.num_classes)  # type: ignore[arg-type]
+                num_classes = int(self._unwrapped.num_classes)  # type: ignore[arg-type]
             mixup = Mixup(
                 mixup_alpha=recipe.mixup,
                 cutmix_alpha=recipe.cutmix,
@@ -168,7 +175,7 @@ class Trainer:
     def _set_keep_rate(self) -> float:
         recipe = self.recipe
         if not self._reorganizes or recipe.keep_rate is None:
-            blocks = reorganizing_blocks(self.model)
+            blocks = reorganizing_blocks(self._unwrapped)
             return min((block.keep_rate for block in blocks), default=1.0)
         keep_rate = keep_rate_schedule(
             self._step,
@@ -177,7 +184,7 @@ class Trainer:
             start_epoch=recipe.keep_rate_start_epoch,
             end_epoch=recipe.keep_rate_end_epoch,
         )
-        set_keep_rate(self.model, keep_rate)
+        set_keep_rate(self._unwrapped, keep_rate)
         if self.ema is not None:
             set_keep_rate(self.ema.module, keep_rate)  # an attribute, which the average does not follow
         return keep_rate
@@ -196,7 +203,7 @@ class Trainer:
         self._step += 1
         self.scheduler.step_update(self._step)
         if self.ema is not None:
-            self.ema.update(self.model, step=self._step)
+            self.ema.update(self._unwrapped, step=self._step)
         return loss.detach(), logits.detach()
 
     def _check_finite(self, loss: Tensor) -> None:
@@ -224,21 +231,16 @@ def evaluate(
     """
     device = next(model.parameters()).device
     precision = precision or choose_precision(device)
-    training = model.training
-    model.eval()
     correct, images_seen = 0, 0
     total_loss = 0.0
-    try:
-        with torch.inference_mode():
-            for images, labels, *_ in batches:
-                labels = labels.to(device)
-                with autocast(device, precision):
-                    logits = model(images.to(device))
-                total_loss += nn.functional.cross_entropy(logits.float(), labels, reduction="sum").item()
-                correct += int((logits.argmax(dim=1) == labels).sum())
-                images_seen += len(labels)
-    finally:
-        model.train(training)
+    with eval_mode(model), torch.inference_mode():
+        for images, labels, *_ in batches:
+            labels = labels.to(device)
+            with autocast(device, precision):
+                logits = model(images.to(device))
+            total_loss += nn.functional.cross_entropy(logits.float(), labels, reduction="sum").item()
+            correct += int((logits.argmax(dim=1) == labels).sum())
+            images_seen += len(labels)
     if not images_seen:
         raise ValueError("there is no image to evaluate on")
     return Evaluation(100 * correct / images_seen, total_loss / images_seen, images_seen)

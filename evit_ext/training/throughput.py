@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from evit_ext.training.modes import eval_mode
 from evit_ext.training.precision import Precision, autocast, choose_precision
 
 
@@ -41,20 +42,13 @@ def measure_throughput(
             "be at least 1"
         )
     precision = precision or choose_precision(images.device)
-    modes = {name: model.training for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    try:
-        for model in models.values():
-            model.eval()
-        with torch.inference_mode(), autocast(images.device, precision):
-            for repeat in range(repeats + 1):
-                for name, model in models.items():
-                    elapsed = _time(model, images)
-                    if repeat:
-                        seconds[name].append(elapsed)
-    finally:
-        for name, model in models.items():
-            model.train(modes[name])
+    with eval_mode(*models.values()), torch.inference_mode(), autocast(images.device, precision):
+        for repeat in range(repeats + 1):
+            for name, model in models.items():
+                elapsed = _time(model, images)
+                if repeat:
+                    seconds[name].append(elapsed)
     return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
 
 

@@ -119,6 +119,11 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
     assert message in capsys.readouterr().err
 
 
+def test_bad_number_of_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--quick", "--epochs", "0", "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "python -m evit_ext.demo: error: epochs must be at least 1, got 0\n"
+
+
 def test_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "file"
     path.touch()

@@ -257,3 +257,20 @@ def test_compile_at_two_sizes() -> None:
     for height, width in ((32, 32), (48, 48), (40, 64)):
         x = images(height, width)
         torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_missing_local_file_is_not_blamed_on_the_network() -> None:
+    with pytest.raises(FileNotFoundError):
+        models.deit_tiny(pretrained=True, pretrained_cfg_overlay={"file": "no-such-file.pth"})
+
+
+def test_arguments_are_checked_before_anything_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the model was built")
+
+    monkeypatch.setattr("evit_ext.models.deit.build_model_with_cfg", fetch)
+    for wrong in ({"keep_rate": 2.0}, {"drop_loc": (3, 12)}, {"keep_rate": (0.5, 0.6)}):
+        with pytest.raises(ValueError):
+            models.deit_tiny(pretrained=True, **wrong)
+    with pytest.raises(TypeError, match="fuse_token must be True or False, got 'no'"):
+        models.deit_tiny(pretrained=True, fuse_token="no")

@@ -121,6 +121,29 @@ def test_the_average_has_the_keep_rate_of_the_model(
     assert [averaged.blocks[i].keep_rate for i in (1, 2, 3)] == [0.5] * 3
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["module", "compile"])
+def test_a_wrapped_model_follows_the_schedule(
+    wrap: Callable[[nn.Module], Any], small_vit: Callable[..., Any], batches: Batches
+) -> None:
+    model = evit_ext.apply(small_vit(), keep_rate=0.9)
+    recipe = Recipe(**{**vars(PLAIN), "epochs": 1, "keep_rate": 0.5, "mixup": 0.1, "ema_decay": 0.9})
+    trainer = Trainer(wrap(model), recipe, len(batches), precision=FLOAT32)
+    assert trainer._set_keep_rate() == 0.5
+    assert [model.blocks[i].keep_rate for i in (1, 2, 3)] == [0.5] * 3
+    plain = Trainer(model, recipe, len(batches), precision=FLOAT32)
+    assert [len(g["params"]) for g in trainer.optimizer.param_groups] == [
+        len(g["params"]) for g in plain.optimizer.param_groups
+    ]
+
+
+def test_evaluation_leaves_frozen_parts_in_eval_mode(small_vit: Callable[..., Any], batches: Batches) -> None:
+    model = small_vit().train()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    evaluate(model, batches, FLOAT32)
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_a_dense_model_has_no_keep_rate(small_vit: Callable[..., nn.Module], batches: Batches) -> None:
     _, results = train(small_vit(), Recipe(**{**vars(PLAIN), "keep_rate": 0.5}), batches)
     assert results[-1].keep_rate == 1.0

@@ -28,7 +28,7 @@ void class_attention(const ClassAttentionSizes& sizes, const ClassAttentionInput
   const int64_t heads = sizes.heads, tokens = sizes.tokens, row = padded(tokens);
   // Heads are independent, so that even a batch of one feeds several threads; their mean is formed
   // afterwards, in the order of heads.
-  const std::unique_ptr<A[]> probabilities(new A[sizes.batch * heads * row]);
+  const std::unique_ptr<A[]> probabilities(new A[buffer_size(sizes.batch, heads, row)]);
   executor.for_range(sizes.batch * heads, tokens * sizes.channels, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<A[]> query(new A[padded(sizes.channels)]);
     for (int64_t i = begin; i < end; ++i)

@@ -38,15 +38,16 @@ void fuse_tokens_backward(const GatherSizes& sizes, const T* grad, int64_t grad_
   const auto& kernels = row_kernels<T>();
   const int64_t tokens = sizes.tokens, channels = sizes.channels;
   executor.for_range(sizes.batch, 3 * tokens * channels, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<A[]> buffer(new A[padded(channels) + 2 * tokens]);
+    const std::unique_ptr<A[]> buffer(new A[padded(channels) + tokens]);
+    const std::unique_ptr<int64_t[]> times(new int64_t[tokens]);  // how often an index names the token
     A* g = buffer.get();
-    A* times = g + padded(channels);  // how often an index names the token
-    A* factors = times + tokens;
+    A* factors = g + padded(channels);
     for (int64_t b = begin; b < end; ++b) {
-      std::fill_n(times, tokens, A{0});
-      for (int64_t i = 0; i < sizes.indices; ++i) times[index.at(b, i)] += 1;
+      std::fill_n(times.get(), tokens, int64_t{0});
+      for (int64_t i = 0; i < sizes.indices; ++i) ++times[index.at(b, i)];
       // A token that is not named gets exact zeros, also where its weight is not finite.
-      for (int64_t n = 0; n < tokens; ++n) factors[n] = times[n] > 0 ? times[n] * *weights.row(b, n) : A{0};
+      for (int64_t n = 0; n < tokens; ++n)
+        factors[n] = times[n] > 0 ? static_cast<A>(times[n]) * *weights.row(b, n) : A{0};
       kernels.load_row(grad + b * grad_stride_b, channels, g);
       A* dots = grad_weights + b * tokens;
       T* rows = grad_x + b * tokens * channels;
@@ -54,7 +55,7 @@ void fuse_tokens_backward(const GatherSizes& sizes, const T* grad, int64_t grad_
       kernels.outer_rows(factors, g, rows, channels, nullptr, tokens, channels);
       for (int64_t n = 0; n < tokens; ++n) {
         if (times[n] > 0) {
-          dots[n] *= times[n];
+          dots[n] *= static_cast<A>(times[n]);
         } else {
           dots[n] = 0;
           std::fill_n(rows + n * channels, channels, T{});  // 0 * Inf in the gradient is no zero

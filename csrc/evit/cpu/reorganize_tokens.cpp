@@ -31,7 +31,7 @@ void reorganize_tokens(const ReorganizeSizes& sizes, const Tokens<T>& x, const T
   const int64_t patches = sizes.patches(), keep = sizes.keep, num_others = patches - keep;
   const int64_t channels = sizes.channels, prefix = sizes.prefix;
 
-  const std::unique_ptr<int64_t[]> others(new int64_t[sizes.batch * num_others]);
+  const std::unique_ptr<int64_t[]> others(new int64_t[buffer_size(sizes.batch, num_others)]);
   executor.for_range(sizes.batch, 8 * patches, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<Key[]> keys(new Key[patches]);
     for (int64_t b = begin; b < end; ++b)

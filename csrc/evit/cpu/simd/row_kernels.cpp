@@ -26,9 +26,9 @@ constexpr SimdLevel kLevels[] = {SimdLevel::avx512, SimdLevel::avx2, SimdLevel::
 
 SimdLevel choose_level() {
   const char* wanted = std::getenv("EVIT_CPU_CAPABILITY");
-  bool allowed = wanted == nullptr;
+  bool allowed = wanted == nullptr || *wanted == '\0';
   for (const SimdLevel level : kLevels) {
-    // From the level asked for downwards; a name that is none of ours is reported by the Python package.
+    // From the level asked for downwards; of a name that is none of these, evit_ext warns.
     allowed = allowed || std::strcmp(wanted, simd_level_name(level)) == 0;
     if (allowed && simd_level_available(level)) return level;
   }

@@ -1,0 +1,117 @@
+"""Where an operator has no kernel or its gradient does not suffice, the reference runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from evit_ext import models, ops
+from evit_ext.ops import library
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU stand for a device that nothing was built for, where calling an operator fails."""
+
+    def called(*_: object) -> None:
+        raise AssertionError("an operator without a kernel was called")
+
+    class NoOperators:
+        def __getattr__(self, name: str) -> object:
+            return called
+
+    monkeypatch.setattr(library, "KERNEL_DEVICES", frozenset())
+    monkeypatch.setattr(torch.ops, "evit", NoOperators())
+
+
+def test_operators_run_their_reference(no_kernels: None) -> None:
+    q, k = torch.randn(2, 3, 4), torch.randn(2, 3, 9, 4)
+    x, index = torch.randn(2, 9, 5, requires_grad=True), torch.tensor([[0, 8], [3, 3]])
+    scores = ops.class_attention(q, k)
+    assert torch.equal(scores, ops.reference.class_attention(q, k))
+    for name, arguments in {
+        "gather_tokens": (x, index),
+        "scatter_tokens": (x[:, :2], index, 9),
+        "fuse_tokens": (x, scores, index),
+        "reorganize_tokens": (x, scores, 3),
+    }.items():
+        result = getattr(ops, name)(*arguments)
+        expected = getattr(ops.reference, name)(*arguments)
+        for a, b in zip(
+            result if isinstance(result, tuple) else [result],
+            expected if isinstance(expected, tuple) else [expected],
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+    torch.cat([ops.gather_tokens(x, index), ops.reorganize_tokens(x, scores, 3)[0]], dim=1).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+def test_a_model_computes_the_same(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    model = models.deit_tiny(keep_rate=0.6, img_size=64, depth=4, drop_loc=(1, 2, 3)).double().eval()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with_kernels = model(images)
+    request.getfixturevalue("no_kernels")
+    torch.testing.assert_close(model(images), with_kernels, rtol=1e-12, atol=1e-12)
+
+
+def test_reference_is_exact_under_autocast(no_kernels: None) -> None:
+    q, k = torch.randn(2, 3, 16), torch.randn(2, 3, 50, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = ops.class_attention(q, k)
+    assert scores.dtype == torch.float32
+    exact = ops.reference.class_attention(q.bfloat16().double(), k.bfloat16().double())
+    torch.testing.assert_close(scores.double(), exact, rtol=1e-6, atol=1e-9)
+
+
+def functions() -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor]]:
+    """Operator and reference as functions of one float64 tensor, and a value for it."""
+    k, index = torch.randn(2, 3, 5, 4, dtype=torch.float64), torch.tensor([[1, 0, 4], [2, 2, 3]])
+    q, x = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 5, 3, dtype=torch.float64)
+    scores = torch.rand(2, 5, dtype=torch.float64)
+    calls: dict[str, tuple[Callable[[Any, Tensor], Tensor], Tensor]] = {
+        "class_attention": (lambda o, t: o.class_attention(t, k), q),
+        "gather_tokens": (lambda o, t: o.gather_tokens(t, index), x),
+        "scatter_tokens": (lambda o, t: o.scatter_tokens(t, index, 6), x[:, :3]),
+        "fuse_tokens": (lambda o, t: o.fuse_tokens(t, t[:, :, 0], index), x),
+        "reorganize_tokens": (lambda o, t: o.reorganize_tokens(t, scores, 2)[0] * t.sum(), x),
+    }
+    return {name: (partial(f, ops), partial(f, ops.reference), value) for name, (f, value) in calls.items()}
+
+
+@pytest.mark.parametrize("name", list(functions()))
+def test_forward_mode_and_torch_func(name: str) -> None:
+    operator, reference, value = functions()[name]
+    direction = torch.randn_like(value)
+    expected = torch.func.jvp(reference, (value,), (direction,))[1]
+    assert expected.abs().max() > 0
+    assert torch.equal(torch.func.jvp(operator, (value,), (direction,))[1], expected)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(operator(forward_ad.make_dual(value, direction))).tangent
+    assert torch.equal(tangent, expected)
+    batch = torch.stack([value, -value])
+    torch.testing.assert_close(torch.vmap(operator)(batch), torch.stack([reference(v) for v in batch]))
+    second = torch.func.hessian(lambda t: operator(t).square().sum())(value)
+    torch.testing.assert_close(second, torch.func.hessian(lambda t: reference(t).square().sum())(value))
+
+
+@pytest.mark.parametrize("name", ["class_attention", "fuse_tokens", "reorganize_tokens"])
+def test_second_derivative_is_refused(name: str) -> None:
+    operator, _, value = functions()[name]
+    value.requires_grad_()
+    loss = operator(value).square().sum()
+    (grad,) = torch.autograd.grad(loss, value, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"evit_ext.ops.{name} is differentiable once; for higher"):
+        grad.square().sum().backward()
+
+
+def test_index_may_be_mapped_over() -> None:
+    x, index = torch.randn(4, 2, 7, 3), torch.randint(0, 7, (4, 2, 3))
+    mapped = torch.vmap(ops.gather_tokens)(x, index)
+    assert torch.equal(mapped, torch.stack([ops.gather_tokens(a, b) for a, b in zip(x, index, strict=True)]))
