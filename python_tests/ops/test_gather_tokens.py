@@ -88,3 +88,5 @@ def test_errors(device: torch.device) -> None:
             # The kernel checks by itself: a compiled graph reaches it without the Python function's check.
             with pytest.raises(RuntimeError, match=rf"index must be in \[0, 7\), got {wrong}"):
                 torch.ops.evit.gather_tokens(x, torch.full_like(index, wrong))
+    with pytest.raises(ValueError, match="index and x must be on one device"):
+        torch.ops.evit.gather_tokens(x, index.to("meta"))

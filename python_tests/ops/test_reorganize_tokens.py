@@ -197,6 +197,8 @@ def test_errors(device: torch.device) -> None:
                 function(x, scores, wrong)
         with pytest.raises(TypeError, match="num_keep must be an int, got float"):
             function(x, scores, 3.0)
+        with pytest.raises(TypeError, match="fuse must be a bool, got str"):
+            function(x, scores, 3, 1, "no")
         with pytest.raises(TypeError, match="num_keep must be an int, got bool"):
             function(x, scores, True)
         with pytest.raises(ValueError, match=r"num_prefix_tokens must be in \[0, 7\).*got 7"):
@@ -234,3 +236,8 @@ def test_operator_refuses_what_the_function_would(device: torch.device) -> None:
     ):
         with pytest.raises(RuntimeError):
             backward(*args)
+    for wrong in ([3, 1, 2], [1, 1, 2], [0, 1, 6], [-1, 0, 1]):
+        with pytest.raises(RuntimeError, match=r"kept must be ascending and in \[0, 6\), got"):
+            backward(tokens, x, scores, torch.tensor([wrong, wrong], device=device), 1)
+    with pytest.raises(ValueError, match="scores and x must be on one device"):
+        operator(x, scores.to("meta"), 3, 1, True)
