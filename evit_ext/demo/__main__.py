@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=list(DIFFICULTIES),
         default="easy",
         help="easy: the digit among six faint pieces of others; hard: among ten as bright as itself, which "
-        "the recipe's 8 epochs do not suffice for (33 %% instead of 97 %%)",
+        "the recipe's 8 epochs do not suffice for",
     )
     parser.add_argument(
         "--epochs",

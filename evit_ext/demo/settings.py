@@ -35,7 +35,7 @@ class Settings:
     train_images: int = 12800
     test_images: int = 3630
     keep_rates: tuple[float, ...] = (0.7, 0.5)
-    throughput_batch: int = 128
+    throughput_batch: int = 256
     throughput_repeats: int = 25
     pictured: int = 8
 
