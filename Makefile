@@ -27,7 +27,7 @@ help:
 $(BIN)/.created:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install "$(TORCH)" "setuptools>=77" wheel ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install "$(TORCH)" numpy "setuptools>=77" wheel ninja "pybind11>=2.13"
 	touch $@
 
 env: $(BIN)/.created
