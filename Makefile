@@ -12,13 +12,14 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 
-.PHONY: help env demo test test-python test-cpp test-sanitize test-oldest-torch lint format wheel clean
+.PHONY: help env demo test test-python test-cpp test-cuda-on-host test-sanitize test-oldest-torch lint format wheel gpu-check clean
 
 help:
 	@echo "make demo               train a DeiT and EViTs on real digits, compare them (about 10 minutes)"
 	@echo "make test               every test, C++ and Python"
 	@echo "make test-sanitize      the C++ tests with address and undefined-behaviour sanitizers"
 	@echo "make test-oldest-torch  one binary, built on the newest torch, tested on the oldest supported"
+	@echo "make gpu-check          every test and benchmark that needs a GPU, with the installed Python and torch"
 	@echo "make lint | format      check | mend formatting, style and types"
 	@echo "make wheel              build a wheel into dist/"
 	@echo "make clean              remove builds, environments and runs"
@@ -38,7 +39,7 @@ demo: $(BIN)/.created
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable ".[demo]"
 	$(BIN)/python -m evit_ext.demo --output runs/demo $(ARGS)
 
-test: env test-cpp test-python
+test: env test-cpp test-python test-cuda-on-host
 
 test-python: env
 	$(BIN)/pytest
@@ -48,6 +49,11 @@ test-cpp: env
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cmake
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/cmake --output-on-failure
 
+# The tests of operators and models once more, with the CUDA kernels, which the CPU executes.
+test-cuda-on-host: test-cpp
+	$(BIN)/pytest python_tests/ops python_tests/models python_tests/test_block.py \
+	    --cuda-on-host build/cmake/libevit_cuda_on_host.so
+
 test-sanitize: env
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DEVIT_LIBRARY=OFF \
 	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DEVIT_SANITIZE=address,undefined
@@ -56,6 +62,11 @@ test-sanitize: env
 
 test-oldest-torch: env
 	scripts/test-oldest-torch $(BIN)/python
+
+# With the Python that is there: a GPU machine often has no network, and brings a torch that fits its driver.
+# ARGS="--quick", for example; scripts/gpu-check.py --help lists them.
+gpu-check:
+	$(PYTHON) scripts/gpu-check.py $(ARGS)
 
 lint: env
 	PATH="$(abspath $(BIN)):$$PATH" scripts/lint

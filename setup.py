@@ -213,7 +213,7 @@ def extension():
         library_dirs.append(library_dir)
         libraries += cuda_libraries
         say(f"CUDA: nvcc {' '.join(flags['nvcc'])}")
-    headers = [p for kind in ("*.h", "*.inc") for p in sorted((ROOT / "csrc").rglob(kind))]
+    headers = [p for kind in ("*.h", "*.cuh", "*.inc") for p in sorted((ROOT / "csrc").rglob(kind))]
     return CppExtension(
         "evit_ext._C",
         sources,

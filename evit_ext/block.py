@@ -9,11 +9,14 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from evit_ext import ops
+from evit_ext.ops import checks
 
 if TYPE_CHECKING:
     from evit_ext.record import TokenRecord
@@ -69,12 +72,36 @@ _HOOKS = (
 )
 
 
+#: Norms that compute F.layer_norm of their weight, bias and eps. Compared exactly, as above.
+_LAYER_NORMS = (nn.LayerNorm, LayerNorm)
+
+
+def _can_reorganize_and_norm_at_once(norm: nn.Module, x: Tensor, branch: Tensor) -> bool:
+    """Return whether `ops.add_reorganize_norm` may take the place of sum, reorganisation and `norm`.
+
+    That is, whether it computes the same, and nobody wants to see the norm being called.
+    """
+    # An operator for inference. Grad mode alone decides, not whether a tensor requires grad.
+    if torch.is_grad_enabled() or type(norm) not in _LAYER_NORMS:
+        return False
+    # Somebody's hooks, or a forward put in place of the class's, as some libraries do.
+    watched = any(getattr(norm, hooks) for hooks in _HOOKS) or torch.nn.modules.module._has_any_global_hook()
+    if watched or "forward" in norm.__dict__:
+        return False
+    if checks.autocast_enabled(x.device.type):  # under which LayerNorm runs in float32
+        return False
+    same_dtype = all(t is None or t.dtype == x.dtype for t in (branch, norm.weight, norm.bias))
+    return same_dtype and norm.normalized_shape == (x.shape[2],)
+
+
 class ReorganizingBlock(nn.Module):
     """A pre-norm transformer block that keeps the patches the class token attends to most.
 
     Computes, with the submodules of the block it replaces, ``x + attn(norm1(x))``, then
     :func:`evit_ext.ops.reorganize_tokens`, then ``x + mlp(norm2(x))`` (Liang et al., ICLR 2022, section 3).
-    Where every patch would be kept, it computes what the replaced block computes.
+    Where every patch would be kept, it computes what the replaced block computes. Without gradients, the sum,
+    the reorganisation and ``norm2`` are one operator, :func:`evit_ext.ops.add_reorganize_norm`, wherever it
+    computes the same.
 
     Args:
         block: the block to replace. Its submodules become this block's, under their names, so the keys of
@@ -128,6 +155,7 @@ class ReorganizingBlock(nn.Module):
         num_patches = x.shape[1] - self.num_prefix_tokens
         num_keep = math.ceil(self.keep_rate * num_patches)
         masked = attn_mask is not None or is_causal
+        normed: Tensor | None = None
         if masked and num_keep < num_patches:
             raise NotImplementedError(
                 "a block that reorganises tokens takes no attn_mask and no is_causal: the mask of the tokens "
@@ -139,12 +167,30 @@ class ReorganizingBlock(nn.Module):
             x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **mask)))
         else:
             attended, scores = self._attend(self.attn, self.norm1(x))
-            x = x + self.drop_path1(self.ls1(attended))
-            x, kept = ops.reorganize_tokens(x, scores, num_keep, self.num_prefix_tokens, self.fuse_token)
+            branch = self.drop_path1(self.ls1(attended))
+            if num_keep < num_patches and _can_reorganize_and_norm_at_once(self.norm2, x, branch):
+                norm: Any = self.norm2
+                x, normed, kept = ops.add_reorganize_norm(
+                    x,
+                    branch,
+                    scores,
+                    num_keep,
+                    norm.weight,
+                    norm.bias,
+                    norm.eps,
+                    self.num_prefix_tokens,
+                    self.fuse_token,
+                )
+            else:
+                x, kept = ops.reorganize_tokens(
+                    x + branch, scores, num_keep, self.num_prefix_tokens, self.fuse_token
+                )
             for record, stage in self.recorders:
                 fused = self.fuse_token and num_keep < num_patches
                 record.add(stage, kept, scores[:, self.num_prefix_tokens :], fused)
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        if normed is None:
+            normed = self.norm2(x)
+        return x + self.drop_path2(self.ls2(self.mlp(normed)))
 
     def extra_repr(self) -> str:
         """Return the settings for ``print(model)``."""

@@ -15,14 +15,81 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
+import evit_ext
+from evit_ext import _C
+
 GOLDEN = Path(__file__).parent / "golden"
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+# TensorFloat-32 rounds factors to 10 bits: with it, no comparison with float32 arithmetic means anything.
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = False
 
 
-@pytest.fixture(params=DEVICES)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--devices",
+        choices=["all", "cpu", "cuda"],
+        default="all",
+        help="what `device` goes through",
+    )
+    parser.addoption(
+        "--cuda-on-host",
+        metavar="LIBRARY",
+        help="run the CUDA kernels on CPU tensors: the CMake build's libevit_cuda_on_host",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    library = config.getoption("--cuda-on-host")
+    if library:
+        # Its operators take the place of those that evit_ext has registered for the CPU.
+        torch.ops.load_library(library)
+
+
+def tested_devices(config: pytest.Config) -> list[str]:
+    """The device types that `device` goes through; an error where one was asked for that is not there."""
+    wanted = config.getoption("--devices")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--devices cuda: torch.cuda.is_available() is False")
+    available = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return available if wanted == "all" else [wanted]
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    devices = tested_devices(config)
+    header = f"evit_ext: {Path(evit_ext.__file__).parent}; devices tested: {', '.join(devices)}"
+    if config.getoption("--cuda-on-host"):
+        return f"{header} (with the CUDA kernels, on the host)"
+    if "cuda" in devices:
+        kernels = "kernels" if _C.build_info()["cuda_operators"] else "reference, the build has no kernels"
+        return f"{header} ({torch.cuda.get_device_name()}; {kernels})"
+    reason = "--devices cpu" if torch.cuda.is_available() else "torch.cuda.is_available() is False"
+    return f"{header}; CUDA: not tested, {reason}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", tested_devices(metafunc.config), indirect=True)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.name.startswith("test_opcheck") and importlib.util.find_spec("expecttest") is None:
+        pytest.skip("torch.library.opcheck needs expecttest, which is not installed")
+
+
+def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
+    """Stop where a failed test has lost the CUDA context, so that the log names the one that did it."""
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        node.session.shouldstop = f"{node.nodeid} lost the CUDA context: {str(error).splitlines()[0]}"
+
+
+@pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Each device of this machine in turn."""
+    """Each device of this machine in turn, or those that --devices names."""
     return torch.device(request.param)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -12,10 +13,11 @@ import pytest
 import torch
 import torch._dynamo.testing
 from slow_evit import slow_evit
-from timm.layers import DropPath
+from timm.layers import DropPath, LayerNorm, RmsNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evit_ext
+from evit_ext import block as block_module
 from evit_ext.block import attend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,18 +28,20 @@ def images(batch: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0) ->
     return torch.randn(batch, 3, 32, 32, dtype=dtype, generator=generator)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_keep_rate_one_is_the_original_to_the_last_bit(
-    variant: Any, training: bool, device: torch.device
+    variant: Any, training: bool, gradients: bool, device: torch.device
 ) -> None:
     arguments = {} if not training else {"drop_path_rate": 0.3, "attn_drop_rate": 0.2, "proj_drop_rate": 0.1}
     vit = variant(**arguments).to(device).train(training)
     x = images().to(device)
-    torch.manual_seed(3)
-    expected = vit(x)
-    evit_ext.apply(vit, keep_rate=1.0)
-    torch.manual_seed(3)
-    assert torch.equal(vit(x), expected)
+    with torch.set_grad_enabled(gradients):
+        torch.manual_seed(3)
+        expected = vit(x)
+        evit_ext.apply(vit, keep_rate=1.0)
+        torch.manual_seed(3)
+        assert torch.equal(vit(x), expected)
 
 
 @pytest.mark.parametrize("fuse", [True, False])
@@ -269,3 +273,193 @@ def test_norms_of_other_kinds_are_adopted(small_vit: Any) -> None:
     vit = small_vit(norm_layer=partial(torch.nn.LayerNorm, eps=1e-3))
     expected = slow_evit(vit, images(), (0.5, 0.5, 0.5), (1, 2, 3))[0]
     torch.testing.assert_close(evit_ext.apply(vit, 0.5)(images()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The num_keep of every call of the operator that is sum, reorganisation and norm at once."""
+    calls: list[int] = []
+    operator = evit_ext.ops.add_reorganize_norm
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args[3])
+        return operator(*args, **kwargs)
+
+    monkeypatch.setattr(evit_ext.ops, "add_reorganize_norm", spy)
+    return calls
+
+
+def run_both_ways(vit: Any, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, ...]:
+    """Logits and records without gradients: as the block decides, and with the three steps one by one."""
+    results = []
+    for separate in (False, True):
+        with monkeypatch.context() as patch, torch.no_grad(), evit_ext.record_tokens(vit) as record:
+            if separate:
+                patch.setattr(block_module, "_can_reorganize_and_norm_at_once", lambda *args: False)
+            torch.manual_seed(3)
+            results += [vit(x), torch.cat([k.flatten() for k in record.kept])]
+    return tuple(results)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_without_gradients_one_operator_does_three_steps(
+    variant: Any, fuse: bool, device: torch.device, at_once: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vit = evit_ext.apply(variant(dtype=torch.float64).to(device), 0.6, (1, 2), fuse)
+    x = images(dtype=torch.float64).to(device)
+    logits, kept, expected, expected_kept = run_both_ways(vit, x, monkeypatch)
+    assert at_once == [10, 7 if fuse else 6]
+    torch.testing.assert_close(logits, expected, rtol=1e-11, atol=1e-12)
+    assert torch.equal(kept, expected_kept)
+    with torch.inference_mode():
+        assert torch.equal(vit(x), logits)
+    assert len(at_once) == 4
+
+
+def test_gradients_take_the_separate_steps(small_vit: Any, at_once: list[int]) -> None:
+    vit = evit_ext.apply(small_vit(), 0.6)
+    vit(images()).sum().backward()
+    vit.requires_grad_(False)
+    x = images().requires_grad_()
+    vit(x).sum().backward()
+    assert x.grad is not None and at_once == []
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        partial(LayerNorm, eps=1e-2),
+        partial(torch.nn.LayerNorm, eps=1e-2),
+        partial(torch.nn.LayerNorm, bias=False),
+        partial(torch.nn.LayerNorm, elementwise_affine=False),
+    ],
+)
+def test_layer_norms_that_are_part_of_the_operator(
+    small_vit: Any, norm: Any, at_once: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vit = evit_ext.apply(small_vit(norm_layer=norm, dtype=torch.float64), 0.6, [1])
+    logits, _, expected, _ = run_both_ways(vit, images(dtype=torch.float64), monkeypatch)
+    assert at_once == [10]
+    torch.testing.assert_close(logits, expected, rtol=1e-11, atol=1e-12)
+
+
+def count_global_calls(norm: Any, seen: list[str]) -> Callable[[], None]:
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: seen.append("global") if module is norm else None
+    )
+    return hook.remove
+
+
+def replace_forward(norm: Any, seen: list[str]) -> Callable[[], None]:
+    norm.forward = lambda x: seen.append("forward") or type(norm).forward(norm, x)
+    return lambda: delattr(norm, "forward")
+
+
+@pytest.mark.parametrize(
+    "watch",
+    [
+        lambda norm, seen: norm.register_forward_hook(lambda *args: seen.append("after")).remove,
+        lambda norm, seen: norm.register_forward_pre_hook(lambda *args: seen.append("before")).remove,
+        lambda norm, seen: (
+            norm.register_forward_hook(lambda *args, **kwargs: seen.append("kwargs"), with_kwargs=True).remove
+        ),
+        count_global_calls,
+        replace_forward,
+    ],
+    ids=["hook", "pre-hook", "hook with kwargs", "global hook", "forward replaced"],
+)
+def test_who_watches_the_norm_sees_it_called(small_vit: Any, watch: Any, at_once: list[int]) -> None:
+    vit = evit_ext.apply(small_vit(), 0.6, [1, 2])
+    seen: list[str] = []
+    remove = watch(vit.blocks[1].norm2, seen)
+    with torch.no_grad():
+        vit(images())
+        assert len(seen) == 1
+        assert 10 not in at_once
+        remove()
+        vit(images())
+        assert len(seen) == 1 and 10 in at_once
+
+
+def test_other_norms_take_the_separate_steps(small_vit: Any, at_once: list[int]) -> None:
+    class Shifted(torch.nn.LayerNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    with torch.no_grad():
+        evit_ext.apply(small_vit(norm_layer=RmsNorm), 0.6)(images())
+        evit_ext.apply(small_vit(norm_layer=Shifted), 0.6)(images())
+        # Norms that PyTorch itself would refuse must go on being refused by it.
+        vit = evit_ext.apply(small_vit(), 0.6, [1])
+        vit.blocks[1].norm2.double()
+        with pytest.raises(RuntimeError, match="expected scalar type|mixed dtype"):
+            vit(images())
+        vit.blocks[1].norm2 = torch.nn.LayerNorm((17, 24))
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            vit(images())
+    assert at_once == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_takes_the_separate_steps(
+    small_vit: Any, dtype: torch.dtype, device: torch.device, at_once: list[int]
+) -> None:
+    vit = evit_ext.apply(small_vit(dtype=dtype).to(device), 0.6)
+    x = images(dtype=dtype).to(device)
+    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16):
+        logits = vit(x)
+    assert at_once == []
+    with torch.no_grad():
+        torch.testing.assert_close(logits.float(), vit(x).float(), rtol=0.1, atol=0.1)
+    assert len(at_once) == 3
+
+
+def test_drop_path_applies_without_gradients(
+    small_vit: Any, at_once: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vit = evit_ext.apply(small_vit(drop_path_rate=0.5, dtype=torch.float64), 0.6, [3]).train()
+    logits, _, expected, _ = run_both_ways(vit, images(8, dtype=torch.float64), monkeypatch)
+    assert at_once == [10]
+    torch.testing.assert_close(logits, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_compile_with_and_without_gradients(small_vit: Any) -> None:
+    vit = evit_ext.apply(small_vit(depth=3), 0.6, [0, 1])
+    torch.compiler.reset()
+    graphs: list[set[str]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append({str(node.target) for node in graph.graph.nodes if node.op == "call_function"})
+        return graph
+
+    compiled = torch.compile(vit, fullgraph=True, backend=backend, dynamic=True)
+    operator = "evit.add_reorganize_norm"
+    for gradients in (True, False, True):
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(compiled(images(2)), vit(images(2)))
+    assert [any(operator in name for name in graph) for graph in graphs] == [False, True]
+    # A hook that comes later is seen by the compiled model too.
+    vit.blocks[0].norm2.register_forward_hook(lambda module, args, out: out + 1)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images(2)), vit(images(2)))
+
+
+def test_export_without_gradients(small_vit: Any) -> None:
+    vit = evit_ext.apply(small_vit(), 0.6)
+    with torch.no_grad():
+        program = torch.export.export(
+            vit, (images(2),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+        )
+        names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+        assert "evit.add_reorganize_norm.default" in names
+        for batch in (1, 5):
+            torch.testing.assert_close(program.module()(images(batch)), vit(images(batch)))
+
+
+def test_recording_at_keep_rate_one_changes_nothing(small_vit: Any, at_once: list[int]) -> None:
+    vit = evit_ext.apply(small_vit(), 1.0)
+    with torch.no_grad():
+        expected = vit(images())
+        with evit_ext.record_tokens(vit):
+            assert torch.equal(vit(images()), expected)
+    assert at_once == []

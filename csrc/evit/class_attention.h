@@ -4,9 +4,14 @@
 // of a packed qkv projection). scores [B, N], dense, in the accumulation type. B may be 0; H, N, D at
 // least 1. A NaN logit makes its head's scores NaN, as does a row whose maximum is +Inf or all of -Inf.
 // Differentiable in q and k. Deterministic: every sum has one fixed order, whatever the threads.
+//
+// Where an attention kernel has left log(sum_n exp(q . k_n * scale)) for the query, logsumexp [B, H] with any
+// strides, the softmax is exp(q . k_n * scale - logsumexp): neither its maximum nor its sum is looked for.
+// The value is trusted; a NaN in it makes its head's scores NaN.
 #pragma once
 
 #include "executor.h"
+#include "stream.h"
 #include "types.h"
 
 namespace evit {
@@ -25,9 +30,14 @@ struct ClassAttentionInput {
   int64_t q_stride_b, q_stride_h;
   const T* k;
   int64_t k_stride_b, k_stride_h, k_stride_n;
+  const accumulate_t<T>* logsumexp = nullptr;  // may be null
+  int64_t logsumexp_stride_b = 0, logsumexp_stride_h = 0;
 
-  const T* query(int64_t b, int64_t h) const { return q + b * q_stride_b + h * q_stride_h; }
-  const T* keys(int64_t b, int64_t h) const { return k + b * k_stride_b + h * k_stride_h; }
+  EVIT_HOST_DEVICE const T* query(int64_t b, int64_t h) const { return q + b * q_stride_b + h * q_stride_h; }
+  EVIT_HOST_DEVICE const T* keys(int64_t b, int64_t h) const { return k + b * k_stride_b + h * k_stride_h; }
+  EVIT_HOST_DEVICE accumulate_t<T> log_of_sum(int64_t b, int64_t h) const {
+    return logsumexp[b * logsumexp_stride_b + h * logsumexp_stride_h];
+  }
 };
 
 namespace cpu {
@@ -37,11 +47,34 @@ void class_attention(const ClassAttentionSizes& sizes, const ClassAttentionInput
                      accumulate_t<T>* scores, const Executor& executor);
 
 // grad_q [B, H, D] and grad_k [B, H, N, D], dense, from grad_scores [B, N] (strides in elements). The softmax
-// is computed again from q and k.
+// is computed again from q and k; logsumexp is not looked at.
 template <typename T>
 void class_attention_backward(const ClassAttentionSizes& sizes, const ClassAttentionInput<T>& input,
                               const accumulate_t<T>* grad_scores, int64_t grad_stride_b,
                               int64_t grad_stride_n, T* grad_q, T* grad_k, const Executor& executor);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// The bytes of device memory that the kernels need as `workspace`, aligned to 16: none where the logits of a
+// sequence fit into a multiprocessor.
+template <typename T>
+int64_t class_attention_workspace(const ClassAttentionSizes& sizes, bool logsumexp);
+template <typename T>
+int64_t class_attention_backward_workspace(const ClassAttentionSizes& sizes);
+
+// As the CPU's. One launch where no workspace is needed, else three.
+template <typename T>
+void class_attention(const ClassAttentionSizes& sizes, const ClassAttentionInput<T>& input,
+                     accumulate_t<T>* scores, void* workspace, const Stream& stream);
+
+// As the CPU's. One launch.
+template <typename T>
+void class_attention_backward(const ClassAttentionSizes& sizes, const ClassAttentionInput<T>& input,
+                              const accumulate_t<T>* grad_scores, int64_t grad_stride_b,
+                              int64_t grad_stride_n, T* grad_q, T* grad_k, void* workspace,
+                              const Stream& stream);
+
+}  // namespace cuda
 }  // namespace evit

@@ -32,9 +32,12 @@ struct Executor {
   }
 };
 
-// Everything on the calling thread.
+// Everything on the calling thread. (A lambda in the braces would be shorter; nvcc does not get it right.)
 inline Executor serial_executor() {
-  return {1, [](int64_t end, int64_t, Executor::Range range, void* context) { range(0, end, context); }};
+  struct Serial {
+    static void run(int64_t end, int64_t, Executor::Range range, void* context) { range(0, end, context); }
+  };
+  return {1, &Serial::run};
 }
 
 }  // namespace evit

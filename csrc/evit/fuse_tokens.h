@@ -22,3 +22,18 @@ void fuse_tokens_backward(const GatherSizes& sizes, const T* grad, int64_t grad_
                           accumulate_t<T>* grad_weights, const Executor& executor);
 
 }  // namespace evit::cpu
+
+namespace evit::cuda {
+
+// As the CPU's, but an index out of range is a device-side assertion, and the order of a sum is that of
+// cuda/rows.cuh.
+template <typename T>
+void fuse_tokens(const GatherSizes& sizes, const Tokens<T>& x, const Tokens<accumulate_t<T>>& weights,
+                 const TokenIndex& index, T* out, const Stream& stream);
+
+template <typename T>
+void fuse_tokens_backward(const GatherSizes& sizes, const T* grad, int64_t grad_stride_b, const Tokens<T>& x,
+                          const Tokens<accumulate_t<T>>& weights, const TokenIndex& index, T* grad_x,
+                          accumulate_t<T>* grad_weights, const Stream& stream);
+
+}  // namespace evit::cuda

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "executor.h"
+#include "stream.h"
 #include "types.h"
 
 namespace evit {
@@ -15,7 +16,7 @@ struct TokenIndex {
   int64_t stride_b;
   int64_t stride_i;
 
-  int64_t at(int64_t b, int64_t i) const { return data[b * stride_b + i * stride_i]; }
+  EVIT_HOST_DEVICE int64_t at(int64_t b, int64_t i) const { return data[b * stride_b + i * stride_i]; }
 };
 
 struct GatherSizes {
@@ -35,4 +36,14 @@ void gather_tokens(const GatherSizes& sizes, const Tokens<T>& x, const TokenInde
                    const Executor& executor);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// As the CPU's, but the kernel itself checks the index, which stays on the device: where an index is out of
+// range it stops with a device-side assertion.
+template <typename T>
+void gather_tokens(const GatherSizes& sizes, const Tokens<T>& x, const TokenIndex& index, T* out,
+                   const Stream& stream);
+
+}  // namespace cuda
 }  // namespace evit

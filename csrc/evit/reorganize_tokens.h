@@ -6,11 +6,12 @@
 // x. kept [B, K]: numbers of the kept tokens among the patch tokens, ascending.
 //
 // The K best by a linear-time radix selection: ties go to the lower number, NaN counts as the largest, -0 and
-// +0 are equal. 1 <= K < N - P (with K == N - P there is nothing to reorganise; the caller copies). B and C
-// may be 0. Every row of x is read once. Deterministic. Differentiable in x and, with fuse, in scores.
+// +0 are equal. 1 <= K <= N - P, and K < N - P with fuse; with K == N - P the tokens are copied. B and C may
+// be 0. Every row of x is read once. Deterministic. Differentiable in x and, with fuse, in scores.
 #pragma once
 
 #include "executor.h"
+#include "stream.h"
 #include "types.h"
 
 namespace evit {
@@ -23,8 +24,8 @@ struct ReorganizeSizes {
   int64_t channels;  // C
   bool fuse;
 
-  int64_t patches() const { return tokens - prefix; }
-  int64_t out_tokens() const { return prefix + keep + (fuse ? 1 : 0); }
+  EVIT_HOST_DEVICE int64_t patches() const { return tokens - prefix; }
+  EVIT_HOST_DEVICE int64_t out_tokens() const { return prefix + keep + (fuse ? 1 : 0); }
 };
 
 namespace cpu {
@@ -34,13 +35,38 @@ template <typename T, typename S>
 void reorganize_tokens(const ReorganizeSizes& sizes, const Tokens<T>& x, const Tokens<S>& scores, T* tokens,
                        int64_t* kept, const Executor& executor);
 
-// grad_x [B, N, C] and grad_scores [B, N - P] (rows grad_scores_stride_b apart, dense in a row), every
-// element written, from grad_tokens [B, P + K + 1, C] with a dense last dimension. sizes.fuse must be true:
-// without a fused token the gradient is scatter_tokens. kept is dense and ascending.
-template <typename T, typename S>
+// grad_x [B, N, C] and grad_scores [B, skip + N - P], dense, every element written (the first `skip` scores
+// of a sequence belong to prefix tokens and get zeros), from grad_tokens [B, P + K + 1, C] with a dense last
+// dimension. sizes.fuse must be true: without a fused token the gradient is scatter_tokens. kept is dense and
+// ascending.
+template <typename T>
 void reorganize_tokens_backward(const ReorganizeSizes& sizes, const Tokens<T>& grad_tokens,
-                                const Tokens<T>& x, const Tokens<S>& scores, const int64_t* kept, T* grad_x,
-                                S* grad_scores, int64_t grad_scores_stride_b, const Executor& executor);
+                                const Tokens<T>& x, const Tokens<accumulate_t<T>>& scores,
+                                const int64_t* kept, T* grad_x, accumulate_t<T>* grad_scores, int64_t skip,
+                                const Executor& executor);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// The bytes of device memory that reorganize_tokens<T, S> and add_reorganize_norm<T, S> need as `workspace`,
+// aligned to 16: often none.
+template <typename T, typename S>
+int64_t reorganize_tokens_workspace(const ReorganizeSizes& sizes);
+
+// As the CPU's; the order in which the fused token is summed is that of cuda/rows.cuh. One launch up to 1024
+// patches whose scores have the accumulation type, else three.
+template <typename T, typename S>
+void reorganize_tokens(const ReorganizeSizes& sizes, const Tokens<T>& x, const Tokens<S>& scores, T* tokens,
+                       int64_t* kept, void* workspace, const Stream& stream);
+
+// As the CPU's. One launch. If kept is not ascending the result means nothing, but nothing is read or written
+// out of bounds.
+template <typename T>
+void reorganize_tokens_backward(const ReorganizeSizes& sizes, const Tokens<T>& grad_tokens,
+                                const Tokens<T>& x, const Tokens<accumulate_t<T>>& scores,
+                                const int64_t* kept, T* grad_x, accumulate_t<T>* grad_scores, int64_t skip,
+                                const Stream& stream);
+
+}  // namespace cuda
 }  // namespace evit

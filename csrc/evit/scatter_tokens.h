@@ -15,3 +15,12 @@ void scatter_tokens(const GatherSizes& sizes, const Tokens<T>& x, const TokenInd
                     const Executor& executor);
 
 }  // namespace evit::cpu
+
+namespace evit::cuda {
+
+// As the CPU's, but an index out of range is a device-side assertion.
+template <typename T>
+void scatter_tokens(const GatherSizes& sizes, const Tokens<T>& x, const TokenIndex& index, T* out,
+                    const Stream& stream);
+
+}  // namespace evit::cuda

@@ -7,6 +7,13 @@
 #include <cstdint>
 #include <new>
 
+// Marks what both CPU and CUDA kernels call.
+#ifdef __CUDACC__
+#define EVIT_HOST_DEVICE __host__ __device__
+#else
+#define EVIT_HOST_DEVICE
+#endif
+
 namespace evit {
 
 // IEEE binary16 and bfloat16 as storage. Layout-compatible with torch's, CUDA's and Arm's types.
@@ -37,7 +44,7 @@ struct Tokens {
   int64_t stride_b;
   int64_t stride_n;
 
-  const T* row(int64_t b, int64_t n) const { return data + b * stride_b + n * stride_n; }
+  EVIT_HOST_DEVICE const T* row(int64_t b, int64_t n) const { return data + b * stride_b + n * stride_n; }
 };
 
 // The product of the sizes of a buffer to allocate; a product that int64_t cannot hold is no memory.

@@ -37,12 +37,13 @@ pybind11::dict build_info() {
   info["cpu_capabilities"] = levels;
 #ifdef USE_CUDA
   info["cuda"] = EVIT_CUDA_VERSION;
+  info["cuda_operators"] = true;
   info["cuda_architectures"] = EVIT_CUDA_ARCHITECTURES;
 #else
   info["cuda"] = pybind11::none();
+  info["cuda_operators"] = false;
   info["cuda_architectures"] = "";
 #endif
-  info["cuda_operators"] = false;
   return info;
 }
 

@@ -35,9 +35,17 @@ void agrees(const ClassAttentionSizes& sizes, const Executor& executor) {
   cpu::class_attention_backward<T>(sizes, input, grad.data.get(), tokens * 2, 2, grad_q.data.get(),
                                    grad_k.data.get(), executor);
 
-  Error scores_error, grad_q_error, grad_k_error;
+  // logsumexp lies as [H, B], every third element of it.
+  auto given = input;
+  Buffer<A> logsumexp(batch * heads * 3), given_scores(batch * tokens);
+  given.logsumexp = logsumexp.data.get();
+  given.logsumexp_stride_b = 3;
+  given.logsumexp_stride_h = 3 * batch;
+  for (int64_t i = 0; i < logsumexp.size; ++i) logsumexp[i] = NAN;
+
+  Error scores_error, given_error, grad_q_error, grad_k_error;
+  std::vector<double> mean(batch * tokens, 0);
   for (int64_t b = 0; b < batch; ++b) {
-    std::vector<double> mean(tokens, 0);
     for (int64_t h = 0; h < heads; ++h) {
       const T* q = input.query(b, h);
       const auto k = [&](int64_t n) { return input.keys(b, h) + n * input.k_stride_n; };
@@ -48,9 +56,10 @@ void agrees(const ClassAttentionSizes& sizes, const Executor& executor) {
         largest = std::max(largest, p[n]);
       }
       for (auto& value : p) sum += value = std::exp(value - largest);
+      logsumexp[3 * (h * batch + b)] = static_cast<A>(largest + std::log(sum));
       for (int64_t n = 0; n < tokens; ++n) {
         p[n] /= sum;
-        mean[n] += p[n] / heads;
+        mean[b * tokens + n] += p[n] / heads;
         dot += p[n] * grad[(b * tokens + n) * 2];
       }
       std::vector<double> dq(channels, 0);
@@ -65,9 +74,14 @@ void agrees(const ClassAttentionSizes& sizes, const Executor& executor) {
       for (int64_t c = 0; c < channels; ++c)
         grad_q_error.add(to_double(grad_q[(b * heads + h) * channels + c]), dq[c]);
     }
-    for (int64_t n = 0; n < tokens; ++n) scores_error.add(scores[b * tokens + n], mean[n]);
+  }
+  cpu::class_attention<T>(sizes, given, given_scores.data.get(), executor);
+  for (int64_t i = 0; i < batch * tokens; ++i) {
+    scores_error.add(scores[i], mean[i]);
+    given_error.add(given_scores[i], mean[i]);
   }
   CHECK(scores_error.relative() <= tolerance<A>());
+  CHECK(given_error.relative() <= tolerance<A>());
   CHECK(grad_q_error.relative() <= tolerance<T>() * 2);
   CHECK(grad_k_error.relative() <= tolerance<T>() * 2);
 }
@@ -88,6 +102,26 @@ TEST(class_attention_agrees) {
   agrees_on_all_sizes<double>();
   agrees_on_all_sizes<Half>();
   agrees_on_all_sizes<BFloat16>();
+}
+
+template <typename T>
+void trusts_logsumexp() {
+  // One token of logit 0.5: its probability is exp(0.5 - logsumexp), whatever that is.
+  const T q = from_double<T>(0.5), k = from_double<T>(1);
+  for (const double value : {0.5, 1.25, -1.0, double{INFINITY}, double{NAN}}) {
+    const accumulate_t<T> logsumexp = static_cast<accumulate_t<T>>(value);
+    accumulate_t<T> score = -1;
+    cpu::class_attention<T>({1, 1, 1, 1, 1.0}, {&q, 1, 1, &k, 1, 1, 1, &logsumexp, 1, 1}, &score,
+                            serial_executor());
+    CHECK_NEAR(score, std::exp(0.5 - value), tolerance<accumulate_t<T>>());
+  }
+}
+
+TEST(logsumexp_is_trusted) {
+  trusts_logsumexp<float>();
+  trusts_logsumexp<double>();
+  trusts_logsumexp<Half>();
+  trusts_logsumexp<BFloat16>();
 }
 
 }  // namespace

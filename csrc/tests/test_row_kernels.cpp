@@ -162,5 +162,98 @@ void softmax_agrees(const RowKernels<T>& kernels) {
 
 TEST(softmax_agrees_with_double) { FOR_EACH_TYPE_AND_LEVEL(softmax_agrees); }
 
+template <typename T>
+void exp_row_agrees(const RowKernels<T>& kernels) {
+  using A = accumulate_t<T>;
+  const double relative = sizeof(A) == 4 ? 2e-5 : 2e-14, absolute = sizeof(A) == 4 ? 1.5e-45 : 0;
+  for (const int64_t count : {1, 15, 16, 17, 197})
+    for (const double scale : {0.1, 1.0, 20.0, -2.0})
+      for (const A shift : {A{0}, A{3.5}, A{-60}, A{150}}) {
+        auto values = widened<A>(random_values<float>(count, 10));
+        const auto before = widened<A>(random_values<float>(count, 10));
+        kernels.exp_row(values.data.get(), count, static_cast<A>(scale), shift);
+        for (int64_t i = 0; i < count; ++i) {
+          const double argument = before[i] * static_cast<double>(static_cast<A>(scale)) - shift;
+          const double expected = std::exp(argument);
+          if (sizeof(A) == 4 && argument > 88.7) {
+            CHECK(values[i] > 3e38f);  // Inf, or just below it
+            continue;
+          }
+          CHECK(std::abs(values[i] - expected) <= relative * expected + absolute);
+        }
+      }
+  A edge[16] = {NAN, INFINITY, -INFINITY, 1e30f, -1e30f, 1e4f, -1e4f, 0};
+  kernels.exp_row(edge, 8, 1, 0);
+  CHECK(std::isnan(edge[0]));
+  for (const int i : {1, 3, 5}) CHECK(edge[i] == INFINITY);
+  for (const int i : {2, 4, 6}) CHECK(edge[i] == 0);
+  CHECK(edge[7] == 1);
+}
+
+TEST(exp_row_agrees_with_double) { FOR_EACH_TYPE_AND_LEVEL(exp_row_agrees); }
+
+template <typename T>
+void sums_of_rows_agree(const RowKernels<T>& kernels) {
+  using A = accumulate_t<T>;
+  for (const int64_t channels : kChannels)
+    for (const int64_t count : {0, 1, 7, 40}) {
+      const int64_t a_stride = channels + 2, b_stride = channels + 5, rows = std::max<int64_t>(count, 12);
+      const auto a = random_values<T>(rows * a_stride, 1);
+      const auto b = random_values<T>(rows * b_stride, 2);
+      const auto weights = random_values<A>(count, 3);
+      const int64_t some[] = {11, 0, 5, 5, 2, 1, 7};
+      for (const int64_t* index : {static_cast<const int64_t*>(nullptr), count <= 7 ? some : nullptr}) {
+        const auto added = [&](int64_t i, int64_t c) {
+          const int64_t row = index ? index[i] : i;
+          return to_double(
+              from_double<T>(to_double(a[row * a_stride + c]) + to_double(b[row * b_stride + c])));
+        };
+        auto total = widened<A>(random_values<float>(channels, 4));
+        const auto before = widened<A>(random_values<float>(channels, 4));
+        kernels.add_row_sums(weights.data.get(), a.data.get(), a_stride, b.data.get(), b_stride, index, count,
+                             channels, total.data.get());
+        for (int64_t c = 0; c < channels; ++c) {
+          double sum = before[c];
+          for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(weights[i]) * added(i, c);
+          CHECK_NEAR(total[c], sum, tolerance<A>() * 10);
+        }
+        if (count == 0) continue;
+        Buffer<T> row(channels);
+        const int64_t first = index ? index[0] : 0;
+        kernels.add_row(&a[first * a_stride], &b[first * b_stride], channels, row.data.get());
+        for (int64_t c = 0; c < channels; ++c) CHECK(to_double(row[c]) == added(0, c));
+      }
+    }
+}
+
+TEST(sums_of_rows_agree_with_plain_loops) { FOR_EACH_TYPE_AND_LEVEL(sums_of_rows_agree); }
+
+template <typename T>
+void norm_row_agrees(const RowKernels<T>& kernels) {
+  using A = accumulate_t<T>;
+  for (const int64_t channels : kChannels)
+    for (const double offset : {0.0, 100.0})
+      for (const double eps : {1e-6, 0.5}) {
+        Buffer<T> in(channels), out(channels);
+        const auto noise = random_values<float>(channels, 12);
+        for (int64_t c = 0; c < channels; ++c) in[c] = from_double<T>(noise[c] + offset);
+        const auto weight = widened<A>(random_values<float>(channels, 13));
+        const auto bias = widened<A>(random_values<float>(channels, 14));
+        kernels.norm_row(in.data.get(), channels, weight.data.get(), bias.data.get(), static_cast<A>(eps),
+                         out.data.get());
+        double mean = 0, variance = 0;
+        for (int64_t c = 0; c < channels; ++c) mean += to_double(in[c]) / channels;
+        for (int64_t c = 0; c < channels; ++c) variance += std::pow(to_double(in[c]) - mean, 2) / channels;
+        // A rounding of the mean, which is as large as the offset, counts in units of the deviation.
+        const double unit = tolerance<A>() * (1 + std::abs(mean) / std::sqrt(variance + eps));
+        for (int64_t c = 0; c < channels; ++c)
+          CHECK_NEAR(to_double(out[c]),
+                     (to_double(in[c]) - mean) / std::sqrt(variance + eps) * weight[c] + bias[c],
+                     std::max(tolerance<T>(), 4 * unit));
+      }
+}
+
+TEST(norm_row_agrees_with_double) { FOR_EACH_TYPE_AND_LEVEL(norm_row_agrees); }
+
 }  // namespace
 }  // namespace evit::tests

@@ -25,7 +25,7 @@ void check_selection(const std::vector<S>& scores, int64_t keep, int64_t stride 
 
   Buffer<S> strided(count * stride);
   for (int64_t i = 0; i < count; ++i) strided[i * stride] = scores[i];
-  Buffer<decltype(cpu::order_key(S{}))> keys(count);
+  Buffer<decltype(order_key(S{}))> keys(count);
   Buffer<int64_t> kept(keep), others(count - keep), kept_alone(keep);
   cpu::select(strided.data.get(), stride, count, keep, keys.data.get(), kept.data.get(), others.data.get());
   cpu::select(strided.data.get(), stride, count, keep, keys.data.get(), kept_alone.data.get(), nullptr);

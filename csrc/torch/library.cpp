@@ -2,7 +2,7 @@
 #include "stable.h"
 
 STABLE_TORCH_LIBRARY(evit, m) {
-  m.def("class_attention(Tensor q, Tensor k, float scale) -> Tensor");
+  m.def("class_attention(Tensor q, Tensor k, float scale, Tensor? logsumexp=None) -> Tensor");
   m.def("class_attention_backward(Tensor grad_scores, Tensor q, Tensor k, float scale) -> (Tensor, Tensor)");
   m.def("gather_tokens(Tensor x, Tensor index) -> Tensor");
   m.def("scatter_tokens(Tensor x, Tensor index, SymInt num_tokens) -> Tensor");
@@ -14,4 +14,7 @@ STABLE_TORCH_LIBRARY(evit, m) {
   m.def(
       "reorganize_tokens_backward(Tensor grad_tokens, Tensor x, Tensor scores, Tensor kept,"
       " SymInt num_prefix_tokens) -> (Tensor, Tensor)");
+  m.def(
+      "add_reorganize_norm(Tensor x, Tensor branch, Tensor scores, SymInt num_keep, Tensor? weight,"
+      " Tensor? bias, float eps, SymInt num_prefix_tokens, bool fuse) -> (Tensor, Tensor, Tensor)");
 }

@@ -1,5 +1,9 @@
 #include "stable.h"
 
+#ifdef USE_CUDA
+#include <dlfcn.h>
+#endif
+
 namespace evit::adapter {
 
 std::string shape_str(const Tensor& tensor) {
@@ -12,6 +16,12 @@ void check_dim(const Tensor& tensor, const char* name, int64_t dim, const char* 
   STD_TORCH_CHECK(tensor.dim() == dim, name, " must have shape ", shape, ", got ", shape_str(tensor));
 }
 
+void check_same_device(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
+  const bool same = a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() &&
+                    (a.is_cpu() || a.get_device_index() == b.get_device_index());
+  STD_TORCH_CHECK(same, a_name, " and ", b_name, " must be on one device");
+}
+
 void check_same_dtype(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
   STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), a_name, " and ", b_name, " must have one dtype, got ",
                   torch::headeronly::toString(a.scalar_type()), " and ",
@@ -20,6 +30,34 @@ void check_same_dtype(const Tensor& a, const char* a_name, const Tensor& b, cons
 
 void check_floating(const Tensor& tensor, const char* name) {
   dispatch(tensor.scalar_type(), name, [](auto) {});
+}
+
+bool on_cuda(const Tensor& tensor) {
+#ifdef EVIT_CUDA_ON_HOST
+  (void)tensor;
+  return true;
+#else
+  return kHasCuda && tensor.is_cuda();
+#endif
+}
+
+Stream current_stream(const Tensor& tensor) {
+  Stream stream = {static_cast<int>(tensor.get_device_index()), nullptr};
+#if defined(EVIT_CUDA_ON_HOST)
+  stream.device = 0;
+#elif defined(USE_CUDA)
+  // Looked up in the library that torch has loaded for its CUDA tensors, not linked: so the module also loads
+  // beside a torch without CUDA.
+  using GetStream = int32_t (*)(int32_t, void**);
+  static const auto get_stream = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    constexpr char name[] = "aoti_torch_get_current_cuda_stream";
+    return reinterpret_cast<GetStream>(dlsym(library != nullptr ? library : RTLD_DEFAULT, name));
+  }();
+  STD_TORCH_CHECK(get_stream != nullptr && get_stream(stream.device, &stream.handle) == 0,
+                  "torch does not say which CUDA stream is the current one");
+#endif
+  return stream;
 }
 
 Executor executor() {

@@ -8,6 +8,7 @@ runs.
 """
 
 from evit_ext.ops import reference
+from evit_ext.ops.add_reorganize_norm import add_reorganize_norm
 from evit_ext.ops.class_attention import class_attention
 from evit_ext.ops.fuse_tokens import fuse_tokens
 from evit_ext.ops.gather_tokens import gather_tokens
@@ -15,6 +16,7 @@ from evit_ext.ops.reorganize_tokens import reorganize_tokens
 from evit_ext.ops.scatter_tokens import scatter_tokens
 
 __all__ = [
+    "add_reorganize_norm",
     "class_attention",
     "fuse_tokens",
     "gather_tokens",

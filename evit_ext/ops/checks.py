@@ -15,6 +15,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 AUTOCAST_DEVICES = frozenset(t for t in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(t))
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Return whether autocast is on for a device type; False for those that have none."""
+    return device_type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
+
+
 def _tensor(name: str, value: object, dim: int, shape: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(value).__name__}")
@@ -60,8 +65,19 @@ def _integer(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
-def class_attention(q: Tensor, k: Tensor, scale: float | None) -> float:
-    """Check `q` [B, H, D] and `k` [B, H, N, D]; return the scale to use (default D ** -0.5)."""
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which sums over `dtype` values are formed: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _number(name: str, value: object, expected: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    return float(value)
+
+
+def class_attention(q: Tensor, k: Tensor, scale: float | None, logsumexp: Tensor | None = None) -> float:
+    """Check `q` [B, H, D], `k` [B, H, N, D] and `logsumexp` [B, H]; return the scale (default D ** -0.5)."""
     _tensor("q", q, 3, "[B, H, D]")
     _tensor("k", k, 4, "[B, H, N, D]")
     _floating("q", q)
@@ -76,11 +92,18 @@ def class_attention(q: Tensor, k: Tensor, scale: float | None) -> float:
         )
     if q.shape[1] < 1 or q.shape[2] < 1 or k.shape[2] < 1:
         raise ValueError(f"k must have at least one head, token and channel, got shape {tuple(k.shape)}")
-    if scale is None:
-        return float(q.shape[2]) ** -0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
-    return float(scale)
+    if logsumexp is not None:
+        _tensor("logsumexp", logsumexp, 2, "[B, H]")
+        if logsumexp.dtype != accumulation_dtype(k.dtype):
+            raise TypeError(
+                f"logsumexp must be {accumulation_dtype(k.dtype)} for {k.dtype} keys, got {logsumexp.dtype}"
+            )
+        same_device("logsumexp", logsumexp, "k", k)
+        if logsumexp.shape[0] != k.shape[0] or logsumexp.shape[1] != k.shape[1]:
+            raise ValueError(
+                f"logsumexp must have shape [B, H] = {tuple(k.shape[:2])}, got {tuple(logsumexp.shape)}"
+            )
+    return float(q.shape[2]) ** -0.5 if scale is None else _number("scale", scale, "a float or None")
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> None:
@@ -147,3 +170,38 @@ def reorganize_tokens(x: Tensor, scores: Tensor, num_keep: int, num_prefix_token
         raise ValueError(
             f"num_keep must be in [1, {num_patches}], the number of patch tokens, got {num_keep}"
         )
+
+
+def add_reorganize_norm(
+    x: Tensor,
+    branch: Tensor,
+    scores: Tensor,
+    num_keep: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    num_prefix_tokens: int,
+    fuse: bool,
+) -> float:
+    """Check what `reorganize_tokens` checks, `branch` [B, N, C], `weight` and `bias` [C]; return `eps`."""
+    reorganize_tokens(x, scores, num_keep, num_prefix_tokens, fuse)
+    _tensor("branch", branch, 3, "[B, N, C]")
+    if branch.dtype != x.dtype:
+        raise TypeError(f"branch and x must have one dtype, got {branch.dtype} and {x.dtype}")
+    same_device("branch", branch, "x", x)
+    if branch.shape != x.shape:
+        raise ValueError(f"branch must have the shape of x, {tuple(x.shape)}, got {tuple(branch.shape)}")
+    if x.shape[2] < 1:
+        raise ValueError(f"x must have at least one channel, got shape {tuple(x.shape)}")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
+        _tensor(name, value, 1, "[C]")
+        if value.dtype != x.dtype:
+            raise TypeError(f"{name} and x must have one dtype, got {value.dtype} and {x.dtype}")
+        same_device(name, value, "x", x)
+        if value.shape[0] != x.shape[2]:
+            raise ValueError(f"{name} must have shape [C] = ({x.shape[2]},), got {tuple(value.shape)}")
+    if _number("eps", eps, "a float") < 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    return float(eps)

@@ -10,7 +10,9 @@ from torch import Tensor
 from evit_ext.ops import checks, library, reference
 
 
-def class_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+def class_attention(
+    q: Tensor, k: Tensor, scale: float | None = None, logsumexp: Tensor | None = None
+) -> Tensor:
     """Return the attention of one query to all tokens, averaged over heads.
 
     ``scores[b, n] = mean_h softmax_n(q[b, h] · k[b, h, n] * scale)``: with the class token's query, how much
@@ -22,6 +24,12 @@ def class_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
         k: the keys of all tokens, [B, H, N, D], dtype and device of `q`, any strides. A slice of a packed
             qkv projection is read in place; only a tensor whose last dimension is strided is copied first.
         scale: factor of the dot products; default ``D ** -0.5``.
+        logsumexp: [B, H], float32 (float64 for float64 inputs), any strides:
+            ``log Σ_n exp(q[b, h] · k[b, h, n] * scale)``, natural logarithm, as attention kernels leave it
+            for the class token's query. The softmax is then ``exp(q · k * scale - logsumexp)``: neither its
+            maximum nor its sum is looked for. The value is trusted: another one gives scores that do not
+            sum to 1. To autograd it is a constant, and no gradient is lost by that: the result is
+            differentiated as if it had been computed from `q` and `k` alone.
 
     Returns:
         scores [B, N], float32 (float64 for float64 inputs). They sum to 1 over N.
@@ -31,21 +39,22 @@ def class_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     number of threads.
 
     Raises:
-        TypeError: a dtype is not supported, or `q` and `k` differ in dtype.
+        TypeError: a dtype is not supported, `q` and `k` differ in dtype, or `logsumexp` is not of the dtype
+            that belongs to theirs.
         ValueError: shapes or devices do not fit.
     """
     q, k = _autocast(q, k)
-    scale = checks.class_attention(q, k, scale)
+    scale = checks.class_attention(q, k, scale, logsumexp)
     if not library.runs_kernel(q, k):
-        return reference.class_attention(q, k, scale)
-    return torch.ops.evit.class_attention(q, k, scale)
+        return reference.class_attention(q, k, scale, logsumexp)
+    return torch.ops.evit.class_attention(q, k, scale, logsumexp)
 
 
 def _autocast(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     if not isinstance(q, Tensor) or not isinstance(k, Tensor):
         return q, k  # the checks say what is wrong
     device_type = q.device.type
-    if device_type not in checks.AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
+    if not checks.autocast_enabled(device_type):
         return q, k
     dtype = torch.get_autocast_dtype(device_type)
     castable = (torch.float32, torch.float16, torch.bfloat16)
@@ -53,9 +62,9 @@ def _autocast(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("evit::class_attention")
-def _fake(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    checks.class_attention(q, k, scale)
-    return k.new_empty((k.shape[0], k.shape[2]), dtype=reference.accumulation_dtype(k.dtype))
+def _fake(q: Tensor, k: Tensor, scale: float, logsumexp: Tensor | None = None) -> Tensor:
+    checks.class_attention(q, k, scale, logsumexp)
+    return k.new_empty((k.shape[0], k.shape[2]), dtype=checks.accumulation_dtype(k.dtype))
 
 
 @torch.library.register_fake("evit::class_attention_backward")
@@ -66,14 +75,14 @@ def _fake_backward(grad_scores: Tensor, q: Tensor, k: Tensor, scale: float) -> t
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, ctx.scale = inputs
+    q, k, ctx.scale, _ = inputs
     ctx.save_for_backward(q, k)
 
 
-def _backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor, Tensor, None]:
+def _backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor, Tensor, None, None]:
     q, k = ctx.saved_tensors
     grad_q, grad_k = torch.ops.evit.class_attention_backward(grad_scores, q, k, ctx.scale)
-    return grad_q, grad_k, None
+    return grad_q, grad_k, None, None
 
 
 torch.library.register_autograd("evit::class_attention", _backward, setup_context=_setup_context)

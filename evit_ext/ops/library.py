@@ -42,13 +42,24 @@ def runs_kernel(*tensors: Tensor) -> bool:
     return not (forward_mode and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors))
 
 
-def refuse_double_backward(operator: str) -> None:
-    """Make a backward operator raise when it is differentiated, which would otherwise give zeros."""
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Return whether autograd will want a gradient of one of `tensors`."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def refuse_gradient(operator: str, message: str) -> None:
+    """Make an operator raise when it is differentiated, which would otherwise give zeros or nothing."""
 
     def refuse(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise RuntimeError(
-            f"evit_ext.ops.{operator} is differentiable once; for higher derivatives use "
-            f"evit_ext.ops.reference.{operator}"
-        )
+        raise RuntimeError(message)
 
-    torch.library.register_autograd(f"evit::{operator}_backward", refuse)
+    torch.library.register_autograd(f"evit::{operator}", refuse)
+
+
+def refuse_double_backward(operator: str) -> None:
+    """Make the backward of an operator raise when it is differentiated."""
+    refuse_gradient(
+        f"{operator}_backward",
+        f"evit_ext.ops.{operator} is differentiable once; for higher derivatives use "
+        f"evit_ext.ops.reference.{operator}",
+    )

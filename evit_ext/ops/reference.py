@@ -13,28 +13,32 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from evit_ext.ops import checks
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which sums over `dtype` values are formed: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from evit_ext.ops.checks import accumulation_dtype
 
 
 def _has_autocast(device: torch.device) -> bool:
     return device.type in checks.AUTOCAST_DEVICES
 
 
-def class_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+def class_attention(
+    q: Tensor, k: Tensor, scale: float | None = None, logsumexp: Tensor | None = None
+) -> Tensor:
     """Mean over heads of softmax(q · kᵀ · scale). See :func:`evit_ext.ops.class_attention`."""
-    scale = checks.class_attention(q, k, scale)
+    scale = checks.class_attention(q, k, scale, logsumexp)
     accumulate = accumulation_dtype(q.dtype)
     # Autocast would form the products in low precision again.
     with torch.autocast(q.device.type, enabled=False) if _has_autocast(q.device) else nullcontext():
         logits = torch.einsum("bhd,bhnd->bhn", q.to(accumulate), k.to(accumulate)) * scale
-        return logits.softmax(dim=-1).mean(dim=1)
+        if logsumexp is None:
+            return logits.softmax(dim=-1).mean(dim=1)
+        # The value of `logsumexp` with the gradient of what it stands for: 0, differentiated as the latter.
+        own = logits.logsumexp(dim=-1)
+        zero = torch.nan_to_num(own - own.detach())
+        return (logits - (logsumexp.detach() + zero).unsqueeze(-1)).exp().mean(dim=1)
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -79,3 +83,28 @@ def reorganize_tokens(
         others = order[:, num_keep:].sort(dim=1).values
         parts.append(fuse_tokens(patches, patch_scores, others).unsqueeze(1))
     return torch.cat(parts, dim=1), kept
+
+
+def add_reorganize_norm(
+    x: Tensor,
+    branch: Tensor,
+    scores: Tensor,
+    num_keep: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    num_prefix_tokens: int = 1,
+    fuse: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reorganise x + branch and normalise the result. See :func:`evit_ext.ops.add_reorganize_norm`."""
+    eps = checks.add_reorganize_norm(x, branch, scores, num_keep, weight, bias, eps, num_prefix_tokens, fuse)
+    tokens, kept = reorganize_tokens(x + branch, scores, num_keep, num_prefix_tokens, fuse)
+    accumulate = accumulation_dtype(x.dtype)
+    normed = F.layer_norm(
+        tokens.to(accumulate),
+        (tokens.shape[2],),
+        weight if weight is None else weight.to(accumulate),
+        bias if bias is None else bias.to(accumulate),
+        eps,
+    )
+    return tokens, normed.to(x.dtype), kept

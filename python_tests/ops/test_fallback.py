@@ -35,11 +35,16 @@ def test_operators_run_their_reference(no_kernels: None) -> None:
     x, index = torch.randn(2, 9, 5, requires_grad=True), torch.tensor([[0, 8], [3, 3]])
     scores = ops.class_attention(q, k)
     assert torch.equal(scores, ops.reference.class_attention(q, k))
+    logsumexp = torch.rand(2, 3)
+    assert torch.equal(
+        ops.class_attention(q, k, 1.0, logsumexp), ops.reference.class_attention(q, k, 1.0, logsumexp)
+    )
     for name, arguments in {
         "gather_tokens": (x, index),
         "scatter_tokens": (x[:, :2], index, 9),
         "fuse_tokens": (x, scores, index),
         "reorganize_tokens": (x, scores, 3),
+        "add_reorganize_norm": (x, x, scores, 3),
     }.items():
         result = getattr(ops, name)(*arguments)
         expected = getattr(ops.reference, name)(*arguments)
@@ -77,10 +82,17 @@ def functions() -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor]
     scores = torch.rand(2, 5, dtype=torch.float64)
     calls: dict[str, tuple[Callable[[Any, Tensor], Tensor], Tensor]] = {
         "class_attention": (lambda o, t: o.class_attention(t, k), q),
+        "class_attention, logsumexp": (
+            lambda o, t: o.class_attention(
+                t, k, 1.0, torch.einsum("bhd,bhnd->bhn", t.detach(), k).logsumexp(2)
+            ),
+            q,
+        ),
         "gather_tokens": (lambda o, t: o.gather_tokens(t, index), x),
         "scatter_tokens": (lambda o, t: o.scatter_tokens(t, index, 6), x[:, :3]),
         "fuse_tokens": (lambda o, t: o.fuse_tokens(t, t[:, :, 0], index), x),
         "reorganize_tokens": (lambda o, t: o.reorganize_tokens(t, scores, 2)[0] * t.sum(), x),
+        "add_reorganize_norm": (lambda o, t: o.add_reorganize_norm(t, x, scores, 2, t[0, 0])[1], x),
     }
     return {name: (partial(f, ops), partial(f, ops.reference), value) for name, (f, value) in calls.items()}
 
@@ -94,7 +106,8 @@ def test_forward_mode_and_torch_func(name: str) -> None:
     assert torch.equal(torch.func.jvp(operator, (value,), (direction,))[1], expected)
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(operator(forward_ad.make_dual(value, direction))).tangent
-    assert torch.equal(tangent, expected)
+    # LayerNorm's forward mode is another formula in torch.func.
+    torch.testing.assert_close(tangent, expected, rtol=1e-12, atol=1e-12)
     batch = torch.stack([value, -value])
     torch.testing.assert_close(torch.vmap(operator)(batch), torch.stack([reference(v) for v in batch]))
     second = torch.func.hessian(lambda t: operator(t).square().sum())(value)

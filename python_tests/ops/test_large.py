@@ -26,6 +26,11 @@ def test_tokens_beyond_2_to_the_31() -> None:
     tokens, kept = ops.reorganize_tokens(x, scores, 1)
     assert kept.item() == TOKENS - 3
     assert tokens[0, :, -1].tolist() == [0.0, 2.0, 1.5]
+    one = torch.ones(1, 1, 1, dtype=torch.bfloat16).expand(x.shape)
+    tokens, normed, kept = ops.add_reorganize_norm(x, one, scores, 1)
+    assert kept.item() == TOKENS - 3
+    assert tokens[0, :, -1].tolist() == [1.0, 3.0, 2.0]
+    assert normed.eq(0).all()
 
 
 def test_a_result_beyond_2_to_the_31() -> None:

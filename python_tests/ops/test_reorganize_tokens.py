@@ -138,7 +138,8 @@ def test_equals_its_parts(device: torch.device) -> None:
     assert torch.equal(kept, best)
     assert torch.equal(tokens[:, :2], x[:, :2])
     assert torch.equal(tokens[:, 2:15], ops.gather_tokens(patches, best))
-    assert torch.equal(tokens[:, 15], ops.fuse_tokens(patches, patch_scores, others))
+    # The CUDA kernels sum the same terms in another order.
+    assert_near(tokens[:, 15], ops.fuse_tokens(patches, patch_scores, others))
 
 
 def test_scalars_reach_the_kernel(device: torch.device) -> None:

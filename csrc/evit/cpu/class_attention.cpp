@@ -7,15 +7,14 @@
 namespace evit::cpu {
 namespace {
 
-// softmax_n(q . k_n * scale) of one head, into probabilities[padded(N)]. query is padded(D) long.
+// q . k_n of one head, into products[padded(N)]. query is padded(D) long.
 template <typename T>
-void head_attention(const RowKernels<T>& kernels, const ClassAttentionSizes& sizes,
-                    const ClassAttentionInput<T>& input, int64_t b, int64_t h, accumulate_t<T>* query,
-                    accumulate_t<T>* probabilities) {
+void head_products(const RowKernels<T>& kernels, const ClassAttentionSizes& sizes,
+                   const ClassAttentionInput<T>& input, int64_t b, int64_t h, accumulate_t<T>* query,
+                   accumulate_t<T>* products) {
   kernels.load_row(input.query(b, h), sizes.channels, query);
   kernels.dot_rows(query, input.keys(b, h), input.k_stride_n, nullptr, sizes.tokens, sizes.channels,
-                   probabilities);
-  kernels.softmax(probabilities, sizes.tokens, static_cast<accumulate_t<T>>(sizes.scale));
+                   products);
 }
 
 }  // namespace
@@ -26,13 +25,21 @@ void class_attention(const ClassAttentionSizes& sizes, const ClassAttentionInput
   using A = accumulate_t<T>;
   const auto& kernels = row_kernels<T>();
   const int64_t heads = sizes.heads, tokens = sizes.tokens, row = padded(tokens);
+  const A scale = static_cast<A>(sizes.scale);
   // Heads are independent, so that even a batch of one feeds several threads; their mean is formed
   // afterwards, in the order of heads.
   const std::unique_ptr<A[]> probabilities(new A[buffer_size(sizes.batch, heads, row)]);
   executor.for_range(sizes.batch * heads, tokens * sizes.channels, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<A[]> query(new A[padded(sizes.channels)]);
-    for (int64_t i = begin; i < end; ++i)
-      head_attention(kernels, sizes, input, i / heads, i % heads, query.get(), &probabilities[i * row]);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / heads, h = i % heads;
+      A* p = &probabilities[i * row];
+      head_products(kernels, sizes, input, b, h, query.get(), p);
+      if (input.logsumexp != nullptr)
+        kernels.exp_row(p, tokens, scale, input.log_of_sum(b, h));
+      else
+        kernels.softmax(p, tokens, scale);
+    }
   });
   executor.for_range(sizes.batch, heads * tokens, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
@@ -61,7 +68,8 @@ void class_attention_backward(const ClassAttentionSizes& sizes, const ClassAtten
     A* p = sum + width;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / heads, h = i % heads;
-      head_attention(kernels, sizes, input, b, h, query, p);
+      head_products(kernels, sizes, input, b, h, query, p);
+      kernels.softmax(p, tokens, static_cast<A>(sizes.scale));
       // d logits_n = scale * p_n * (g_n - sum_m p_m g_m) with g = grad_scores / H, in p's place.
       const A* g = grad_scores + b * grad_stride_b;
       A mean = 0;

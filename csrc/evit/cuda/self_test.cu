@@ -1,30 +1,28 @@
-#include <cuda_runtime.h>
-
-#include <string>
-
 #include "../self_test.h"
+
+#include "device.cuh"
 
 namespace evit::cuda {
 namespace {
 
+constexpr char kName[] = "self_test";
 constexpr int kThreads = 256;
 
-__global__ void write_squares(int* out) { out[threadIdx.x] = threadIdx.x * threadIdx.x; }
+__global__ void write_squares(int* out) { out[threadIdx.x] = static_cast<int>(threadIdx.x * threadIdx.x); }
 
-std::string describe(const char* step, cudaError_t error) {
-  return std::string(step) + ": " + cudaGetErrorString(error);
-}
-
-std::string launch_and_compare() {
-  int* squares = nullptr;
-  cudaError_t error = cudaMalloc(&squares, kThreads * sizeof(int));
-  if (error != cudaSuccess) return describe("cudaMalloc", error);
-  write_squares<<<1, kThreads>>>(squares);
-  error = cudaGetLastError();
+std::string launch_and_compare(int device) {
+  const DeviceGuard guard(device, kName);
+  void* squares = nullptr;
+  check(cudaMalloc(&squares, kThreads * sizeof(int)), kName);
   int host[kThreads] = {};
-  if (error == cudaSuccess) error = cudaMemcpy(host, squares, sizeof host, cudaMemcpyDeviceToHost);
-  cudaFree(squares);
-  if (error != cudaSuccess) return describe("launch", error);
+  try {
+    launch(kName, write_squares, 1, kThreads, 0, Stream{device, nullptr}, static_cast<int*>(squares));
+    check(cudaMemcpy(host, squares, sizeof host, cudaMemcpyDeviceToHost), kName);
+  } catch (...) {
+    cudaFree(squares);
+    throw;
+  }
+  check(cudaFree(squares), kName);
   for (int i = 0; i < kThreads; ++i)
     if (host[i] != i * i) return "thread " + std::to_string(i) + " wrote " + std::to_string(host[i]);
   return "";
@@ -33,13 +31,11 @@ std::string launch_and_compare() {
 }  // namespace
 
 std::string self_test(int device) {
-  int before = 0;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess) error = cudaSetDevice(device);
-  if (error != cudaSuccess) return describe("cudaSetDevice", error);
-  const std::string result = launch_and_compare();
-  cudaSetDevice(before);
-  return result;
+  try {
+    return launch_and_compare(device);
+  } catch (const std::exception& error) {
+    return error.what();
+  }
 }
 
 }  // namespace evit::cuda

@@ -41,6 +41,16 @@ struct RowKernels {
   void (*store_row)(const A* in, int64_t channels, T* out);
   // In place: softmax(values * scale); values is padded, the padding is overwritten.
   void (*softmax)(A* values, int64_t count, A scale);
+  // In place: exp(values * scale - shift); values is padded, the padding is overwritten.
+  void (*exp_row)(A* values, int64_t count, A scale, A shift);
+  // out[c] = a[c] + b[c], rounded.
+  void (*add_row)(const T* a, const T* b, int64_t channels, T* out);
+  // sum[c] += sum_i weights[i] * (a_i[c] + b_i[c]), the term in brackets rounded to T, rows in order; sum is
+  // padded.
+  void (*add_row_sums)(const A* weights, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
+                       const int64_t* index, int64_t count, int64_t channels, A* sum);
+  // out[c] = (in[c] - mean) / sqrt(variance + eps) * weight[c] + bias[c]; weight and bias are padded.
+  void (*norm_row)(const T* in, int64_t channels, const A* weight, const A* bias, A eps, T* out);
 };
 
 template <typename T>

@@ -1,0 +1,193 @@
+#include "class_attention.cuh"
+
+#include <algorithm>
+
+namespace evit::cuda {
+namespace {
+
+constexpr char kOperator[] = "class_attention";
+
+// Forward, a block for `span` tokens of a sequence, all heads: logits, softmax and mean in shared memory.
+// With a log-sum-exp tokens are independent and span is small; else it is all of them.
+template <typename T, bool kAligned>
+__global__ void __launch_bounds__(512, kAligned && sizeof(T) == 2 ? 2 : 1)
+    attention_kernel(Attention<T> job, accumulate_t<T>* scores, int span, int spans) {
+  using A = accumulate_t<T>;
+  const int64_t b = blockIdx.x / spans;
+  const int num_tokens = static_cast<int>(job.sizes.tokens), heads = static_cast<int>(job.sizes.heads);
+  const int first = static_cast<int>(blockIdx.x % spans) * span, last = min(first + span, num_tokens);
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  SharedParts parts;
+  A* logits = parts.take<A>(static_cast<int64_t>(heads) * span);
+  A* inverse = parts.take<A>(heads);
+
+  const int keys = keys_per_warp(job.lanes), tasks_per_head = (last - first + keys - 1) / keys;
+  for (int task = warp; task < heads * tasks_per_head; task += warps) {
+    const int h = task / tasks_per_head;
+    warp_logits<kAligned, false>(job, b, h, first + task % tasks_per_head * keys, last,
+                                 [&](int n, A logit) { logits[h * span + n - first] = logit; });
+  }
+  __syncthreads();
+  for (int h = warp; h < heads; h += warps) {
+    A* row = logits + h * span;
+    const int count = last - first;
+    const ClassAttentionInput<T>& input = job.input;
+    const A shift = input.logsumexp != nullptr ? input.log_of_sum(b, h) : warp_largest(row, count);
+    A sum = 0;
+    for (int n = lane; n < count; n += kWarp) sum += row[n] = exp(row[n] - shift);
+    sum = warp_sum(sum);
+    if (lane == 0) inverse[h] = input.logsumexp != nullptr ? A{1} : A{1} / sum;
+  }
+  __syncthreads();
+  for (int n = first + static_cast<int>(threadIdx.x); n < last; n += static_cast<int>(blockDim.x)) {
+    A sum = 0;
+    for (int h = 0; h < heads; ++h) sum += logits[h * span + n - first] * inverse[h];
+    scores[b * num_tokens + n] = sum / static_cast<A>(heads);
+  }
+}
+
+// Where the logits of a sequence do not fit into shared memory, they go through device memory [B, H, N], and
+// the softmax takes two more launches.
+template <typename T, bool kAligned>
+__global__ void __launch_bounds__(256, kAligned && sizeof(T) == 2 ? 4 : 2)
+    logits_kernel(Attention<T> job, accumulate_t<T>* logits, int64_t chunks) {
+  const int64_t head = blockIdx.x / chunks;  // of all sequences
+  const int num_tokens = static_cast<int>(job.sizes.tokens), keys = keys_per_warp(job.lanes);
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  const int first =
+      (static_cast<int>(blockIdx.x % chunks) * warps + static_cast<int>(threadIdx.x) / kWarp) * keys;
+  if (first >= num_tokens) return;  // a whole warp
+  accumulate_t<T>* row = logits + head * num_tokens;
+  warp_logits<kAligned, false>(job, head / job.sizes.heads, head % job.sizes.heads, first, num_tokens,
+                               [&](int n, accumulate_t<T> logit) { row[n] = logit; });
+}
+
+template <typename A>
+struct HeadStatistics {
+  A shift;    // largest logit
+  A inverse;  // of the sum of exponentials
+};
+
+// A block for each head.
+template <typename A>
+__global__ void __launch_bounds__(512, 2)
+    statistics_kernel(const A* logits, int num_tokens, HeadStatistics<A>* statistics) {
+  const A* row = logits + static_cast<int64_t>(blockIdx.x) * num_tokens;
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int lane = thread % kWarp, warp = thread / kWarp, warps = threads / kWarp;
+  SharedParts parts;
+  A* of_warps = parts.take<A>(kWarp);
+  const auto over_warps = [&](A own, const auto& combine) {
+    __syncthreads();  // the last result has been read
+    if (lane == 0) of_warps[warp] = own;
+    __syncthreads();
+    A result = of_warps[0];
+    for (int w = 1; w < warps; ++w) result = combine(result, of_warps[w]);
+    return result;
+  };
+  A largest = static_cast<A>(-INFINITY);
+  for (int n = thread; n < num_tokens; n += threads) largest = max(largest, row[n]);
+  largest = over_warps(warp_max(largest), [](A a, A b) { return max(a, b); });
+  A sum = 0;
+  for (int n = thread; n < num_tokens; n += threads) sum += exp(row[n] - largest);
+  sum = over_warps(warp_sum(sum), [](A a, A b) { return a + b; });
+  if (thread == 0) statistics[blockIdx.x] = {largest, A{1} / sum};
+}
+
+template <typename A>
+__global__ void __launch_bounds__(256, 4) mean_kernel(const A* logits, const HeadStatistics<A>* statistics,
+                                                      int heads, int num_tokens, int64_t chunks, A* scores) {
+  const int64_t b = blockIdx.x / chunks;
+  const int n = static_cast<int>(blockIdx.x % chunks * blockDim.x + threadIdx.x);
+  if (n >= num_tokens) return;
+  A sum = 0;
+  for (int h = 0; h < heads; ++h) {
+    const HeadStatistics<A> head = statistics[b * heads + h];
+    sum += exp(logits[(b * heads + h) * num_tokens + n] - head.shift) * head.inverse;
+  }
+  scores[b * num_tokens + n] = sum / static_cast<A>(heads);
+}
+
+template <typename A>
+int64_t forward_shared_bytes(const ClassAttentionSizes& sizes, int64_t span) {
+  return SharedParts::bytes<A>(sizes.heads * span) + SharedParts::bytes<A>(sizes.heads);
+}
+
+// Whether one block holds the logits of a whole sequence.
+template <typename A>
+bool fits(const ClassAttentionSizes& sizes) {
+  return sizes.tokens <= kSharedMemory / static_cast<int64_t>(sizeof(A)) &&
+         forward_shared_bytes<A>(sizes, sizes.tokens) <= kSharedMemory;
+}
+
+// Tokens that a block takes where a log-sum-exp is given.
+template <typename A>
+int64_t span_of(const ClassAttentionSizes& sizes) {
+  int64_t span = std::min<int64_t>(sizes.tokens, 64);
+  while (span > 1 && forward_shared_bytes<A>(sizes, span) > kSharedMemory) span /= 2;
+  return span;
+}
+
+template <typename T, bool kAligned>
+void forward(const ClassAttentionSizes& sizes, const ClassAttentionInput<T>& input, accumulate_t<T>* scores,
+             void* workspace, const Stream& stream) {
+  using A = accumulate_t<T>;
+  const Attention<T> job = {sizes, input, lanes_per_key<T>(sizes.channels)};
+  const bool independent = input.logsumexp != nullptr;
+  if (independent || fits<A>(sizes)) {
+    const int64_t span = independent ? span_of<A>(sizes) : sizes.tokens;
+    const int64_t spans = (sizes.tokens + span - 1) / span;
+    launch(kOperator, attention_kernel<T, kAligned>, sizes.batch * spans, independent ? 256 : 512,
+           forward_shared_bytes<A>(sizes, span), stream, job, scores, static_cast<int>(span),
+           static_cast<int>(spans));
+    return;
+  }
+  constexpr int threads = 256;
+  const int tokens = static_cast<int>(sizes.tokens);
+  auto* statistics = static_cast<HeadStatistics<A>*>(workspace);
+  auto* logits = reinterpret_cast<A*>(statistics + sizes.batch * sizes.heads);
+  const int64_t keys = threads / kWarp * keys_per_warp(job.lanes), chunks = (sizes.tokens + keys - 1) / keys;
+  launch(kOperator, logits_kernel<T, kAligned>, sizes.batch * sizes.heads * chunks, threads, 0, stream, job,
+         logits, chunks);
+  launch(kOperator, statistics_kernel<A>, sizes.batch * sizes.heads, 512, SharedParts::bytes<A>(kWarp),
+         stream, static_cast<const A*>(logits), tokens, statistics);
+  const int64_t parts = (sizes.tokens + threads - 1) / threads;
+  launch(kOperator, mean_kernel<A>, sizes.batch * parts, threads, 0, stream, static_cast<const A*>(logits),
+         static_cast<const HeadStatistics<A>*>(statistics), static_cast<int>(sizes.heads), tokens, parts,
+         scores);
+}
+
+}  // namespace
+
+template <typename T>
+int64_t class_attention_workspace(const ClassAttentionSizes& sizes, bool logsumexp) {
+  using A = accumulate_t<T>;
+  if (logsumexp || fits<A>(sizes)) return 0;
+  const int64_t heads = sizes.batch * sizes.heads;
+  return heads * static_cast<int64_t>(sizeof(HeadStatistics<A>)) +
+         heads * sizes.tokens * static_cast<int64_t>(sizeof(A));
+}
+
+template <typename T>
+void class_attention(const ClassAttentionSizes& sizes, const ClassAttentionInput<T>& input,
+                     accumulate_t<T>* scores, void* workspace, const Stream& stream) {
+  const DeviceGuard guard(stream.device, kOperator);
+  check_sizes(sizes, kOperator);
+  if (forward_shared_bytes<accumulate_t<T>>(sizes, 1) > kSharedMemory)
+    throw std::length_error(std::string(kOperator) + ": " + std::to_string(sizes.heads) +
+                            " heads are not supported");
+  if (input_aligned(sizes, input))
+    forward<T, true>(sizes, input, scores, workspace, stream);
+  else
+    forward<T, false>(sizes, input, scores, workspace, stream);
+}
+
+#define EVIT_INSTANTIATE(T)                                                                   \
+  template int64_t class_attention_workspace<T>(const ClassAttentionSizes&, bool);            \
+  template void class_attention<T>(const ClassAttentionSizes&, const ClassAttentionInput<T>&, \
+                                   accumulate_t<T>*, void*, const Stream&);
+EVIT_FOR_EACH_TYPE(EVIT_INSTANTIATE)
+#undef EVIT_INSTANTIATE
+
+}  // namespace evit::cuda

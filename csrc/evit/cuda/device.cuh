@@ -1,0 +1,266 @@
+// What the CUDA kernels need of the device and of CUDA's host interface, and the one place that knows whether
+// nvcc or a plain C++ compiler reads them: the tests also execute the kernels on the CPU (EVIT_CUDA_ON_HOST,
+// csrc/tests/cuda_on_host.h), so whatever a CPU cannot do has its equivalent here.
+#pragma once
+
+#ifndef EVIT_CUDA_ON_HOST
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#include <cassert>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "../stream.h"
+#include "../types.h"
+
+namespace evit::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kFullWarp = 0xffffffff;
+
+// Throws unless the call was successful; `what` names the operator.
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(what) + ": CUDA error " + cudaGetErrorName(error) + ": " +
+                           cudaGetErrorString(error));
+}
+
+// Makes a device current for the lifetime of the guard.
+class DeviceGuard {
+ public:
+  DeviceGuard(int device, const char* what) {
+    check(cudaGetDevice(&before_), what);
+    if (before_ == device) return;
+    check(cudaSetDevice(device), what);
+    changed_ = true;
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+inline int multiprocessors(const Stream& stream) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, stream.device), "device attribute");
+  return count;
+}
+
+// Bytes of shared memory that a block may have without asking, on every device.
+constexpr int64_t kSharedMemory = 48 * 1024;
+
+// The number of blocks of a launch, as the device counts them.
+inline unsigned grid_size(int64_t blocks, const char* what) {
+  if (blocks > std::numeric_limits<int>::max())
+    throw std::length_error(std::string(what) + ": a launch of " + std::to_string(blocks) +
+                            " blocks is more than a device takes");
+  return static_cast<unsigned>(blocks);
+}
+
+// The number of tokens as the kernels count within one sequence: in 32 bits.
+inline int row_count(int64_t tokens, const char* what) {
+  if (tokens > std::numeric_limits<int>::max() / 2)
+    throw std::length_error(std::string(what) + ": sequences of " + std::to_string(tokens) +
+                            " tokens are not supported");
+  return static_cast<int>(tokens);
+}
+
+// Runs kernel(arguments...) on the stream; an empty grid is no launch.
+template <typename... Parameters, typename... Arguments>
+void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, int threads,
+            int64_t shared_bytes, const Stream& stream, Arguments... arguments) {
+  if (blocks == 0) return;
+  const dim3 grid(grid_size(blocks, what)), block(static_cast<unsigned>(threads));
+#ifdef EVIT_CUDA_ON_HOST
+  (void)stream;
+  cuda_on_host::launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+                       [&] { kernel(arguments...); });
+#else
+  const auto queue = static_cast<cudaStream_t>(stream.handle);
+  // clang-format off
+  kernel<<<grid, block, shared_bytes, queue>>>(arguments...);
+  // clang-format on
+#endif
+  check(cudaGetLastError(), what);
+}
+
+// The block's shared memory, as many bytes as the launch asked for.
+__device__ inline void* shared_memory() {
+#ifdef EVIT_CUDA_ON_HOST
+  return cuda_on_host::shared_memory();
+#else
+  extern __shared__ __align__(16) unsigned char evit_shared_memory[];
+  return evit_shared_memory;
+#endif
+}
+
+// Hands out parts of shared memory, in the order in which host code has added up their sizes with `bytes`.
+class SharedParts {
+ public:
+  __device__ SharedParts() : next_(static_cast<unsigned char*>(shared_memory())) {}
+  template <typename T>
+  __device__ T* take(int64_t count) {
+    T* part = reinterpret_cast<T*>(next_);
+    next_ += bytes<T>(count);
+    return part;
+  }
+  // What `take` needs, rounded up so that every part is aligned to 16 bytes.
+  template <typename T>
+  static EVIT_HOST_DEVICE int64_t bytes(int64_t count) {
+    return (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+  }
+
+ private:
+  unsigned char* next_;
+};
+
+// A condition that bad input can break and that the host cannot check without waiting for the device. As
+// torch does, the kernel stops with a message and the CUDA context is lost.
+#ifdef EVIT_CUDA_ON_HOST
+#define EVIT_DEVICE_ASSERT(condition) \
+  do {                                \
+    if (!(condition)) __trap();       \
+  } while (false)
+#elif defined(NDEBUG)
+#define EVIT_DEVICE_ASSERT(condition)                                                     \
+  do {                                                                                    \
+    if (!(condition)) __assert_fail(#condition, __FILE__, __LINE__, __PRETTY_FUNCTION__); \
+  } while (false)
+#else
+#define EVIT_DEVICE_ASSERT(condition) assert(condition)
+#endif
+
+// Conversion to the accumulation type and back, to nearest, ties to even.
+__device__ inline float widen(float value) { return value; }
+__device__ inline double widen(double value) { return value; }
+__device__ inline float widen(BFloat16 value) {
+  return __uint_as_float(static_cast<unsigned>(value.bits) << 16);
+}
+__device__ inline float widen(Half value) {
+#ifdef EVIT_CUDA_ON_HOST
+  _Float16 half;
+  memcpy(&half, &value, sizeof half);
+  return static_cast<float>(half);
+#else
+  return __half2float(__ushort_as_half(value.bits));
+#endif
+}
+
+template <typename T>
+__device__ T narrow(accumulate_t<T> value) {
+  return value;
+}
+template <>
+__device__ inline BFloat16 narrow<BFloat16>(float value) {
+#ifdef EVIT_CUDA_ON_HOST
+  const unsigned bits = __float_as_uint(value);
+  // Rounding could carry a NaN's mantissa into the sign: NaN is written as such.
+  const unsigned rounded = value == value ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fff;
+  return {static_cast<uint16_t>(rounded)};
+#else
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+#endif
+}
+template <>
+__device__ inline Half narrow<Half>(float value) {
+#ifdef EVIT_CUDA_ON_HOST
+  const _Float16 half = static_cast<_Float16>(value);
+  Half result;
+  memcpy(&result, &half, sizeof half);
+  return result;
+#else
+  return {__half_as_ushort(__float2half_rn(value))};
+#endif
+}
+
+// What a thread takes of a row at once: 16 bytes.
+template <typename T>
+constexpr int kWidth = 16 / sizeof(T);
+template <typename T>
+struct alignas(16) Vector {
+  T element[kWidth<T>];
+};
+
+// Whether rows may be read and written 16 bytes at a time: address and strides are multiples of that.
+template <typename T, typename... Strides>
+bool aligned(const T* data, Strides... strides) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && ((strides * sizeof(T) % 16 == 0) && ...);
+}
+
+// A vector from device memory that the kernel does not write. Where rows are not aligned it is read element
+// by element, and where fewer than kWidth are `left` in the row the others are zeros: so a sum is formed in
+// the same order however a tensor lies in memory.
+template <bool kAligned, typename T>
+__device__ Vector<T> load(const T* from, int64_t left) {
+  Vector<T> value = {};
+#ifdef EVIT_CUDA_ON_HOST
+  cuda_on_host::interleave();
+  if (kAligned) cuda_on_host::check_aligned(from, sizeof value);
+  memcpy(static_cast<void*>(&value), from,
+         sizeof(T) * min(int64_t{kAligned ? kWidth<T> : left}, int64_t{kWidth<T>}));
+#else
+  if constexpr (kAligned) {
+    // With a plain assignment nvcc is free to make several instructions of one, and does.
+    const uint4 word = __ldg(reinterpret_cast<const uint4*>(from));
+    memcpy(&value, &word, sizeof value);
+  } else {
+#pragma unroll
+    for (int w = 0; w < kWidth<T>; ++w)
+      if (w < left) value.element[w] = from[w];
+  }
+#endif
+  return value;
+}
+
+// The reverse: to device memory, no more than is `left` of the row.
+template <bool kAligned, typename T>
+__device__ void store(T* to, const Vector<T>& value, int64_t left) {
+#ifdef EVIT_CUDA_ON_HOST
+  cuda_on_host::interleave();
+  if (kAligned) cuda_on_host::check_aligned(to, sizeof value);
+  memcpy(static_cast<void*>(to), &value,
+         sizeof(T) * min(int64_t{kAligned ? kWidth<T> : left}, int64_t{kWidth<T>}));
+#else
+  if constexpr (kAligned) {
+    uint4 word;
+    memcpy(&word, &value, sizeof value);
+    __stcg(reinterpret_cast<uint4*>(to), word);
+  } else {
+#pragma unroll
+    for (int w = 0; w < kWidth<T>; ++w)
+      if (w < left) to[w] = value.element[w];
+  }
+#endif
+}
+
+// The same in shared memory, always aligned.
+template <typename T>
+__device__ Vector<T> load_shared(const T* from) {
+#ifdef EVIT_CUDA_ON_HOST
+  return load<true>(from, kWidth<T>);
+#else
+  return *reinterpret_cast<const Vector<T>*>(from);
+#endif
+}
+template <typename T>
+__device__ void store_shared(T* to, const Vector<T>& value) {
+#ifdef EVIT_CUDA_ON_HOST
+  store<true>(to, value, kWidth<T>);
+#else
+  *reinterpret_cast<Vector<T>*>(to) = value;
+#endif
+}
+
+}  // namespace evit::cuda

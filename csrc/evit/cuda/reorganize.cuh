@@ -1,0 +1,234 @@
+// The forward pass of reorganize_tokens and add_reorganize_norm.
+//
+// Up to kSelectInPlace patches, one launch does everything: every block selects for itself, which costs less
+// than a launch, then moves its slice of the columns, in one pass over the rows in their order. Longer
+// sequences take three launches: the selection, with a block for each sequence; the rows, in chunks, with
+// partial sums; the sum of those.
+#pragma once
+
+#include <algorithm>
+
+#include "../reorganize_tokens.h"
+#include "rows.cuh"
+#include "select.cuh"
+
+namespace evit::cuda {
+
+constexpr int kSelectInPlace = 1024;
+constexpr int kChunkRows = 512;
+constexpr int kSelectThreads = 1024;
+
+// What the kernels pass on through device memory where the selection has a launch of its own.
+template <typename A>
+struct ReorganizeWorkspace {
+  int* place;   // [B, N - P]: where a patch goes among the kept ones, or -1
+  A* weights;   // [B, N - P]: its score
+  A* partials;  // [B, chunks, C]: sums over the rows of a chunk
+
+  static bool needed(const ReorganizeSizes& sizes, bool same_type) {
+    return sizes.patches() > kSelectInPlace || !same_type;
+  }
+  static int64_t chunks(const ReorganizeSizes& sizes) { return (sizes.tokens + kChunkRows - 1) / kChunkRows; }
+  static int64_t bytes(const ReorganizeSizes& sizes) {
+    const int64_t patches = sizes.batch * sizes.patches();
+    return SharedParts::bytes<int>(patches) + SharedParts::bytes<A>(patches) +
+           (sizes.fuse ? SharedParts::bytes<A>(sizes.batch * chunks(sizes) * sizes.channels) : 0);
+  }
+  static ReorganizeWorkspace in(void* memory, const ReorganizeSizes& sizes) {
+    const int64_t patches = sizes.batch * sizes.patches();
+    auto* next = static_cast<unsigned char*>(memory);
+    ReorganizeWorkspace workspace;
+    workspace.place = reinterpret_cast<int*>(next);
+    next += SharedParts::bytes<int>(patches);
+    workspace.weights = reinterpret_cast<A*>(next);
+    next += SharedParts::bytes<A>(patches);
+    workspace.partials = reinterpret_cast<A*>(next);
+    return workspace;
+  }
+};
+
+// Everything a kernel needs to know, as one argument.
+template <typename T>
+struct Reorganize {
+  using A = accumulate_t<T>;
+  ReorganizeSizes sizes;
+  Tokens<T> x;
+  Tokens<T> branch;  // added to x where kAdd
+  Tokens<A> scores;  // read where the selection is made in place
+  T* tokens;
+  int64_t* kept;
+  Slices slices;
+  int chunks;  // 1 where the selection is made in place
+  ReorganizeWorkspace<A> workspace;
+};
+
+template <typename S, typename A>
+__global__ void __launch_bounds__(kSelectThreads, 1)
+    select_kernel(ReorganizeSizes sizes, Tokens<S> scores, int64_t* kept, int* place, A* weights) {
+  const int64_t b = blockIdx.x;
+  const int patches = static_cast<int>(sizes.patches()), keep = static_cast<int>(sizes.keep);
+  const S* row = scores.row(b, 0);
+  SharedParts parts;
+  SelectScratch& scratch = *parts.take<SelectScratch>(1);
+  const auto key_at = [&](int i) { return order_key(row[i * scores.stride_n]); };
+  const auto threshold = select_threshold<decltype(order_key(S{}))>(scratch, patches, keep, key_at);
+  place_selected(scratch, patches, threshold, key_at, [&](int i, bool selected, int position) {
+    if (selected) kept[b * keep + position] = i;
+    place[b * patches + i] = selected ? position : -1;
+    weights[b * patches + i] = static_cast<A>(row[i * scores.stride_n]);
+  });
+}
+
+template <typename T, bool kAligned, bool kAdd, bool kSelect>
+__global__ void __launch_bounds__(kRowLanes * 16, sizeof(T) == 8 ? 1 : 2)
+    reorganize_kernel(Reorganize<T> job) {
+  using A = accumulate_t<T>;
+  using Key = decltype(order_key(A{}));
+  constexpr int W = kWidth<T>;
+  const ReorganizeSizes& sizes = job.sizes;
+  const int slice = static_cast<int>(blockIdx.x % job.slices.count);
+  const int chunk = static_cast<int>(blockIdx.x / job.slices.count % job.chunks);
+  const int64_t b = blockIdx.x / job.slices.count / job.chunks;
+  const int num_tokens = static_cast<int>(sizes.tokens), prefix = static_cast<int>(sizes.prefix);
+  const int patches = num_tokens - prefix, keep = static_cast<int>(sizes.keep);
+
+  SharedParts parts;
+  A* scratch = parts.take<A>(job.slices.columns * static_cast<int>(blockDim.x) / kWarp * W);
+  const int* place = job.workspace.place + b * patches;
+  const A* weights = job.workspace.weights + b * patches;
+  if constexpr (kSelect) {
+    SelectScratch& select = *parts.take<SelectScratch>(1);
+    int* own_place = parts.take<int>(patches);
+    A* own_weights = parts.take<A>(patches);
+    for (int i = static_cast<int>(threadIdx.x); i < patches; i += static_cast<int>(blockDim.x))
+      own_weights[i] = *job.scores.row(b, i);
+    const auto key_at = [&](int i) { return order_key(own_weights[i]); };
+    // Its first barrier is that of the weights, too.
+    const auto threshold = select_threshold<Key>(select, patches, keep, key_at);
+    place_selected(select, patches, threshold, key_at, [&](int i, bool selected, int position) {
+      own_place[i] = selected ? position : -1;
+      if (selected && slice == 0) job.kept[b * keep + position] = i;
+    });
+    place = own_place;
+    weights = own_weights;
+  }
+
+  const int columns = job.slices.columns;
+  const int64_t column = (static_cast<int64_t>(slice) * columns + threadIdx.x % columns) * W;
+  const int first = chunk * kChunkRows, last = kSelect ? num_tokens : min(first + kChunkRows, num_tokens);
+  const int64_t channels = sizes.channels;
+  constexpr int unroll = kAdd ? kUnroll / 2 : kUnroll;
+  A sum[W] = {};
+  if (column < channels) {
+    const T* x = job.x.row(b, 0) + column;
+    T* out = job.tokens + b * sizes.out_tokens() * channels + column;
+    for (int row = first + static_cast<int>(threadIdx.x) / columns; row < last; row += unroll * kRowLanes) {
+      Vector<T> value[unroll] = {};
+#pragma unroll
+      for (int u = 0; u < unroll; ++u) {
+        const int n = row + u * kRowLanes;
+        if (n < last) value[u] = load<kAligned>(x + n * job.x.stride_n, channels - column);
+      }
+      if constexpr (kAdd) {
+        const T* branch = job.branch.row(b, 0) + column;
+        Vector<T> other[unroll] = {};
+#pragma unroll
+        for (int u = 0; u < unroll; ++u) {
+          const int n = row + u * kRowLanes;
+          if (n < last) other[u] = load<kAligned>(branch + n * job.branch.stride_n, channels - column);
+        }
+#pragma unroll
+        for (int u = 0; u < unroll; ++u)
+#pragma unroll
+          for (int w = 0; w < W; ++w)
+            if (row + u * kRowLanes < last)
+              value[u].element[w] = narrow<T>(widen(value[u].element[w]) + widen(other[u].element[w]));
+      }
+#pragma unroll
+      for (int u = 0; u < unroll; ++u) {
+        const int n = row + u * kRowLanes;
+        if (n >= last) continue;
+        const int to = n < prefix ? n : place[n - prefix] < 0 ? -1 : prefix + place[n - prefix];
+        if (to >= 0) {
+          store<kAligned>(out + to * channels, value[u], channels - column);
+        } else if (sizes.fuse) {
+          const A weight = weights[n - prefix];
+#pragma unroll
+          for (int w = 0; w < W; ++w) sum[w] += weight * widen(value[u].element[w]);
+        }
+      }
+    }
+  }
+  if (!sizes.fuse) return;
+  sum_row_lanes<W>(sum, columns, scratch, [&](int offset, A total) {
+    const int64_t c = static_cast<int64_t>(slice) * columns * W + offset;
+    if (c >= channels) return;
+    if constexpr (kSelect)
+      job.tokens[((b + 1) * sizes.out_tokens() - 1) * channels + c] = narrow<T>(total);
+    else
+      job.workspace.partials[(b * job.chunks + chunk) * channels + c] = total;
+  });
+}
+
+// rows[b] = the sum of partials[b, :], in order, rounded once. Rows are row_stride elements apart.
+template <typename T>
+__global__ void sum_partials_kernel(const accumulate_t<T>* partials, int64_t batch, int64_t chunks,
+                                    int64_t channels, T* rows, int64_t row_stride) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= batch * channels) return;
+  const int64_t b = i / channels, c = i % channels;
+  accumulate_t<T> sum = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partials[(b * chunks + chunk) * channels + c];
+  rows[b * row_stride + c] = narrow<T>(sum);
+}
+
+template <typename T, bool kAligned, bool kAdd>
+void launch_reorganize(const char* what, const Reorganize<T>& job, bool select, const Stream& stream) {
+  using A = accumulate_t<T>;
+  const int64_t blocks = job.sizes.batch * job.chunks * job.slices.count;
+  int64_t shared = row_sum_bytes<T>(job.slices);
+  if (!select) {
+    launch(what, reorganize_kernel<T, kAligned, kAdd, false>, blocks, job.slices.threads(), shared, stream,
+           job);
+    return;
+  }
+  shared += SharedParts::bytes<SelectScratch>(1) + SharedParts::bytes<int>(job.sizes.patches()) +
+            SharedParts::bytes<A>(job.sizes.patches());
+  launch(what, reorganize_kernel<T, kAligned, kAdd, true>, blocks, job.slices.threads(), shared, stream, job);
+}
+
+// kAdd: the tokens are x + branch, else branch is not read.
+template <typename T, typename S, bool kAdd>
+void reorganize(const char* what, const ReorganizeSizes& sizes, const Tokens<T>& x, const Tokens<T>& branch,
+                const Tokens<S>& scores, T* tokens, int64_t* kept, void* memory, const Stream& stream) {
+  using A = accumulate_t<T>;
+  if (sizes.batch == 0) return;
+  row_count(sizes.tokens, what);
+  const DeviceGuard guard(stream.device, what);
+  const bool vectors = aligned(x.data, x.stride_b, x.stride_n, sizes.channels) && aligned(tokens) &&
+                       (!kAdd || aligned(branch.data, branch.stride_b, branch.stride_n));
+  const bool select = !ReorganizeWorkspace<A>::needed(sizes, std::is_same_v<S, A>);
+  Reorganize<T> job = {sizes, x, branch, {}, tokens, kept, {}, 1, {}};
+  if (select) {
+    if constexpr (std::is_same_v<S, A>) job.scores = scores;
+  } else {
+    job.chunks = static_cast<int>(ReorganizeWorkspace<A>::chunks(sizes));
+    job.workspace = ReorganizeWorkspace<A>::in(memory, sizes);
+    launch(what, select_kernel<S, A>, sizes.batch, kSelectThreads, SharedParts::bytes<SelectScratch>(1),
+           stream, sizes, scores, kept, job.workspace.place, job.workspace.weights);
+  }
+  // Without channels there still are kept tokens to name.
+  job.slices = share_out_columns<T>(sizes.batch * job.chunks, std::max<int64_t>(sizes.channels, 1), stream);
+  if (vectors)
+    launch_reorganize<T, true, kAdd>(what, job, select, stream);
+  else
+    launch_reorganize<T, false, kAdd>(what, job, select, stream);
+  if (select || !sizes.fuse) return;
+  constexpr int threads = 256;
+  launch(what, sum_partials_kernel<T>, (sizes.batch * sizes.channels + threads - 1) / threads, threads, 0,
+         stream, static_cast<const A*>(job.workspace.partials), sizes.batch, static_cast<int64_t>(job.chunks),
+         sizes.channels, tokens + (sizes.out_tokens() - 1) * sizes.channels,
+         sizes.out_tokens() * sizes.channels);
+}
+
+}  // namespace evit::cuda

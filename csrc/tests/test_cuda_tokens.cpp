@@ -1,0 +1,308 @@
+// The CUDA kernels for tokens against those of the CPU: gather, scatter, fuse, reorganize and
+// add_reorganize_norm, with their gradients.
+#include <algorithm>
+
+#include "../evit/add_reorganize_norm.h"
+#include "../evit/fuse_tokens.h"
+#include "../evit/gather_tokens.h"
+#include "../evit/scatter_tokens.h"
+#include "device.h"
+
+namespace evit::tests {
+namespace {
+
+struct Shape {
+  int64_t batch, tokens, channels, count;
+  int64_t padding;  // elements between rows: with it, or with odd channels, no 16 bytes can be read at once
+};
+constexpr Shape kShapes[] = {{2, 7, 5, 11, 3}, {1, 1, 1, 1, 0},     {3, 9, 16, 4, 0},
+                             {0, 3, 3, 2, 0},  {2, 5, 0, 3, 1},     {2, 6, 7, 0, 0},
+                             {1, 50, 8, 1, 8}, {2, 129, 64, 57, 0}, {1, 40, 264, 39, 1}};
+
+template <typename T>
+struct Input {
+  Shape shape;
+  int64_t row;
+  Buffer<T> host;
+  DeviceBuffer<T> device;
+
+  Input(const Shape& s, int64_t rows, uint32_t seed)
+      : shape(s),
+        row(s.channels + s.padding),
+        host(random_values<T>(s.batch * rows * row, seed)),
+        device(host),
+        stride_b(rows * row) {}
+  int64_t stride_b;
+  Tokens<T> cpu() const { return {host.data.get(), stride_b, row}; }
+  Tokens<T> cuda() const { return {device.data(), stride_b, row}; }
+};
+
+struct Index {
+  Buffer<int64_t> host;
+  DeviceBuffer<int64_t> device;
+  int64_t count;
+
+  // Every second element is one.
+  Index(const Shape& s, uint32_t seed) : host(values(s, seed)), device(host), count(s.count) {}
+  static Buffer<int64_t> values(const Shape& s, uint32_t seed) {
+    std::mt19937 generator(seed);
+    Buffer<int64_t> index(s.batch * s.count * 2);
+    for (int64_t i = 0; i < index.size; ++i)
+      index[i] = i % 2 ? -1000 : static_cast<int64_t>(generator() % s.tokens);
+    return index;
+  }
+  TokenIndex cpu() const { return {host.data.get(), count * 2, 2}; }
+  TokenIndex cuda() const { return {device.data(), count * 2, 2}; }
+};
+
+template <typename T>
+void gather_and_scatter(const Shape& s) {
+  const GatherSizes sizes = {s.batch, s.tokens, s.count, s.channels};
+  const Input<T> x(s, s.tokens, 1), small(s, s.count, 2);
+  const Index index(s, 3);
+  const auto [gathered, scattered] = same_every_time([&] {
+    DeviceBuffer<T> gather(s.batch * s.count * s.channels), scatter(s.batch * s.tokens * s.channels);
+    cuda::gather_tokens<T>(sizes, x.cuda(), index.cuda(), gather.data(), test_stream());
+    cuda::scatter_tokens<T>(sizes, small.cuda(), index.cuda(), scatter.data(), test_stream());
+    return std::tuple(gather.read(), scatter.read());
+  });
+  Buffer<T> expected(gathered.size), sums(scattered.size);
+  cpu::gather_tokens<T>(sizes, x.cpu(), index.cpu(), expected.data.get(), serial_executor());
+  cpu::scatter_tokens<T>(sizes, small.cpu(), index.cpu(), sums.data.get(), serial_executor());
+  CHECK(same_bits(gathered, expected));
+  CHECK(same_bits(scattered, sums));  // the same sums in the same order
+}
+
+template <typename T>
+void fuse(const Shape& s) {
+  using A = accumulate_t<T>;
+  const GatherSizes sizes = {s.batch, s.tokens, s.count, s.channels};
+  const Input<T> x(s, s.tokens, 4), grad(s, 1, 5);
+  const Index index(s, 6);
+  const auto weights = random_values<A>(s.batch * s.tokens * 3, 7);
+  const DeviceBuffer<A> device_weights(weights);
+  const int64_t stride = s.tokens * 3;
+  const auto [out, grad_x, grad_weights] = same_every_time([&] {
+    DeviceBuffer<T> sum(s.batch * s.channels), dx(s.batch * s.tokens * s.channels);
+    DeviceBuffer<A> dw(s.batch * s.tokens);
+    const Tokens<A> view = {device_weights.data(), stride, 3};
+    cuda::fuse_tokens<T>(sizes, x.cuda(), view, index.cuda(), sum.data(), test_stream());
+    cuda::fuse_tokens_backward<T>(sizes, grad.device.data(), grad.row, x.cuda(), view, index.cuda(),
+                                  dx.data(), dw.data(), test_stream());
+    return std::tuple(sum.read(), dx.read(), dw.read());
+  });
+  Buffer<T> sum(out.size), dx(grad_x.size);
+  Buffer<A> dw(grad_weights.size);
+  const Tokens<A> view = {weights.data.get(), stride, 3};
+  cpu::fuse_tokens<T>(sizes, x.cpu(), view, index.cpu(), sum.data.get(), serial_executor());
+  cpu::fuse_tokens_backward<T>(sizes, grad.host.data.get(), grad.row, x.cpu(), view, index.cpu(),
+                               dx.data.get(), dw.data.get(), serial_executor());
+  check_close(out, sum, tolerance<T>() * 2, 1);
+  check_close(grad_x, dx, tolerance<T>() * 2);
+  check_close(grad_weights, dw, tolerance<A>() * 2, 1);
+}
+
+// Scores with many ties and the values that are hard to order, where the seed is even.
+template <typename S>
+Buffer<S> hard_scores(int64_t count, uint32_t seed) {
+  Buffer<S> scores = random_values<S>(count, seed);
+  if (seed % 2 != 0) return scores;
+  std::mt19937 generator(seed);
+  const double odd[] = {0.0, -0.0, NAN, INFINITY, -INFINITY, 1e-42, -1e-42};
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t draw = generator() % 16;
+    scores[i] = static_cast<S>(draw < 7 ? odd[draw] : draw < 12 ? 0.25 : -0.5 * draw);
+  }
+  return scores;
+}
+
+template <typename T, typename S>
+void reorganize(const ReorganizeSizes& sizes, int64_t padding, uint32_t seed) {
+  using A = accumulate_t<T>;
+  const auto [batch, num_tokens, prefix, keep, channels, fuse] = sizes;
+  const int64_t patches = sizes.patches(), out_size = batch * sizes.out_tokens() * channels, skip = 2;
+  const Shape shape = {batch, num_tokens, channels, keep, padding};
+  const Input<T> x(shape, num_tokens, seed), branch(shape, num_tokens, seed + 1),
+      grad(shape, sizes.out_tokens(), seed + 2);
+  const auto scores = hard_scores<S>(batch * patches * 2, seed);  // every second element
+  const auto accumulated = random_values<A>(batch * patches, seed + 3);
+  const auto weight = random_values<T>(channels, seed + 4), bias = random_values<T>(channels, seed + 5);
+  const DeviceBuffer<S> device_scores(scores);
+  const DeviceBuffer<A> device_accumulated(accumulated);
+  const DeviceBuffer<T> device_weight(weight), device_bias(bias);
+  const int64_t stride = patches * 2;
+  const bool normalises = channels > 0, differentiates = fuse;
+
+  const auto [tokens, kept, added, normed, kept_again, grad_x, grad_scores] = same_every_time([&] {
+    const Tokens<S> view = {device_scores.data(), stride, 2};
+    DeviceBuffer<T> out(out_size), sum(normalises ? out_size : 0), norm(normalises ? out_size : 0);
+    DeviceBuffer<T> dx(differentiates ? batch * num_tokens * channels : 0);
+    DeviceBuffer<A> ds(differentiates ? batch * (skip + patches) : 0);
+    DeviceBuffer<int64_t> places(batch * keep), places_again(normalises ? batch * keep : 0);
+    DeviceBuffer<char> workspace(cuda::reorganize_tokens_workspace<T, S>(sizes));
+    cuda::reorganize_tokens<T, S>(sizes, x.cuda(), view, out.data(), places.data(), workspace.data(),
+                                  test_stream());
+    if (normalises) {
+      const LayerNorm<T> parameters = {seed % 3 ? device_weight.data() : nullptr,
+                                       seed % 5 ? device_bias.data() : nullptr, 0.03};
+      cuda::add_reorganize_norm<T, S>(sizes, x.cuda(), branch.cuda(), view, parameters, sum.data(),
+                                      norm.data(), places_again.data(), workspace.data(), test_stream());
+    }
+    if (differentiates)
+      cuda::reorganize_tokens_backward<T>(sizes, grad.cuda(), x.cuda(),
+                                          {device_accumulated.data(), patches, 1}, places.data(), dx.data(),
+                                          ds.data(), skip, test_stream());
+    return std::tuple(out.read(), places.read(), sum.read(), norm.read(), places_again.read(), dx.read(),
+                      ds.read());
+  });
+
+  const Tokens<S> view = {scores.data.get(), stride, 2};
+  Buffer<T> out(out_size), norm(out_size);
+  Buffer<int64_t> places(batch * keep);
+  cpu::reorganize_tokens<T, S>(sizes, x.cpu(), view, out.data.get(), places.data.get(), serial_executor());
+  CHECK(same_bits(kept, places));
+  check_close(tokens, out, tolerance<T>() * 2);
+  // What is copied is copied to the bit.
+  for (int64_t b = 0; b < batch; ++b)
+    CHECK(channels == 0 ||
+          std::memcmp(&tokens[b * sizes.out_tokens() * channels], &out[b * sizes.out_tokens() * channels],
+                      static_cast<size_t>((prefix + keep) * channels) * sizeof(T)) == 0);
+  if (normalises) {
+    const LayerNorm<T> parameters = {seed % 3 ? weight.data.get() : nullptr,
+                                     seed % 5 ? bias.data.get() : nullptr, 0.03};
+    cpu::add_reorganize_norm<T, S>(sizes, x.cpu(), branch.cpu(), view, parameters, out.data.get(),
+                                   norm.data.get(), places.data.get(), serial_executor());
+    CHECK(same_bits(kept_again, places));
+    check_close(added, out, tolerance<T>() * 2);
+    // A fused token that is one rounding apart is as much apart when it is normalised.
+    check_close(normed, norm, tolerance<T>() * 8);
+  }
+  if (differentiates) {
+    Buffer<T> dx(grad_x.size);
+    Buffer<A> ds(grad_scores.size);
+    cpu::reorganize_tokens_backward<T>(sizes, grad.cpu(), x.cpu(), {accumulated.data.get(), patches, 1},
+                                       places.data.get(), dx.data.get(), ds.data.get(), skip,
+                                       serial_executor());
+    check_close(grad_x, dx, tolerance<T>());
+    check_close(grad_scores, ds, tolerance<A>() * 4, 1);
+  }
+}
+
+template <typename T>
+void reorganize_all(const ReorganizeSizes& sizes, int64_t padding, uint32_t seed) {
+  reorganize<T, float>(sizes, padding, seed);
+  reorganize<T, double>(sizes, padding, seed + 1);
+}
+
+#define FOR_EACH_TYPE(call) call(float) call(double) call(Half) call(BFloat16)
+
+TEST(cuda_gather_and_scatter_agree) {
+  for (const Shape& shape : kShapes) {
+#define CALL(T) gather_and_scatter<T>(shape);
+    FOR_EACH_TYPE(CALL)
+#undef CALL
+  }
+}
+
+TEST(cuda_fuse_agrees) {
+  for (const Shape& shape : kShapes) {
+#define CALL(T) fuse<T>(shape);
+    FOR_EACH_TYPE(CALL)
+#undef CALL
+  }
+}
+
+TEST(cuda_reorganize_agrees) {
+  uint32_t seed = 20;
+  for (const int64_t prefix : {0, 1, 5})
+    for (const Shape& shape : kShapes)
+      for (const bool fused : {true, false}) {
+        const int64_t patches = shape.tokens - prefix;
+        const int64_t keep = std::min(std::max<int64_t>(shape.count, 1), fused ? patches - 1 : patches);
+        if (patches < 1 || keep < 1) continue;
+        const ReorganizeSizes sizes = {shape.batch, shape.tokens, prefix, keep, shape.channels, fused};
+#define CALL(T) reorganize_all<T>(sizes, shape.padding, seed += 2);
+        FOR_EACH_TYPE(CALL)
+#undef CALL
+        ++seed;
+      }
+}
+
+// Several chunks of rows, the selection in a launch of its own.
+TEST(cuda_reorganize_agrees_on_long_sequences) {
+  reorganize<BFloat16, float>({2, 1300, 1, 700, 8, true}, 0, 301);
+  reorganize<float, float>({1, 1537, 2, 100, 5, true}, 1, 302);
+  reorganize<double, float>({1, 1100, 1, 1099, 2, false}, 0, 303);
+  reorganize<Half, double>({1, 1030, 0, 1, 16, true}, 0, 304);
+}
+
+TEST(cuda_selects_from_65536) {
+  const ReorganizeSizes sizes = {1, 65536, 0, 45876, 1, true};
+  const auto x = random_values<float>(sizes.tokens, 1), scores = hard_scores<float>(sizes.tokens, 4);
+  const DeviceBuffer<float> device_x(x), device_scores(scores), out(sizes.out_tokens());
+  const DeviceBuffer<int64_t> kept(sizes.keep);
+  const DeviceBuffer<char> workspace(cuda::reorganize_tokens_workspace<float, float>(sizes));
+  cuda::reorganize_tokens<float, float>(sizes, {device_x.data(), 65536, 1}, {device_scores.data(), 65536, 1},
+                                        out.data(), kept.data(), workspace.data(), test_stream());
+  Buffer<float> expected(sizes.out_tokens());
+  Buffer<int64_t> expected_kept(sizes.keep);
+  cpu::reorganize_tokens<float, float>(sizes, {x.data.get(), 65536, 1}, {scores.data.get(), 65536, 1},
+                                       expected.data.get(), expected_kept.data.get(), serial_executor());
+  CHECK(same_bits(kept.read(), expected_kept));
+  check_close(out.read(), expected, tolerance<float>() * 2);
+}
+
+#ifdef EVIT_CUDA_ON_HOST
+// A result does not depend on the device, nor on what else is in the batch.
+TEST(cuda_sums_are_the_same_on_every_device_and_in_every_batch) {
+  const int64_t patches = 70, channels = 200;
+  const ReorganizeSizes sizes = {3, patches + 1, 1, 20, channels, true};
+  const auto x = random_values<float>(3 * (patches + 1) * channels, 1),
+             scores = random_values<float>(3 * patches, 3);
+  const auto run = [&](int64_t batch, int multiprocessors) {
+    cuda_on_host::device().multiprocessors = multiprocessors;
+    ReorganizeSizes part = sizes;
+    part.batch = batch;
+    DeviceBuffer<float> out(batch * part.out_tokens() * channels);
+    DeviceBuffer<int64_t> kept(batch * part.keep);
+    cuda::reorganize_tokens<float, float>(part, {x.data.get(), (patches + 1) * channels, channels},
+                                          {scores.data.get(), patches, 1}, out.data(), kept.data(), nullptr,
+                                          test_stream());
+    return out.read();
+  };
+  const Buffer<float> small = run(3, 1), large = run(3, 1000), one = run(1, 1000);
+  CHECK(same_bits(small, large));
+  CHECK(std::memcmp(small.data.get(), one.data.get(), static_cast<size_t>(one.size) * sizeof(float)) == 0);
+  cuda_on_host::device() = {};
+}
+
+TEST(cuda_index_out_of_range_stops_the_kernel) {
+  const GatherSizes sizes = {1, 4, 2, 8};
+  const auto x = random_values<float>(32, 1);
+  for (const int64_t wrong : {int64_t{4}, int64_t{-1}, int64_t{1} << 40}) {
+    const int64_t index[] = {3, wrong};
+    const TokenIndex view = {index, 2, 1};
+    float out[64], grad_weights[4];
+    const Tokens<float> tokens = {x.data.get(), 32, 8};
+    for (const auto& launch : std::vector<std::function<void()>>{
+             [&] { cuda::gather_tokens<float>(sizes, tokens, view, out, test_stream()); },
+             [&] { cuda::scatter_tokens<float>(sizes, tokens, view, out, test_stream()); },
+             [&] { cuda::fuse_tokens<float>(sizes, tokens, tokens, view, out, test_stream()); },
+             [&] {
+               cuda::fuse_tokens_backward<float>(sizes, x.data.get(), 8, tokens, tokens, view, out,
+                                                 grad_weights, test_stream());
+             }}) {
+      const std::string message = cuda_on_host::expect_error([&] {
+        try {
+          launch();
+        } catch (const std::exception&) {
+        }
+      });
+      CHECK(!message.empty());
+    }
+  }
+}
+#endif
+
+}  // namespace
+}  // namespace evit::tests
