@@ -1,0 +1,48 @@
+"""The work of the operators as the published method does it, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def class_attention(q: Tensor, k: Tensor) -> Tensor:
+    """The class token's row of the attention map, in PyTorch operators."""
+    logits = (q.unsqueeze(2) @ k.transpose(-2, -1)).squeeze(2) * q.shape[2] ** -0.5
+    return logits.softmax(-1).float().mean(1)
+
+
+def reorganize_tokens(x: Tensor, scores: Tensor, num_keep: int) -> tuple[Tensor, Tensor]:
+    """The published method's steps: topk, complement by sorting, two gathers, weighted sum, concatenation."""
+    patches, patch_scores = x[:, 1:], scores[:, 1:]
+    kept = patch_scores.topk(num_keep, dim=1).indices.sort(dim=1).values
+    mask = torch.ones_like(patch_scores).scatter_(1, kept, 0)
+    others = mask.sort(dim=1, descending=True, stable=True).indices[:, : patches.shape[1] - num_keep]
+    rows = others.unsqueeze(-1).expand(-1, -1, x.shape[2])
+    weights = patch_scores.gather(1, others).unsqueeze(-1).to(x.dtype)
+    fused = (patches.gather(1, rows) * weights).sum(dim=1, keepdim=True)
+    tokens = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+    return torch.cat([x[:, :1], tokens, fused], dim=1), kept
+
+
+def add_reorganize_norm(
+    x: Tensor, branch: Tensor, scores: Tensor, num_keep: int, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Residual sum, the steps above, LayerNorm."""
+    tokens, kept = reorganize_tokens(x + branch, scores, num_keep)
+    return tokens, F.layer_norm(tokens, (x.shape[2],), weight, bias, 1e-6), kept
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+def scatter_tokens(x: Tensor, index: Tensor, num_tokens: int) -> Tensor:
+    zeros = x.new_zeros(x.shape[0], num_tokens, x.shape[2])
+    return zeros.scatter_add(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]), x)
+
+
+def fuse_tokens(x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+    rows = x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+    return (rows * weights.gather(1, index).unsqueeze(-1).to(x.dtype)).sum(dim=1)
