@@ -75,10 +75,10 @@ def test_rows_are_checked_and_timed(dtype: torch.dtype) -> None:
     assert report.table(rows, 100.0).count("\n") == 2 + len(rows)
 
 
-def test_the_compiled_chain_is_a_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiled_chain_is_a_candidate() -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", False)
-    rows, failures = work.measure(clocks.WallClock(), "tiny", 2, torch.float32, "cpu", 0.0, 1, aot_eager)
+    with torch._functorch.config.patch(donated_buffer=False):
+        rows, failures = work.measure(clocks.WallClock(), "tiny", 2, torch.float32, "cpu", 0.0, 1, aot_eager)
     assert failures == []
     compared = {row["operator"] for row in rows if "compiled, replayed" in row["microseconds"]}
     assert compared == {"class_attention", "reorganize_tokens", "add_reorganize_norm"}

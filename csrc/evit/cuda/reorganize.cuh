@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
 }
 
 template <typename T, bool kAligned, bool kAdd, bool kSelect>
-__global__ void __launch_bounds__(kRowLanes * 16, sizeof(T) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kRowLanes * 16, kAligned && sizeof(T) < 8 ? 2 : 1)
     reorganize_kernel(Reorganize<T> job) {
   using A = accumulate_t<T>;
   using Key = decltype(order_key(A{}));

@@ -1,0 +1,106 @@
+"""What ptxas made of the CUDA kernels: read from the built module, so no GPU is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from evit_ext import _C
+
+#: The kernels that a model meets in training and inference, and that have to be fast.
+HOT = {
+    "attention_kernel",
+    "backward_kernel",
+    "reorganize_kernel",
+    "layer_norm_kernel",
+    "gather_kernel",
+    "scatter_kernel",
+}
+
+
+def cuobjdump() -> str | None:
+    """The tool of the CUDA toolkit, or the one that triton brings, which torch brings."""
+    found = shutil.which("cuobjdump")
+    spec = importlib.util.find_spec("triton")
+    if found is None and spec is not None and spec.submodule_search_locations:
+        bundled = Path(spec.submodule_search_locations[0]) / "backends/nvidia/bin/cuobjdump"
+        found = str(bundled) if bundled.exists() else None
+    return found
+
+
+pytestmark = [
+    pytest.mark.skipif(_C.build_info()["cuda"] is None, reason="the module was built without CUDA code"),
+    pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump, neither of a CUDA toolkit nor of triton"),
+]
+
+
+def dump(*options: str) -> str:
+    """What cuobjdump says of the module, with readable names of kernels where c++filt is installed."""
+    tool = cuobjdump()
+    assert tool is not None
+    return subprocess.run([tool, *options, _C.__file__], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def resources() -> list[tuple[str, str, dict[str, int]]]:
+    """For every kernel and architecture: both, and the resources that ptxas gave the kernel."""
+    found, architecture, name = [], "", ""
+    for line in dump("--dump-resource-usage").splitlines():
+        if match := re.match(r"arch = (sm_\w+)", line.strip()):
+            architecture = match[1]
+        elif match := re.match(r"Function (.+):$", line.strip()):
+            name = match[1]
+        elif "REG:" in line:
+            numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+            found.append((name, architecture, numbers))
+    return found
+
+
+def test_every_listed_architecture_has_its_code() -> None:
+    listed = _C.build_info()["cuda_architectures"].split(";")
+    wanted = {"sm_" + arch.removesuffix("+PTX").replace(".", "") for arch in listed}
+    files = Counter(re.findall(r"\.(sm_\w+)\.cubin", dump("--list-elf")))
+    assert set(files) == wanted
+    assert len(set(files.values())) == 1  # every source file for each
+    ptx = {"sm_" + arch.removesuffix("+PTX").replace(".", "") for arch in listed if arch.endswith("+PTX")}
+    assert set(re.findall(r"\.(sm_\w+)\.ptx", dump("--list-ptx"))) == ptx
+
+
+def test_no_kernel_spills(resources: list[tuple[str, str, dict[str, int]]]) -> None:
+    assert {kernel for kernel in HOT if any(kernel in name for name, _, _ in resources)} == HOT
+    spilling = [
+        f"{architecture}: {name} uses {numbers['STACK']} bytes of stack"
+        for name, architecture, numbers in resources
+        # A register that is spilled lies on the stack, and nothing else in these kernels does.
+        if numbers["STACK"] > 0 or numbers["LOCAL"] > 0
+    ]
+    assert spilling == []
+
+
+def test_rows_move_16_bytes_at_a_time() -> None:
+    """An assignment of 16 bytes may become several instructions: the machine code says what it became."""
+    name = ""
+    accesses: dict[str, Counter[str]] = {}  # of 16 bytes, of each kernel
+    architecture = "sm_" + _C.build_info()["cuda_architectures"].split(";")[0].removesuffix("+PTX").replace(
+        ".", ""
+    )
+    for line in dump("--dump-sass", "--gpu-architecture", architecture).splitlines():
+        if match := re.search(r"Function : (\S+)", line):
+            name = match[1]
+        elif match := re.search(r"\b(LDG|STG)\.(\S+)", line):
+            accesses.setdefault(name, Counter())[match[1]] += "128" in match[2].split(".")
+    # Mangled: BFloat16, aligned rows.
+    moving = [n for n in accesses if re.search(r"(reorganize|gather)_kernelI\S*BFloat16ELb1E", n)]
+    assert moving
+    for kernel in moving:
+        assert accesses[kernel]["LDG"] >= 2 and accesses[kernel]["STG"] >= 2, kernel
+    reading = [n for n in accesses if re.search(r"attention_kernelI\S*BFloat16ELb1E", n)]
+    assert reading
+    for kernel in reading:
+        assert accesses[kernel]["LDG"] >= 4, kernel
