@@ -59,15 +59,15 @@ def test_default_blocks(small_vit: Any, depth: int, expected: list[int]) -> None
     assert [i for i, block in enumerate(vit.blocks) if isinstance(block, ReorganizingBlock)] == expected
 
 
-def test_remove_restores_the_original(variant: Any) -> None:
-    vit = variant()
-    blocks, keys, expected = list(vit.blocks), list(vit.state_dict()), vit(images())
+def test_remove_restores_the_original(variant: Any, device: torch.device) -> None:
+    vit, x = variant().to(device), images().to(device)
+    blocks, keys, expected = list(vit.blocks), list(vit.state_dict()), vit(x)
     evit_ext.apply(vit, 0.5)
-    assert not torch.equal(vit(images()), expected)
+    assert not torch.equal(vit(x), expected)
     assert evit_ext.remove(vit) is vit
     assert all(a is b for a, b in zip(vit.blocks, blocks, strict=True))
     assert list(vit.state_dict()) == keys
-    assert torch.equal(vit(images()), expected)
+    assert torch.equal(vit(x), expected)
     assert evit_ext.remove(vit) is vit
     evit_ext.apply(vit, 0.5)
 
@@ -86,10 +86,10 @@ def test_remove_keeps_what_happened_in_between(small_vit: Any) -> None:
     vit(images(dtype=torch.float64))
 
 
-def test_set_keep_rate(small_vit: Any) -> None:
-    vit = evit_ext.apply(small_vit(), 0.5)
+def test_set_keep_rate(small_vit: Any, device: torch.device) -> None:
+    vit, x = evit_ext.apply(small_vit().to(device), 0.5), images().to(device)
     assert evit_ext.set_keep_rate(vit, 0.8) is vit
-    assert torch.equal(vit(images()), evit_ext.apply(_fresh(vit), 0.8)(images()))
+    assert torch.equal(vit(x), evit_ext.apply(_fresh(vit), 0.8)(x))
     evit_ext.set_keep_rate(vit, (0.9, 1, 0.25))
     assert [block.keep_rate for block in vit.blocks[1:]] == [0.9, 1.0, 0.25]
     assert "keep_rate=0.25, num_prefix_tokens=1, fuse_token=True" in repr(vit)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -11,48 +10,45 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "gpu-check.py"
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+if not SCRIPTS.exists():
+    pytest.skip("tests run without the source tree", allow_module_level=True)
+sys.path.insert(0, str(SCRIPTS))
 
-pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="tests run without the source tree")
+from gpu_check import facts, paths  # noqa: E402
+from gpu_check.outcomes import Result, benchmark_summary, pytest_summary, sanitizer_summary  # noqa: E402
+from gpu_check.report import verdict, write_summary  # noqa: E402
+from gpu_check.runner import Runner, Step  # noqa: E402
+from gpu_check.steps import cpp_steps, plan  # noqa: E402
 
+SCRIPT = SCRIPTS / "gpu-check.py"
 FACTS = {"gpu": "NVIDIA Example 9000", "capability": "9.0", "commit": "unknown"}
-
-
-@pytest.fixture(scope="module")
-def check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("evit_gpu_check", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def python(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", code)
 
 
-def run(check: ModuleType, steps: list[Any], logs: Path, **arguments: Any) -> dict[str, Any]:
-    runner = check.Runner(steps, logs, dict(os.environ), **arguments)
+def run(steps: list[Step], logs: Path, **arguments: Any) -> dict[str, Result]:
+    runner = Runner(steps, logs, dict(os.environ), **arguments)
     return {result.name: result for result in runner.run()}
 
 
-def test_a_failing_step_stops_only_those_that_need_it(check: ModuleType, tmp_path: Path) -> None:
+def test_a_failing_step_stops_only_those_that_need_it(tmp_path: Path) -> None:
     steps = [
-        check.Step("build", (python("print('broken'); raise SystemExit(3)"),), 30, 60),
-        check.Step("needs-build", (python(""),), 30, 60, needs=("build",)),
-        check.Step("after-build", (python("print('fine')"),), 30, 60, after=("build",)),
-        check.Step("other", (python("print('first')"), python("print('second')")), 30, 60),
-        check.Step("no-program", (("no-such-program",),), 30, 60),
-        check.Step("last", (python(""),), 30, 60, after=("build", "needs-build", "no-program")),
+        Step("build", (python("print('broken'); raise SystemExit(3)"),), 30, 60),
+        Step("needs-build", (python(""),), 30, 60, needs=("build",)),
+        Step("after-build", (python("print('fine')"),), 30, 60, after=("build",)),
+        Step("other", (python("print('first')"), python("print('second')")), 30, 60),
+        Step("no-program", (("no-such-program",),), 30, 60),
+        Step("last", (python(""),), 30, 60, after=("build", "needs-build", "no-program")),
     ]
-    results = run(check, steps, tmp_path)
+    results = run(steps, tmp_path)
     assert list(results) == [step.name for step in steps]
     assert (results["build"].outcome, results["build"].detail) == ("failed", "exit code 3; broken")
     assert (results["needs-build"].outcome, results["needs-build"].detail) == ("not run", "needs: build")
@@ -61,14 +57,14 @@ def test_a_failing_step_stops_only_those_that_need_it(check: ModuleType, tmp_pat
     assert results["other"].detail == "second"
     assert "first\n$ " in (tmp_path / "other.log").read_text()
     assert results["no-program"].outcome == "failed" and "no-such-program" in results["no-program"].detail
-    assert check.verdict(list(results.values()), 6) == (
+    assert verdict(list(results.values()), 6) == (
         "3 of 6 steps passed; not passed: build, needs-build, no-program"
     )
 
 
-def test_the_first_command_that_fails_ends_the_step(check: ModuleType, tmp_path: Path) -> None:
-    steps = [check.Step("two", (python("raise SystemExit(1)"), python("print('second')")), 30, 60)]
-    assert run(check, steps, tmp_path)["two"].outcome == "failed"
+def test_the_first_command_that_fails_ends_the_step(tmp_path: Path) -> None:
+    steps = [Step("two", (python("raise SystemExit(1)"), python("print('second')")), 30, 60)]
+    assert run(steps, tmp_path)["two"].outcome == "failed"
     assert "second\n" not in (tmp_path / "two.log").read_text().splitlines()[-1:]
 
 
@@ -85,7 +81,7 @@ def gone_within(seconds: float, pid: str) -> bool:
     return False
 
 
-def test_a_step_is_ended_at_its_limit_with_its_children(check: ModuleType, tmp_path: Path) -> None:
+def test_a_step_is_ended_at_its_limit_with_its_children(tmp_path: Path) -> None:
     child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     code = (
         "import subprocess, sys, time\n"
@@ -94,71 +90,71 @@ def test_a_step_is_ended_at_its_limit_with_its_children(check: ModuleType, tmp_p
         "time.sleep(60)"
     )
     start = time.monotonic()
-    result = run(check, [check.Step("hangs", (python(code),), 3.0, 60)], tmp_path)["hangs"]
+    result = run([Step("hangs", (python(code),), 3.0, 60)], tmp_path)["hangs"]
     assert time.monotonic() - start < 20
     assert result.outcome == "timed out" and not result.fine
     assert result.detail.startswith("after 3 s; last line: child")
     assert gone_within(5.0, result.detail.split()[-1])
 
 
-def test_a_process_that_ignores_being_ended(check: ModuleType, tmp_path: Path) -> None:
+def test_a_process_that_ignores_being_ended(tmp_path: Path) -> None:
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-    assert run(check, [check.Step("deaf", (python(code),), 1.5, 60)], tmp_path)["deaf"].outcome == "timed out"
+    assert run([Step("deaf", (python(code),), 1.5, 60)], tmp_path)["deaf"].outcome == "timed out"
 
 
-def test_no_time_left(check: ModuleType, tmp_path: Path) -> None:
-    result = run(check, [check.Step("late", (python(""),), 30, 0.0)], tmp_path)["late"]
+def test_no_time_left(tmp_path: Path) -> None:
+    result = run([Step("late", (python(""),), 30, 0.0)], tmp_path)["late"]
     assert (result.outcome, result.detail, result.fine) == ("not run", "no time left", False)
 
 
-def test_a_missing_tool_is_a_reason_not_a_failure(check: ModuleType, tmp_path: Path) -> None:
+def test_a_missing_tool_is_a_reason_not_a_failure(tmp_path: Path) -> None:
     steps = [
-        check.Step("cpp-build", (python(""),), 30, 60, missing="no cmake"),
-        check.Step("cpp-tests", (python(""),), 30, 60, needs=("cpp-build",)),
-        check.Step("fine", (python(""),), 30, 60),
+        Step("cpp-build", (python(""),), 30, 60, missing="no cmake"),
+        Step("cpp-tests", (python(""),), 30, 60, needs=("cpp-build",)),
+        Step("fine", (python(""),), 30, 60),
     ]
-    results = run(check, steps, tmp_path)
+    results = run(steps, tmp_path)
     assert (results["cpp-build"].outcome, results["cpp-build"].detail) == ("not run", "no cmake")
     assert all(result.fine for result in results.values())
-    sentence = check.verdict(list(results.values()), 3)
+    sentence = verdict(list(results.values()), 3)
     assert sentence == "1 of 3 steps passed; not run for want of a tool: cpp-build, cpp-tests"
 
 
-def test_a_mistake_in_a_judge_fails_its_step(check: ModuleType, tmp_path: Path) -> None:
+def test_a_mistake_in_a_judge_fails_its_step(tmp_path: Path) -> None:
     def judge(log: str) -> tuple[str, str]:
         raise KeyError("nothing")
 
-    steps = [check.Step("judged", (python(""),), 30, 60, judge=judge), check.Step("other", (), 30, 60)]
-    results = run(check, steps, tmp_path)
+    steps = [Step("judged", (python(""),), 30, 60, judge=judge), Step("other", (), 30, 60)]
+    results = run(steps, tmp_path)
     assert (results["judged"].outcome, results["judged"].detail) == ("failed", "KeyError: 'nothing'")
     assert results["other"].outcome == "passed"
 
 
-def test_interrupting(check: ModuleType, tmp_path: Path) -> None:
+def test_interrupting(tmp_path: Path) -> None:
     steps = [
-        check.Step("runs", (python("import time; time.sleep(60)"),), 60, 90),
-        check.Step("next", (python(""),), 30, 60, after=("runs",)),
+        Step("runs", (python("import time; time.sleep(60)"),), 60, 90),
+        Step("next", (python(""),), 30, 60, after=("runs",)),
     ]
-    runner = check.Runner(steps, tmp_path, dict(os.environ))
+    runner = Runner(steps, tmp_path, dict(os.environ))
     threading.Timer(1.5, runner.interrupt).start()
     first, second = runner.run()
     assert first.outcome == "failed" and f"exit code {-signal.SIGTERM}" in first.detail
     assert (second.outcome, second.detail) == ("not run", "interrupted")
 
 
-def test_the_summary_is_written_after_every_step(check: ModuleType, tmp_path: Path) -> None:
+def test_the_summary_is_written_after_every_step(tmp_path: Path) -> None:
     stem = tmp_path / "gpu-check-example"
     seen = []
 
-    def write(results: list[Any]) -> None:
-        check.write_summary(stem, FACTS, results, 2)
+    def write(results: list[Result]) -> None:
+        write_summary(stem, FACTS, results, 2)
         seen.append(json.loads(stem.with_suffix(".json").read_text()))
 
     steps = [
-        check.Step("one", (python("print('a | b')"),), 30, 60),
-        check.Step("two", (python("raise SystemExit(1)"),), 30, 60, after=("one",)),
+        Step("one", (python("print('a | b')"),), 30, 60),
+        Step("two", (python("raise SystemExit(1)"),), 30, 60, after=("one",)),
     ]
-    run(check, steps, tmp_path, on_result=write)
+    run(steps, tmp_path, on_result=write)
     assert seen[0]["verdict"] == "not finished: 1 of 2 steps have ended"
     assert seen[1]["verdict"] == "1 of 2 steps passed; not passed: two"
     assert seen[1]["machine"] == FACTS
@@ -182,9 +178,9 @@ def test_the_summary_is_written_after_every_step(check: ModuleType, tmp_path: Pa
         ("ImportError: no conftest", ("failed", "no summary; last line: ImportError: no conftest")),
     ],
 )
-def test_summaries_of_pytest(check: ModuleType, log: str, expected: tuple[str, str]) -> None:
+def test_summaries_of_pytest(log: str, expected: tuple[str, str]) -> None:
     """Failed tests are told by the exit code."""
-    assert check.pytest_summary(log) == expected
+    assert pytest_summary(log) == expected
 
 
 @pytest.mark.parametrize(
@@ -198,29 +194,27 @@ def test_summaries_of_pytest(check: ModuleType, log: str, expected: tuple[str, s
         ("========= Error: Device not supported. Please refer to the documentation", "not run"),
     ],
 )
-def test_summaries_of_compute_sanitizer(check: ModuleType, log: str, outcome: str) -> None:
-    assert check.sanitizer_summary(log)[0] == outcome
+def test_summaries_of_compute_sanitizer(log: str, outcome: str) -> None:
+    assert sanitizer_summary(log)[0] == outcome
 
 
-def test_an_unsupported_sanitizer_is_excused_whatever_its_exit_code(
-    check: ModuleType, tmp_path: Path
-) -> None:
+def test_an_unsupported_sanitizer_is_excused_whatever_its_exit_code(tmp_path: Path) -> None:
     command = python("print('Device not supported'); raise SystemExit(1)")
-    step = check.Step("memcheck", (command,), 30, 60, judge=check.sanitizer_summary)
-    result = run(check, [step], tmp_path)["memcheck"]
+    step = Step("memcheck", (command,), 30, 60, judge=sanitizer_summary)
+    result = run([step], tmp_path)["memcheck"]
     assert result.outcome == "not run" and result.fine
 
 
-def test_a_benchmark_without_a_verdict_failed(check: ModuleType) -> None:
+def test_a_benchmark_without_a_verdict_failed() -> None:
     text = "| table |\ntargets met: 3 of 4; missed: one\n"
-    assert check.benchmark_summary(text) == ("passed", "targets met: 3 of 4; missed: one")
-    assert check.benchmark_summary("AssertionError: differs") == ("failed", "AssertionError: differs")
+    assert benchmark_summary(text) == ("passed", "targets met: 3 of 4; missed: one")
+    assert benchmark_summary("AssertionError: differs") == ("failed", "AssertionError: differs")
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_plan(check: ModuleType, tmp_path: Path, quick: bool) -> None:
+def test_plan(tmp_path: Path, quick: bool) -> None:
     """Every step can come to run, and in time; the benchmarks are alone."""
-    steps = check.plan(FACTS, "python3", tmp_path, 570.0, quick)
+    steps = plan(FACTS, "python3", tmp_path, 570.0, quick)
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
     for number, step in enumerate(steps):
@@ -251,11 +245,56 @@ def test_one_line_where_there_is_no_such_python() -> None:
     assert done.returncode == 2 and "no-such-python" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_commit(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVIT_COMMIT", "abc123")
-    assert check.commit() == "abc123"
+    assert facts.commit() == "abc123"
     monkeypatch.delenv("EVIT_COMMIT")
-    monkeypatch.setattr(check, "output_of", lambda *command: "")
-    assert check.commit() == "unknown"
-    monkeypatch.setattr(check, "output_of", lambda *command: "0123" if "rev-parse" in command else " M a")
-    assert check.commit() == "0123 with changes"
+    monkeypatch.setattr(facts, "output_of", lambda *command: "")
+    assert facts.commit() == "unknown"
+    monkeypatch.setattr(facts, "output_of", lambda *command: "0123" if "rev-parse" in command else " M a")
+    assert facts.commit() == "0123 with changes"
+
+
+def test_what_a_missing_package_leaves_out_is_in_the_summary(tmp_path: Path) -> None:
+    without = {**FACTS, "expecttest": "not installed"}
+    for machine, sentence in (
+        (without, "1 of 1 steps passed; not tested: torch.library.opcheck on the operators "),
+        ({**FACTS, "expecttest": "0.3.0"}, "1 of 1 steps passed"),
+    ):
+        write_summary(tmp_path / "summary", machine, [Result("tests", "passed", 1.0, "")], 1)
+        written = json.loads((tmp_path / "summary.json").read_text())
+        text = (tmp_path / "summary.md").read_text()
+        assert written["verdict"].startswith(sentence) and f"\n{written['verdict']}\n" in text
+        assert bool(written["not_tested"]) == ("not tested" in text) == (machine is without)
+
+
+def test_only_initcheck_sees_memory_that_nothing_has_filled() -> None:
+    steps = cpp_steps(FACTS, 300.0, quick=False)
+    setting = "EVIT_TEST_NO_POISON=1"
+    assert [step.name for step in steps if any(setting in command for command in step.commands)] == [
+        "cpp-initcheck"
+    ]
+
+
+def test_the_package_is_built_from_its_sources_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier build has left in the source tree may be for another Python or torch."""
+    root, work = tmp_path / "root", tmp_path / "work"
+    for name in ("csrc/a.cpp", "csrc/cuda/b.cu", "evit_ext/_C.so", "evit_ext/__init__.py", "build/lib/c.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    for name in paths.PACKAGE_FILES:
+        if "." in name or name == "LICENSE":
+            (root / name).touch()
+    monkeypatch.setattr(paths, "ROOT", root)
+    for name in ("SOURCE", "SITE", "CMAKE"):
+        folder = work / name.lower()
+        monkeypatch.setattr(paths, name, folder)
+        folder.mkdir(parents=True)
+        (folder / "stale").touch()
+    paths.start_afresh()
+    copied = {str(path.relative_to(work)) for path in work.rglob("*") if path.is_file()}
+    files = {name for name in paths.PACKAGE_FILES if (root / name).is_file()}
+    files |= {"csrc/a.cpp", "csrc/cuda/b.cu", "evit_ext/__init__.py"}
+    assert copied == {f"source/{name}" for name in files}
+    build = next(step for step in plan(FACTS, "python3", tmp_path, 570.0, False) if step.name == "build")
+    assert build.commands[0][-1] == str(paths.WORK / "source")

@@ -19,6 +19,20 @@ constexpr Shape kShapes[] = {{2, 7, 5, 11, 3}, {1, 1, 1, 1, 0},     {3, 9, 16, 4
                              {0, 3, 3, 2, 0},  {2, 5, 0, 3, 1},     {2, 6, 7, 0, 0},
                              {1, 50, 8, 1, 8}, {2, 129, 64, 57, 0}, {1, 40, 264, 39, 1}};
 
+// Random values; or `exact` ones, of whose products with `exact` weights float holds sums exactly, in any
+// order, but not BFloat16 or Half. Nor does BFloat16 hold the sum of any two.
+template <typename T>
+Buffer<T> values(int64_t count, uint32_t seed, bool exact, bool weights = false) {
+  if (!exact) return random_values<T>(count, seed);
+  std::mt19937 generator(seed);
+  Buffer<T> out(count);
+  const int range = weights ? 4000 : 250;
+  for (int64_t i = 0; i < count; ++i)
+    out[i] =
+        from_double<T>((static_cast<int>(generator() % (2 * range + 1)) - range) / (weights ? 1024. : 1.));
+  return out;
+}
+
 template <typename T>
 struct Input {
   Shape shape;
@@ -26,10 +40,10 @@ struct Input {
   Buffer<T> host;
   DeviceBuffer<T> device;
 
-  Input(const Shape& s, int64_t rows, uint32_t seed)
+  Input(const Shape& s, int64_t rows, uint32_t seed, bool exact = false)
       : shape(s),
         row(s.channels + s.padding),
-        host(random_values<T>(s.batch * rows * row, seed)),
+        host(values<T>(s.batch * rows * row, seed, exact)),
         device(host),
         stride_b(rows * row) {}
   int64_t stride_b;
@@ -74,12 +88,12 @@ void gather_and_scatter(const Shape& s) {
 }
 
 template <typename T>
-void fuse(const Shape& s) {
+void fuse(const Shape& s, bool exact = false) {
   using A = accumulate_t<T>;
   const GatherSizes sizes = {s.batch, s.tokens, s.count, s.channels};
-  const Input<T> x(s, s.tokens, 4), grad(s, 1, 5);
+  const Input<T> x(s, s.tokens, 4, exact), grad(s, 1, 5, exact);
   const Index index(s, 6);
-  const auto weights = random_values<A>(s.batch * s.tokens * 3, 7);
+  const auto weights = values<A>(s.batch * s.tokens * 3, 7, exact, true);
   const DeviceBuffer<A> device_weights(weights);
   const int64_t stride = s.tokens * 3;
   const auto [out, grad_x, grad_weights] = same_every_time([&] {
@@ -97,6 +111,7 @@ void fuse(const Shape& s) {
   cpu::fuse_tokens<T>(sizes, x.cpu(), view, index.cpu(), sum.data.get(), serial_executor());
   cpu::fuse_tokens_backward<T>(sizes, grad.host.data.get(), grad.row, x.cpu(), view, index.cpu(),
                                dx.data.get(), dw.data.get(), serial_executor());
+  if (exact) CHECK(all_same_bits(std::tie(out, grad_x, grad_weights), std::tie(sum, dx, dw)));
   check_close(out, sum, tolerance<T>() * 2, 1);
   check_close(grad_x, dx, tolerance<T>() * 2);
   check_close(grad_weights, dw, tolerance<A>() * 2, 1);
@@ -108,7 +123,8 @@ Buffer<S> hard_scores(int64_t count, uint32_t seed) {
   Buffer<S> scores = random_values<S>(count, seed);
   if (seed % 2 != 0) return scores;
   std::mt19937 generator(seed);
-  const double odd[] = {0.0, -0.0, NAN, INFINITY, -INFINITY, 1e-42, -1e-42};
+  const double all_bits = -std::nan("0xfffffffffffff");  // as in memory that nobody has written
+  const double odd[] = {0.0, -0.0, all_bits, INFINITY, -INFINITY, 1e-42, -1e-42};
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t draw = generator() % 16;
     scores[i] = static_cast<S>(draw < 7 ? odd[draw] : draw < 12 ? 0.25 : -0.5 * draw);
@@ -117,15 +133,16 @@ Buffer<S> hard_scores(int64_t count, uint32_t seed) {
 }
 
 template <typename T, typename S>
-void reorganize(const ReorganizeSizes& sizes, int64_t padding, uint32_t seed) {
+void reorganize(const ReorganizeSizes& sizes, int64_t padding, uint32_t seed, bool exact = false) {
   using A = accumulate_t<T>;
   const auto [batch, num_tokens, prefix, keep, channels, fuse] = sizes;
   const int64_t patches = sizes.patches(), out_size = batch * sizes.out_tokens() * channels, skip = 2;
   const Shape shape = {batch, num_tokens, channels, keep, padding};
-  const Input<T> x(shape, num_tokens, seed), branch(shape, num_tokens, seed + 1),
-      grad(shape, sizes.out_tokens(), seed + 2);
-  const auto scores = hard_scores<S>(batch * patches * 2, seed);  // every second element
-  const auto accumulated = random_values<A>(batch * patches, seed + 3);
+  const Input<T> x(shape, num_tokens, seed, exact), branch(shape, num_tokens, seed + 1, exact),
+      grad(shape, sizes.out_tokens(), seed + 2, exact);
+  const auto scores = exact ? values<S>(batch * patches * 2, seed, true, true)
+                            : hard_scores<S>(batch * patches * 2, seed);  // every second element
+  const auto accumulated = values<A>(batch * patches, seed + 3, exact, true);
   const auto weight = random_values<T>(channels, seed + 4), bias = random_values<T>(channels, seed + 5);
   const DeviceBuffer<S> device_scores(scores);
   const DeviceBuffer<A> device_accumulated(accumulated);
@@ -162,6 +179,7 @@ void reorganize(const ReorganizeSizes& sizes, int64_t padding, uint32_t seed) {
   cpu::reorganize_tokens<T, S>(sizes, x.cpu(), view, out.data.get(), places.data.get(), serial_executor());
   CHECK(same_bits(kept, places));
   check_close(tokens, out, tolerance<T>() * 2);
+  if (exact) CHECK(same_bits(tokens, out));
   // What is copied is copied to the bit.
   for (int64_t b = 0; b < batch; ++b)
     CHECK(channels == 0 ||
@@ -174,6 +192,7 @@ void reorganize(const ReorganizeSizes& sizes, int64_t padding, uint32_t seed) {
                                    norm.data.get(), places.data.get(), serial_executor());
     CHECK(same_bits(kept_again, places));
     check_close(added, out, tolerance<T>() * 2);
+    if (exact) CHECK(same_bits(added, out));
     // A fused token that is one rounding apart is as much apart when it is normalised.
     check_close(normed, norm, tolerance<T>() * 8);
   }
@@ -184,6 +203,7 @@ void reorganize(const ReorganizeSizes& sizes, int64_t padding, uint32_t seed) {
                                        places.data.get(), dx.data.get(), ds.data.get(), skip,
                                        serial_executor());
     check_close(grad_x, dx, tolerance<T>());
+    if (exact) CHECK(same_bits(grad_x, dx) && same_bits(grad_scores, ds));
     check_close(grad_scores, ds, tolerance<A>() * 4, 1);
   }
 }
@@ -234,22 +254,89 @@ TEST(cuda_reorganize_agrees_on_long_sequences) {
   reorganize<float, float>({1, 1537, 2, 100, 5, true}, 1, 302);
   reorganize<double, float>({1, 1100, 1, 1099, 2, false}, 0, 303);
   reorganize<Half, double>({1, 1030, 0, 1, 16, true}, 0, 304);
+  // As long as one launch takes them.
+  reorganize<float, float>({1, 1025, 1, 300, 8, true}, 0, 305);
+}
+
+// More indices than a block has threads; and three tokens, each with many.
+TEST(cuda_long_indices_agree) {
+  for (const Shape& shape : {Shape{1, 400, 3, 600, 1}, Shape{2, 3, 8, 300, 0}}) {
+#define CALL(T) gather_and_scatter<T>(shape), fuse<T>(shape);
+    FOR_EACH_TYPE(CALL)
+#undef CALL
+  }
+}
+
+// Rounded once, from sums that are exact.
+TEST(cuda_exact_sums_have_the_bits_of_the_cpu) {
+#define CALL(T)                                                   \
+  reorganize<T, float>({2, 40, 1, 20, 24, true}, 0, 401, true);   \
+  reorganize<T, double>({2, 600, 1, 500, 8, true}, 0, 403, true); \
+  fuse<T>({2, 129, 64, 57, 0}, true);
+  FOR_EACH_TYPE(CALL)
+#undef CALL
+}
+
+// Vectors are read where tensors are aligned, elements where they are not: the sums are the same.
+template <typename T>
+void lies_anywhere() {
+  using A = accumulate_t<T>;
+  const ReorganizeSizes sizes = {2, 21, 1, 9, 24, true};
+  const GatherSizes gather = {2, 21, 15, 24};
+  const Shape shape = {2, 21, 24, 15, 0};
+  const auto x = random_values<T>(2 * 21 * 24, 1), y = random_values<T>(2 * 21 * 24, 2),
+             weight = random_values<T>(24, 3), bias = random_values<T>(24, 4);
+  const auto scores = random_values<A>(2 * 21, 5);
+  const DeviceBuffer<A> device_scores(scores), ds(2 * 20), dw(2 * 21);
+  const DeviceBuffer<int64_t> kept(2 * 9);
+  const Index index(shape, 6);
+  same_wherever_tensors_lie(7, [&](const std::vector<Place>& at) {
+    // y serves as the branch, as the gradient of the tokens and as what is scattered.
+    const Placed<T> first(x, 21, 24, at[0]), second(y, 21, 24, at[1]);
+    const DeviceBuffer<T> w(weight, at[2].offset), b(bias, at[3].offset), out(2 * 11 * 24, at[4].offset),
+        sum(2 * 11 * 24, at[4].offset), norm(2 * 11 * 24, at[5].offset), gathered(2 * 15 * 24, at[6].offset),
+        scattered(2 * 21 * 24, at[6].offset), fused(2 * 24), fused_dx(2 * 21 * 24, at[6].offset),
+        dx(2 * 21 * 24, at[6].offset);
+    const Tokens<A> view = {device_scores.data(), 21, 1};
+    const Stream stream = test_stream();
+    cuda::reorganize_tokens<T, A>(sizes, first.view, view, out.data(), kept.data(), nullptr, stream);
+    cuda::add_reorganize_norm<T, A>(sizes, first.view, second.view, view, {w.data(), b.data(), 1}, sum.data(),
+                                    norm.data(), kept.data(), nullptr, stream);
+    cuda::reorganize_tokens_backward<T>(sizes, second.view, first.view, view, kept.data(), dx.data(),
+                                        ds.data(), 0, stream);
+    cuda::gather_tokens<T>(gather, first.view, index.cuda(), gathered.data(), stream);
+    cuda::scatter_tokens<T>(gather, second.view, index.cuda(), scattered.data(), stream);
+    cuda::fuse_tokens<T>(gather, first.view, view, index.cuda(), fused.data(), stream);
+    cuda::fuse_tokens_backward<T>(gather, second.view.data, second.view.stride_b, first.view, view,
+                                  index.cuda(), fused_dx.data(), dw.data(), stream);
+    return std::tuple(out.read(), sum.read(), norm.read(), dx.read(), ds.read(), gathered.read(),
+                      scattered.read(), fused.read(), fused_dx.read(), dw.read());
+  });
+}
+
+TEST(cuda_tokens_may_lie_anywhere) {
+#define CALL(T) lies_anywhere<T>();
+  FOR_EACH_TYPE(CALL)
+#undef CALL
 }
 
 TEST(cuda_selects_from_65536) {
-  const ReorganizeSizes sizes = {1, 65536, 0, 45876, 1, true};
-  const auto x = random_values<float>(sizes.tokens, 1), scores = hard_scores<float>(sizes.tokens, 4);
-  const DeviceBuffer<float> device_x(x), device_scores(scores), out(sizes.out_tokens());
-  const DeviceBuffer<int64_t> kept(sizes.keep);
-  const DeviceBuffer<char> workspace(cuda::reorganize_tokens_workspace<float, float>(sizes));
-  cuda::reorganize_tokens<float, float>(sizes, {device_x.data(), 65536, 1}, {device_scores.data(), 65536, 1},
-                                        out.data(), kept.data(), workspace.data(), test_stream());
-  Buffer<float> expected(sizes.out_tokens());
-  Buffer<int64_t> expected_kept(sizes.keep);
-  cpu::reorganize_tokens<float, float>(sizes, {x.data.get(), 65536, 1}, {scores.data.get(), 65536, 1},
-                                       expected.data.get(), expected_kept.data.get(), serial_executor());
-  CHECK(same_bits(kept.read(), expected_kept));
-  check_close(out.read(), expected, tolerance<float>() * 2);
+  const auto x = random_values<float>(65536, 1), scores = hard_scores<float>(65536, 4);
+  for (const int64_t keep : {20000, 45876}) {  // among the many equal scores; among few
+    const ReorganizeSizes sizes = {1, 65536, 0, keep, 1, true};
+    const DeviceBuffer<float> device_x(x), device_scores(scores), out(sizes.out_tokens());
+    const DeviceBuffer<int64_t> kept(sizes.keep);
+    const DeviceBuffer<char> workspace(cuda::reorganize_tokens_workspace<float, float>(sizes));
+    cuda::reorganize_tokens<float, float>(sizes, {device_x.data(), 65536, 1},
+                                          {device_scores.data(), 65536, 1}, out.data(), kept.data(),
+                                          workspace.data(), test_stream());
+    Buffer<float> expected(sizes.out_tokens());
+    Buffer<int64_t> expected_kept(sizes.keep);
+    cpu::reorganize_tokens<float, float>(sizes, {x.data.get(), 65536, 1}, {scores.data.get(), 65536, 1},
+                                         expected.data.get(), expected_kept.data.get(), serial_executor());
+    CHECK(same_bits(kept.read(), expected_kept));
+    check_close(out.read(), expected, tolerance<float>() * 2);
+  }
 }
 
 #ifdef EVIT_CUDA_ON_HOST
@@ -292,15 +379,43 @@ TEST(cuda_index_out_of_range_stops_the_kernel) {
                cuda::fuse_tokens_backward<float>(sizes, x.data.get(), 8, tokens, tokens, view, out,
                                                  grad_weights, test_stream());
              }}) {
-      const std::string message = cuda_on_host::expect_error([&] {
-        try {
-          launch();
-        } catch (const std::exception&) {
-        }
-      });
+      const std::string message =
+          cuda_on_host::expect_error([&] { CHECK(throws<std::runtime_error>(launch)); });
       CHECK(!message.empty());
     }
   }
+}
+
+TEST(cuda_sizes_beyond_32_bits_are_refused) {
+  const int64_t large = int64_t{1} << 31;
+  const Tokens<float> tokens = {nullptr, 1, 1};
+  const TokenIndex index = {nullptr, 1, 1};
+  const Stream stream = test_stream();
+  CHECK(throws<std::length_error>([&] {
+    cuda::reorganize_tokens<float, float>({1, large, 1, 1, 1, true}, tokens, tokens, nullptr, nullptr,
+                                          nullptr, stream);
+  }));
+  CHECK(throws<std::length_error>(
+      [&] { cuda::gather_tokens<float>({1, 1, large, 1}, tokens, index, nullptr, stream); }));
+  CHECK(throws<std::length_error>(  // sequences
+      [&] { cuda::gather_tokens<float>({large, 1, 1, 1}, tokens, index, nullptr, stream); }));
+}
+
+TEST(cuda_launches_go_to_the_device_of_the_stream) {
+  cuda_on_host::device().count = 2;
+  const DeviceBuffer<float> out(1);
+  const DeviceBuffer<int64_t> zero(Buffer<int64_t>(1));
+  const auto gather = [&](int device) {
+    cuda::gather_tokens<float>({0, 1, 1, 1}, {out.data(), 1, 1}, {zero.data(), 1, 1}, out.data(),
+                               {device, nullptr});
+  };
+  gather(1);
+  int current = -1;
+  require(cudaGetDevice(&current));
+  CHECK(current == 0);  // again
+  CHECK(throws<std::runtime_error>([&] { gather(2); }));
+  cudaGetLastError();
+  cuda_on_host::device() = {};
 }
 #endif
 

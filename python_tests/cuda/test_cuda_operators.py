@@ -70,7 +70,7 @@ def test_runs_on_the_current_stream(operator: Operator, dtype: torch.dtype) -> N
     buffers = [torch.zeros_like(t) for t in inputs]
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)  # some 50 ms, far longer than the launches take
+        torch.cuda._sleep(1_000_000_000)  # cycles: some 500 ms, far longer than the launches take
         for buffer, value in zip(buffers, inputs, strict=True):
             buffer.copy_(value)
         result = run(operator, buffers)

@@ -35,14 +35,12 @@ torch.cuda.synchronize()
 print("nothing happened", flush=True)
 """
 FAR = 2**40
+# Not reorganize_tokens_backward: it stays within bounds without an assertion, and the result means nothing.
 CALLS = {
     "gather_tokens": "ops.gather_tokens(x, index({wrong}))",
     "scatter_tokens": "ops.scatter_tokens(x[:, :3], index({wrong}), 5)",
     "fuse_tokens": "ops.fuse_tokens(x, weights, index({wrong}))",
     "fuse_tokens_backward": "torch.ops.evit.fuse_tokens_backward(x[:, 0], x, weights, index({wrong}))",
-    "reorganize_tokens_backward": (
-        "torch.ops.evit.reorganize_tokens_backward(x, x, weights[:, 1:], index({wrong}), 1)"
-    ),
 }
 CASES = {
     f"{name}, {number}": call.format(wrong=wrong)

@@ -164,7 +164,7 @@ def test_import_registers_the_names_from_anywhere(tmp_path: Path) -> None:
 def resized(model: DeiT, height: int, width: int) -> VisionTransformer:
     """Return a plain timm model for another image size, its embedding resized by the oracle."""
     arguments = {**MICRO, "img_size": (height, width), "num_classes": 5}
-    plain = VisionTransformer(**arguments).to(model.pos_embed.dtype).eval()
+    plain = VisionTransformer(**arguments).to(model.pos_embed).eval()
     state = evit_ext.remove(model).state_dict()
     patches = slow_bicubic(state["pos_embed"][0, 1:], height // 8, width // 8)
     state["pos_embed"] = torch.cat([state["pos_embed"][0, :1], patches]).unsqueeze(0)
@@ -179,9 +179,9 @@ def big_weights(model: DeiT) -> DeiT:
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 48), (24, 24), (32, 56), (40, 16), (32, 32)])
-def test_images_of_any_size(height: int, width: int) -> None:
-    model = big_weights(micro(keep_rate=0.6).double())
-    x = images(height, width, dtype=torch.float64)
+def test_images_of_any_size(height: int, width: int, device: torch.device) -> None:
+    model = big_weights(micro(keep_rate=0.6).double()).to(device)
+    x = images(height, width, dtype=torch.float64).to(device)
     with evit_ext.record_tokens(model) as record:
         logits = model(x)
     expected, kept, _ = slow_evit(resized(model, height, width), x, (0.6, 0.6, 0.6), (1, 2, 3))
@@ -190,9 +190,9 @@ def test_images_of_any_size(height: int, width: int) -> None:
         assert torch.equal(a.sort(dim=1).values, b.sort(dim=1).values)
 
 
-def test_gradient_of_a_resized_position_embedding() -> None:
-    model = micro(keep_rate=0.6)
-    model(images(48, 48)).sum().backward()
+def test_gradient_of_a_resized_position_embedding(device: torch.device) -> None:
+    model = micro(keep_rate=0.6).to(device)
+    model(images(48, 48).to(device)).sum().backward()
     assert model.pos_embed.grad.shape == (1, 17, 24)
     assert (model.pos_embed.grad.abs().sum(dim=-1) > 0).all()
 
@@ -221,9 +221,9 @@ def test_weights_that_do_not_fit() -> None:
         micro().load_state_dict(state)
 
 
-def test_set_input_size() -> None:
-    model = big_weights(micro(keep_rate=0.6).double())
-    x = images(40, 56, dtype=torch.float64)
+def test_set_input_size(device: torch.device) -> None:
+    model = big_weights(micro(keep_rate=0.6).double()).to(device)
+    x = images(40, 56, dtype=torch.float64).to(device)
     expected = model(x)
     model.set_input_size(img_size=(40, 56))
     assert model.pos_embed.shape == (1, 1 + 5 * 7, 24) and model.pos_embed.requires_grad
@@ -231,18 +231,19 @@ def test_set_input_size() -> None:
 
 
 @pytest.mark.parametrize("arguments", [{"reg_tokens": 2}, {"no_embed_class": True, "reg_tokens": 1}])
-def test_position_embedding_like_timms(arguments: dict[str, Any]) -> None:
+def test_position_embedding_like_timms(arguments: dict[str, Any], device: torch.device) -> None:
     """At the model's own size, with dynamic sizes or not, tokens are embedded as timm embeds them."""
-    ours = micro(keep_rate=1.0, **arguments)
-    fixed = micro(keep_rate=1.0, dynamic_img_size=False, **arguments)
-    plain = VisionTransformer(**{**MICRO, "num_classes": 5, **arguments}).eval()
+    ours = micro(keep_rate=1.0, **arguments).to(device)
+    fixed = micro(keep_rate=1.0, dynamic_img_size=False, **arguments).to(device)
+    plain = VisionTransformer(**{**MICRO, "num_classes": 5, **arguments}).to(device).eval()
+    x, larger = images().to(device), images(48, 40).to(device)
     ours.load_state_dict(plain.state_dict())
     fixed.load_state_dict(plain.state_dict())
-    assert torch.equal(ours(images()), plain(images()))
-    assert torch.equal(fixed(images()), plain(images()))
-    assert ours(images(48, 40)).shape == (2, 5)
+    assert torch.equal(ours(x), plain(x))
+    assert torch.equal(fixed(x), plain(x))
+    assert ours(larger).shape == (2, 5)
     with pytest.raises(AssertionError, match="doesn't match model"):
-        fixed(images(48, 40))
+        fixed(larger)
 
 
 def test_sizes_that_are_no_multiple_of_the_patch() -> None:
@@ -250,12 +251,12 @@ def test_sizes_that_are_no_multiple_of_the_patch() -> None:
         micro()(images(36, 32))
 
 
-def test_compile_at_two_sizes() -> None:
-    model = micro()
+def test_compile_at_two_sizes(device: torch.device) -> None:
+    model = micro().double().to(device)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for height, width in ((32, 32), (48, 48), (40, 64)):
-        x = images(height, width)
+        x = images(height, width, dtype=torch.float64).to(device)
         torch.testing.assert_close(compiled(x), model(x))
 
 

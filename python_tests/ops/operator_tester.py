@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -42,6 +43,14 @@ class Case:
                     arg = arg.to(dtype)
             out.append(arg)
         return out
+
+
+def random_examples(count: int) -> settings:
+    """Hypothesis with `count` examples, which may all share the `device` that the test was given."""
+    # A fixture is set up once for all examples, which the health check warns of; a device has no state.
+    return settings(
+        max_examples=count, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    )
 
 
 def exact(args: list[Any]) -> list[Any]:

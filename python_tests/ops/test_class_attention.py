@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from operator_tester import DTYPES, Case, OperatorTester, assert_near
+from operator_tester import DTYPES, Case, OperatorTester, assert_near, random_examples
 from torch import Tensor
 
 from evit_ext import ops
@@ -173,7 +173,7 @@ def test_small_probabilities_are_not_flushed(device: torch.device) -> None:
     assert ((scores[0].double() - expected).abs() <= 1e-6 * expected + 1.5e-45).all()
 
 
-@settings(max_examples=60, deadline=None)
+@random_examples(60)
 @given(
     batch=st.integers(0, 4),
     heads=st.integers(1, 5),
@@ -183,9 +183,9 @@ def test_small_probabilities_are_not_flushed(device: torch.device) -> None:
     seed=st.integers(0, 99),
 )
 def test_random_shapes(
-    batch: int, heads: int, tokens: int, channels: int, dtype: torch.dtype, seed: int
+    device: torch.device, batch: int, heads: int, tokens: int, channels: int, dtype: torch.dtype, seed: int
 ) -> None:
-    q, k = (t.to(dtype) for t in make(batch, heads, tokens, channels, seed))
+    q, k = (t.to(device, dtype) for t in make(batch, heads, tokens, channels, seed))
     scores = ops.class_attention(q, k)
     assert_near(scores, ops.reference.class_attention(q.double(), k.double()))
     assert scores.shape == (batch, tokens)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from operator_tester import DTYPES, Case, OperatorTester, assert_near
+from operator_tester import DTYPES, Case, OperatorTester, assert_near, random_examples
 from torch import Tensor
 
 from evit_ext import ops
@@ -56,7 +56,7 @@ def test_weights_may_have_another_dtype(
     assert weights.grad is not None and weights.grad.dtype == weights_dtype
 
 
-@settings(max_examples=60, deadline=None)
+@random_examples(60)
 @given(
     batch=st.integers(0, 4),
     tokens=st.integers(1, 40),
@@ -66,7 +66,7 @@ def test_weights_may_have_another_dtype(
     seed=st.integers(0, 99),
 )
 def test_random_shapes(
-    batch: int, tokens: int, channels: int, indices: int, dtype: torch.dtype, seed: int
+    device: torch.device, batch: int, tokens: int, channels: int, indices: int, dtype: torch.dtype, seed: int
 ) -> None:
     x, weights, index = make(batch, tokens, channels, indices, seed)
     x, weights = x.to(dtype), weights.to(dtype)
@@ -75,7 +75,7 @@ def test_random_shapes(
         for i in range(indices):
             n = index[b, i]
             expected[b] += weights[b, n].double() * x[b, n].double()
-    assert_near(ops.fuse_tokens(x, weights, index), expected)
+    assert_near(ops.fuse_tokens(x.to(device), weights.to(device), index.to(device)).cpu(), expected)
 
 
 def test_only_named_tokens_count(device: torch.device) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from operator_tester import DTYPES, Case, OperatorTester
+from operator_tester import DTYPES, Case, OperatorTester, random_examples
 from torch import Tensor
 
 from evit_ext import ops
@@ -37,7 +37,7 @@ class TestGatherTokens(OperatorTester):
         ]
 
 
-@settings(max_examples=60, deadline=None)
+@random_examples(60)
 @given(
     batch=st.integers(0, 4),
     tokens=st.integers(1, 40),
@@ -47,12 +47,12 @@ class TestGatherTokens(OperatorTester):
     seed=st.integers(0, 99),
 )
 def test_random_shapes(
-    batch: int, tokens: int, channels: int, indices: int, dtype: torch.dtype, seed: int
+    device: torch.device, batch: int, tokens: int, channels: int, indices: int, dtype: torch.dtype, seed: int
 ) -> None:
     x, index = make(batch, tokens, channels, indices, seed)
     x = x.to(dtype)
     expected = x.gather(1, index.unsqueeze(-1).expand(-1, -1, channels))
-    assert torch.equal(ops.gather_tokens(x, index), expected)
+    assert torch.equal(ops.gather_tokens(x.to(device), index.to(device)).cpu(), expected)
 
 
 def test_every_bit_is_copied(device: torch.device) -> None:

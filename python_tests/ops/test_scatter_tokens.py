@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from operator_tester import DTYPES, Case, OperatorTester, assert_near
+from operator_tester import DTYPES, Case, OperatorTester, assert_near, random_examples
 from torch import Tensor
 
 from evit_ext import ops
@@ -37,7 +37,7 @@ class TestScatterTokens(OperatorTester):
         ]
 
 
-@settings(max_examples=60, deadline=None)
+@random_examples(60)
 @given(
     batch=st.integers(0, 4),
     indices=st.integers(0, 50),
@@ -47,7 +47,7 @@ class TestScatterTokens(OperatorTester):
     seed=st.integers(0, 99),
 )
 def test_random_shapes(
-    batch: int, indices: int, channels: int, tokens: int, dtype: torch.dtype, seed: int
+    device: torch.device, batch: int, indices: int, channels: int, tokens: int, dtype: torch.dtype, seed: int
 ) -> None:
     x, index, _ = make(batch, indices, channels, tokens, seed)
     x = x.to(dtype)
@@ -55,7 +55,7 @@ def test_random_shapes(
     for b in range(batch):
         for i in range(indices):
             expected[b, index[b, i]] += x[b, i].double()
-    assert_near(ops.scatter_tokens(x, index, tokens), expected)
+    assert_near(ops.scatter_tokens(x.to(device), index.to(device), tokens).cpu(), expected)
 
 
 def test_rounds_once(device: torch.device) -> None:

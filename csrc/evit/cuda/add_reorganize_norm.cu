@@ -8,13 +8,6 @@ namespace {
 constexpr char kOperator[] = "add_reorganize_norm";
 constexpr int kNormThreads = 256;
 
-template <typename A>
-__device__ A warp_sum(A value) {
-  for (int distance = 1; distance < kWarp; distance *= 2)
-    value += __shfl_xor_sync(kFullWarp, value, distance);
-  return value;
-}
-
 // A warp normalises a row: it reads it three times, from the second time on out of the first-level cache.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kNormThreads, 4)
@@ -39,7 +32,7 @@ __global__ void __launch_bounds__(kNormThreads, 4)
 #pragma unroll
     for (int w = 0; w < W; ++w) {
       const A difference = widen(value.element[w]) - mean;
-      if (kAligned || c + w < channels) squares += difference * difference;
+      if (kAligned || c + w < channels) squares = multiply_add(difference, difference, squares);
     }
   }
   const A variance = warp_sum(squares) / static_cast<A>(channels);
@@ -50,10 +43,9 @@ __global__ void __launch_bounds__(kNormThreads, 4)
     if (norm.bias != nullptr) bias = load<kAligned>(norm.bias + c, channels - c);
 #pragma unroll
     for (int w = 0; w < W; ++w) {
-      A result = (widen(value.element[w]) - mean) * factor;
-      if (norm.weight != nullptr) result *= widen(weight.element[w]);
-      if (norm.bias != nullptr) result += widen(bias.element[w]);
-      value.element[w] = narrow<T>(result);
+      const A normal = (widen(value.element[w]) - mean) * factor;
+      const A scale = norm.weight != nullptr ? widen(weight.element[w]) : A{1};
+      value.element[w] = narrow<T>(multiply_add(normal, scale, static_cast<A>(widen(bias.element[w]))));
     }
     store<kAligned>(out + c, value, channels - c);
   }
@@ -67,11 +59,11 @@ void add_reorganize_norm(const ReorganizeSizes& sizes, const Tokens<T>& x, const
                          int64_t* kept, void* workspace, const Stream& stream) {
   reorganize<T, S, true>(kOperator, sizes, x, branch, scores, tokens, kept, workspace, stream);
   const DeviceGuard guard(stream.device, kOperator);
-  const bool vectors =
+  const bool is_aligned =
       aligned(tokens, sizes.channels) && aligned(normed) && aligned(norm.weight) && aligned(norm.bias);
   const int64_t rows = sizes.batch * sizes.out_tokens();
   constexpr int rows_per_block = kNormThreads / kWarp;
-  launch(kOperator, vectors ? layer_norm_kernel<T, true> : layer_norm_kernel<T, false>,
+  launch(kOperator, is_aligned ? layer_norm_kernel<T, true> : layer_norm_kernel<T, false>,
          (rows + rows_per_block - 1) / rows_per_block, kNormThreads, 0, stream, static_cast<const T*>(tokens),
          rows, sizes.channels, norm, normed);
 }

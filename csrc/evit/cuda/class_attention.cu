@@ -7,11 +7,15 @@ namespace {
 
 constexpr char kOperator[] = "class_attention";
 
+// Threads of a block that its registers suffice for.
+template <typename T, bool kAligned>
+constexpr int max_threads = kAligned && sizeof(T) == 2 ? 1024 : 512;
+
 // Forward, a block for `span` tokens of a sequence, all heads: logits, softmax and mean in shared memory.
 // With a log-sum-exp tokens are independent and span is small; else it is all of them.
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(512, kAligned && sizeof(T) == 2 ? 2 : 1)
-    attention_kernel(Attention<T> job, accumulate_t<T>* scores, int span, int spans) {
+__global__ void __launch_bounds__(max_threads<T, kAligned>, 1)
+    class_attention_kernel(Attention<T> job, accumulate_t<T>* scores, int span, int spans) {
   using A = accumulate_t<T>;
   const int64_t b = blockIdx.x / spans;
   const int num_tokens = static_cast<int>(job.sizes.tokens), heads = static_cast<int>(job.sizes.heads);
@@ -42,7 +46,7 @@ __global__ void __launch_bounds__(512, kAligned && sizeof(T) == 2 ? 2 : 1)
   __syncthreads();
   for (int n = first + static_cast<int>(threadIdx.x); n < last; n += static_cast<int>(blockDim.x)) {
     A sum = 0;
-    for (int h = 0; h < heads; ++h) sum += logits[h * span + n - first] * inverse[h];
+    for (int h = 0; h < heads; ++h) sum = multiply_add(logits[h * span + n - first], inverse[h], sum);
     scores[b * num_tokens + n] = sum / static_cast<A>(heads);
   }
 }
@@ -104,7 +108,8 @@ __global__ void __launch_bounds__(256, 4) mean_kernel(const A* logits, const Hea
   A sum = 0;
   for (int h = 0; h < heads; ++h) {
     const HeadStatistics<A> head = statistics[b * heads + h];
-    sum += exp(logits[(b * heads + h) * num_tokens + n] - head.shift) * head.inverse;
+    const A e = exp(logits[(b * heads + h) * num_tokens + n] - head.shift);
+    sum = multiply_add(e, head.inverse, sum);
   }
   scores[b * num_tokens + n] = sum / static_cast<A>(heads);
 }
@@ -133,12 +138,15 @@ template <typename T, bool kAligned>
 void forward(const ClassAttentionSizes& sizes, const ClassAttentionInput<T>& input, accumulate_t<T>* scores,
              void* workspace, const Stream& stream) {
   using A = accumulate_t<T>;
-  const Attention<T> job = {sizes, input, lanes_per_key<T>(sizes.channels)};
+  const Attention<T> job = {sizes, input, lanes_per_key<T>(sizes.channels), static_cast<A>(sizes.scale)};
   const bool independent = input.logsumexp != nullptr;
   if (independent || fits<A>(sizes)) {
     const int64_t span = independent ? span_of<A>(sizes) : sizes.tokens;
     const int64_t spans = (sizes.tokens + span - 1) / span;
-    launch(kOperator, attention_kernel<T, kAligned>, sizes.batch * spans, independent ? 256 : 512,
+    // A batch that leaves multiprocessors idle gets larger blocks, to have more keys in flight.
+    const bool small = sizes.batch * spans < multiprocessors(stream);
+    const int threads = independent ? 256 : small ? max_threads<T, kAligned> : 512;
+    launch(kOperator, class_attention_kernel<T, kAligned>, sizes.batch * spans, threads,
            forward_shared_bytes<A>(sizes, span), stream, job, scores, static_cast<int>(span),
            static_cast<int>(spans));
     return;
@@ -174,9 +182,9 @@ void class_attention(const ClassAttentionSizes& sizes, const ClassAttentionInput
                      accumulate_t<T>* scores, void* workspace, const Stream& stream) {
   const DeviceGuard guard(stream.device, kOperator);
   check_sizes(sizes, kOperator);
-  if (forward_shared_bytes<accumulate_t<T>>(sizes, 1) > kSharedMemory)
+  if (input.logsumexp != nullptr && forward_shared_bytes<accumulate_t<T>>(sizes, 1) > kSharedMemory)
     throw std::length_error(std::string(kOperator) + ": " + std::to_string(sizes.heads) +
-                            " heads are not supported");
+                            " heads are more than is supported with logsumexp");
   if (input_aligned(sizes, input))
     forward<T, true>(sizes, input, scores, workspace, stream);
   else

@@ -29,8 +29,7 @@ struct Attention {
   ClassAttentionSizes sizes;
   ClassAttentionInput<T> input;
   int lanes;  // threads that share a key
-
-  __device__ A factor() const { return static_cast<A>(sizes.scale); }
+  A scale;    // of sizes, in the accumulation type
 };
 
 // Calls emit(n, logit) for keys_per_warp keys of head h from `first` on, those below `last`, by one thread
@@ -61,7 +60,8 @@ __device__ void warp_logits(const Attention<T>& job, int64_t b, int64_t h, int f
     for (int w = 0; w < W; ++w) {
       const A value = widen(query.element[w]);
 #pragma unroll
-      for (int u = 0; u < kKeysInFlight; ++u) dot[u] += value * widen(key[u].element[w]);
+      for (int u = 0; u < kKeysInFlight; ++u)
+        dot[u] = multiply_add(value, static_cast<A>(widen(key[u].element[w])), dot[u]);
     }
   }
 #pragma unroll
@@ -69,15 +69,8 @@ __device__ void warp_logits(const Attention<T>& job, int64_t b, int64_t h, int f
     for (int distance = 1; distance < lanes; distance *= 2)
       dot[u] += __shfl_xor_sync(kFullWarp, dot[u], distance);
     const int n = first + group + u * groups;
-    if (lane == 0 && n < last) emit(n, dot[u] * job.factor());
+    if (lane == 0 && n < last) emit(n, dot[u] * job.scale);
   }
-}
-
-template <typename A>
-__device__ A warp_sum(A value) {
-  for (int distance = 1; distance < kWarp; distance *= 2)
-    value += __shfl_xor_sync(kFullWarp, value, distance);
-  return value;
 }
 
 template <typename A>
@@ -98,8 +91,8 @@ __device__ A warp_largest(const A* logits, int count) {
 
 // The kernels count tokens and channels of one sequence in 32 bits.
 inline void check_sizes(const ClassAttentionSizes& sizes, const char* what) {
-  row_count(sizes.tokens, what);
-  row_count(sizes.channels, what);
+  check_count(sizes.tokens, "tokens", what);
+  check_count(sizes.channels, "channels a head", what);
 }
 
 template <typename T>

@@ -9,12 +9,12 @@ constexpr int kThreads = 256;
 // Backward, a block for each head of each sequence. The softmax is computed again: the keys have to be read
 // for grad_q in any case, so that probabilities kept from the forward pass would save no memory traffic.
 // Where the keys of a head fit into shared memory they are read once (kTile); else the second reading meets
-// the cache. Of the gradient of a whole query tensor only the class token's row is not zero: only that is
-// written.
+// the cache. Only what is not zero is written: of all queries, the gradient of the class token's.
 template <typename T, bool kAligned, bool kTile>
 __global__ void __launch_bounds__(kThreads, kAligned && sizeof(T) == 2 ? 4 : 2)
-    backward_kernel(Attention<T> job, const accumulate_t<T>* grad_scores, int64_t grad_stride_b,
-                    int64_t grad_stride_n, T* grad_q, T* grad_k, accumulate_t<T>* workspace) {
+    class_attention_backward_kernel(Attention<T> job, const accumulate_t<T>* grad_scores,
+                                    int64_t grad_stride_b, int64_t grad_stride_n, T* grad_q, T* grad_k,
+                                    accumulate_t<T>* workspace) {
   using A = accumulate_t<T>;
   const int64_t head = blockIdx.x, heads = job.sizes.heads, b = head / heads, h = head % heads;
   const int num_tokens = static_cast<int>(job.sizes.tokens), channels = static_cast<int>(job.sizes.channels);
@@ -35,11 +35,11 @@ __global__ void __launch_bounds__(kThreads, kAligned && sizeof(T) == 2 ? 4 : 2)
   if constexpr (kTile) {
     const int vectors = (channels + W - 1) / W, row_width = vectors * W;
     T* tile = parts.take<T>(static_cast<int64_t>(num_tokens) * row_width);
-    for (int i = thread; i < num_tokens * vectors; i += kThreads) {
-      const int n = i / vectors, c = i % vectors * W;
-      store_shared(tile + n * row_width + c,
-                   load<kAligned>(global_keys + n * job.input.k_stride_n + c, channels - c));
-    }
+    for (int n = thread / lanes; n < num_tokens; n += kThreads / lanes)
+      for (int c = (thread & (lanes - 1)) * W; c < channels; c += lanes * W)
+        copy_to_shared<kAligned>(tile + n * row_width + c, global_keys + n * job.input.k_stride_n + c,
+                                 channels - c);
+    copies_arrived();
     __syncthreads();
     job.input.k = tile;
     job.input.k_stride_b = job.input.k_stride_h = 0;
@@ -56,11 +56,11 @@ __global__ void __launch_bounds__(kThreads, kAligned && sizeof(T) == 2 ? 4 : 2)
   for (int n = lane; n < num_tokens; n += kWarp) {
     const A e = exp(row[n] - largest);
     sum += e;
-    product += e * g[n * grad_stride_n];
+    product = multiply_add(e, g[n * grad_stride_n], product);
   }
   sum = warp_sum(sum);
   const A mean = warp_sum(product) / sum;
-  const A factor = job.factor() / static_cast<A>(heads) / sum;
+  const A factor = job.scale / static_cast<A>(heads) / sum;
   __syncthreads();  // all warps have read the logits
   for (int n = thread; n < num_tokens; n += kThreads)
     row[n] = factor * exp(row[n] - largest) * (g[n * grad_stride_n] - mean);
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, kAligned && sizeof(T) == 2 ? 4 : 2)
         Vector<T> result;
 #pragma unroll
         for (int w = 0; w < W; ++w) {
-          total[w] += z * widen(key.element[w]);
+          total[w] = multiply_add(z, static_cast<A>(widen(key.element[w])), total[w]);
           result.element[w] = narrow<T>(z * query[w]);
         }
         store<kAligned>(out + static_cast<int64_t>(n) * channels + c, result, channels - c);
@@ -118,7 +118,7 @@ struct BackwardShared {
                                    ((sizes.channels + kWidth<T> - 1) / kWidth<T> * kWidth<T>))) {}
   bool row_fits() const { return partial + row <= kSharedMemory; }
   // With more than that, too few blocks would share a multiprocessor.
-  bool tile_fits() const { return row_fits() && partial + row + tile <= kSharedMemory; }
+  bool tile_fits() const { return partial + row + tile <= kSharedMemory; }
 };
 
 template <typename T, bool kAligned>
@@ -126,11 +126,13 @@ void backward(const ClassAttentionSizes& sizes, const ClassAttentionInput<T>& in
               const accumulate_t<T>* grad_scores, int64_t grad_stride_b, int64_t grad_stride_n, T* grad_q,
               T* grad_k, void* workspace, const Stream& stream) {
   using A = accumulate_t<T>;
-  const Attention<T> job = {sizes, input, lanes_per_key<T>(sizes.channels)};
+  const Attention<T> job = {sizes, input, lanes_per_key<T>(sizes.channels), static_cast<A>(sizes.scale)};
   const BackwardShared<T> shared(sizes);
   const bool tile = shared.tile_fits();
   const int64_t bytes = shared.partial + (shared.row_fits() ? shared.row : 0) + (tile ? shared.tile : 0);
-  launch(kOperator, tile ? backward_kernel<T, kAligned, true> : backward_kernel<T, kAligned, false>,
+  launch(kOperator,
+         tile ? class_attention_backward_kernel<T, kAligned, true>
+              : class_attention_backward_kernel<T, kAligned, false>,
          sizes.batch * sizes.heads, kThreads, bytes, stream, job, grad_scores, grad_stride_b, grad_stride_n,
          grad_q, grad_k, shared.row_fits() ? nullptr : static_cast<A*>(workspace));
 }

@@ -6,6 +6,7 @@
 #ifndef EVIT_CUDA_ON_HOST
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 #endif
 
@@ -28,6 +29,7 @@ constexpr unsigned kFullWarp = 0xffffffff;
 // Throws unless the call was successful; `what` names the operator.
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // forgotten, or the next launch would report it again
   throw std::runtime_error(std::string(what) + ": CUDA error " + cudaGetErrorName(error) + ": " +
                            cudaGetErrorString(error));
 }
@@ -69,12 +71,11 @@ inline unsigned grid_size(int64_t blocks, const char* what) {
   return static_cast<unsigned>(blocks);
 }
 
-// The number of tokens as the kernels count within one sequence: in 32 bits.
-inline int row_count(int64_t tokens, const char* what) {
-  if (tokens > std::numeric_limits<int>::max() / 2)
-    throw std::length_error(std::string(what) + ": sequences of " + std::to_string(tokens) +
-                            " tokens are not supported");
-  return static_cast<int>(tokens);
+// Within one sequence the kernels count in 32 bits. Throws where that is not enough for `count` of `things`.
+inline void check_count(int64_t count, const char* things, const char* what) {
+  if (count > std::numeric_limits<int>::max() / 2)
+    throw std::length_error(std::string(what) + ": " + std::to_string(count) + " " + things +
+                            " are more than is supported");
 }
 
 // Runs kernel(arguments...) on the stream; an empty grid is no launch.
@@ -141,6 +142,21 @@ class SharedParts {
 #else
 #define EVIT_DEVICE_ASSERT(condition) assert(condition)
 #endif
+
+// a * b + c, rounded once. Written out wherever a sum must have the same bits in every variant of a kernel:
+// the compiler is free to contract an expression in one and not in the other.
+template <typename A>
+__device__ A multiply_add(A a, A b, A c) {
+  return fma(a, b, c);
+}
+
+// The sum over the lanes of a warp, to all of them.
+template <typename A>
+__device__ A warp_sum(A value) {
+  for (int distance = 1; distance < kWarp; distance *= 2)
+    value += __shfl_xor_sync(kFullWarp, value, distance);
+  return value;
+}
 
 // Conversion to the accumulation type and back, to nearest, ties to even.
 __device__ inline float widen(float value) { return value; }
@@ -245,21 +261,36 @@ __device__ void store(T* to, const Vector<T>& value, int64_t left) {
 #endif
 }
 
-// The same in shared memory, always aligned.
+// The same from shared memory, which is always aligned.
 template <typename T>
 __device__ Vector<T> load_shared(const T* from) {
 #ifdef EVIT_CUDA_ON_HOST
   return load<true>(from, kWidth<T>);
 #else
-  return *reinterpret_cast<const Vector<T>*>(from);
+  const uint4 word = *reinterpret_cast<const uint4*>(from);
+  Vector<T> value;
+  memcpy(&value, &word, sizeof value);
+  return value;
 #endif
 }
-template <typename T>
-__device__ void store_shared(T* to, const Vector<T>& value) {
-#ifdef EVIT_CUDA_ON_HOST
-  store<true>(to, value, kWidth<T>);
-#else
-  *reinterpret_cast<Vector<T>*>(to) = value;
+
+// Copies what `load` would return to shared memory, which is complete after copies_arrived and a barrier.
+// Where rows are aligned, without a way through registers, so that any number of copies is under way at once.
+template <bool kAligned, typename T>
+__device__ void copy_to_shared(T* to, const T* from, int64_t left) {
+#ifndef EVIT_CUDA_ON_HOST
+  if constexpr (kAligned) {
+    __pipeline_memcpy_async(to, from, sizeof(Vector<T>));
+    return;
+  }
+#endif
+  const Vector<T> value = load<kAligned>(from, left);
+  memcpy(static_cast<void*>(to), &value, sizeof value);
+}
+__device__ inline void copies_arrived() {
+#ifndef EVIT_CUDA_ON_HOST
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
 #endif
 }
 

@@ -15,14 +15,14 @@ __global__ void __launch_bounds__(kRowLanes * 16, 1)
                 Slices slices) {
   using A = accumulate_t<T>;
   constexpr int W = kWidth<T>;
-  const int slice = static_cast<int>(blockIdx.x % slices.count), columns = slices.columns;
+  const int slice = static_cast<int>(blockIdx.x % slices.count), vectors = slices.vectors;
   const int64_t b = blockIdx.x / slices.count;
   const int indices = static_cast<int>(sizes.indices);
-  const int64_t column = (static_cast<int64_t>(slice) * columns + threadIdx.x % columns) * W;
+  const int64_t column = (static_cast<int64_t>(slice) * vectors + threadIdx.x % vectors) * W;
   SharedParts parts;
-  A* scratch = parts.take<A>(columns * static_cast<int>(blockDim.x) / kWarp * W);
+  A* scratch = parts.take<A>(vectors * static_cast<int>(blockDim.x) / kWarp * W);
   A sum[W] = {};
-  for (int row = static_cast<int>(threadIdx.x) / columns; row < indices; row += kUnroll * kRowLanes) {
+  for (int row = static_cast<int>(threadIdx.x) / vectors; row < indices; row += kUnroll * kRowLanes) {
     Vector<T> value[kUnroll] = {};
     A weight[kUnroll] = {};
 #pragma unroll
@@ -39,10 +39,10 @@ __global__ void __launch_bounds__(kRowLanes * 16, 1)
     for (int u = 0; u < kUnroll; ++u)
       if (row + u * kRowLanes < indices && column < sizes.channels)
 #pragma unroll
-        for (int w = 0; w < W; ++w) sum[w] += weight[u] * widen(value[u].element[w]);
+        for (int w = 0; w < W; ++w) sum[w] = multiply_add(weight[u], widen(value[u].element[w]), sum[w]);
   }
-  sum_row_lanes<W>(sum, columns, scratch, [&](int offset, A total) {
-    const int64_t c = static_cast<int64_t>(slice) * columns * W + offset;
+  sum_row_lanes<W>(sum, vectors, scratch, [&](int offset, A total) {
+    const int64_t c = static_cast<int64_t>(slice) * vectors * W + offset;
     if (c < sizes.channels) out[b * sizes.channels + c] = narrow<T>(total);
   });
 }
@@ -50,9 +50,9 @@ __global__ void __launch_bounds__(kRowLanes * 16, 1)
 // A block counts how often the index names each of its rows: so often the row's gradients count.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kWriteThreads, sizeof(T) == 8 ? 2 : 4)
-    backward_kernel(GatherSizes sizes, const T* grad, int64_t grad_stride_b, Tokens<T> x,
-                    Tokens<accumulate_t<T>> weights, TokenIndex index, T* grad_x,
-                    accumulate_t<T>* grad_weights, int64_t chunks) {
+    fuse_backward_kernel(GatherSizes sizes, const T* grad, int64_t grad_stride_b, Tokens<T> x,
+                         Tokens<accumulate_t<T>> weights, TokenIndex index, T* grad_x,
+                         accumulate_t<T>* grad_weights, int64_t chunks) {
   using A = accumulate_t<T>;
   const int64_t b = blockIdx.x / chunks;
   const int first = static_cast<int>(blockIdx.x % chunks) * kBlockRows;
@@ -85,10 +85,10 @@ void fuse_tokens(const GatherSizes& sizes, const Tokens<T>& x, const Tokens<accu
                  const TokenIndex& index, T* out, const Stream& stream) {
   if (sizes.channels == 0) return;
   const DeviceGuard guard(stream.device, kForward);
-  row_count(sizes.indices, kForward);
-  const bool vectors = aligned(x.data, x.stride_b, x.stride_n, sizes.channels);
+  check_count(sizes.indices, "indices", kForward);
+  const bool is_aligned = aligned(x.data, x.stride_b, x.stride_n, sizes.channels);
   const Slices slices = share_out_columns<T>(sizes.batch, sizes.channels, stream);
-  launch(kForward, vectors ? fuse_kernel<T, true> : fuse_kernel<T, false>, sizes.batch * slices.count,
+  launch(kForward, is_aligned ? fuse_kernel<T, true> : fuse_kernel<T, false>, sizes.batch * slices.count,
          slices.threads(), row_sum_bytes<T>(slices), stream, sizes, x, weights, index, out, slices);
 }
 
@@ -97,14 +97,14 @@ void fuse_tokens_backward(const GatherSizes& sizes, const T* grad, int64_t grad_
                           const Tokens<accumulate_t<T>>& weights, const TokenIndex& index, T* grad_x,
                           accumulate_t<T>* grad_weights, const Stream& stream) {
   const DeviceGuard guard(stream.device, kBackward);
-  row_count(sizes.tokens, kBackward);
-  row_count(sizes.indices, kBackward);
-  const bool vectors = aligned(grad, grad_stride_b) &&
-                       aligned(x.data, x.stride_b, x.stride_n, sizes.channels) && aligned(grad_x);
+  check_count(sizes.tokens, "tokens", kBackward);
+  check_count(sizes.indices, "indices", kBackward);
+  const bool is_aligned = aligned(grad, grad_stride_b) &&
+                          aligned(x.data, x.stride_b, x.stride_n, sizes.channels) && aligned(grad_x);
   const int64_t chunks = row_blocks(sizes.tokens);
-  launch(kBackward, vectors ? backward_kernel<T, true> : backward_kernel<T, false>, sizes.batch * chunks,
-         kWriteThreads, SharedParts::bytes<int>(kBlockRows), stream, sizes, grad, grad_stride_b, x, weights,
-         index, grad_x, grad_weights, chunks);
+  launch(kBackward, is_aligned ? fuse_backward_kernel<T, true> : fuse_backward_kernel<T, false>,
+         sizes.batch * chunks, kWriteThreads, SharedParts::bytes<int>(kBlockRows), stream, sizes, grad,
+         grad_stride_b, x, weights, index, grad_x, grad_weights, chunks);
 }
 
 #define EVIT_INSTANTIATE(T)                                                                          \

@@ -28,10 +28,10 @@ template <typename T>
 void gather_tokens(const GatherSizes& sizes, const Tokens<T>& x, const TokenIndex& index, T* out,
                    const Stream& stream) {
   const DeviceGuard guard(stream.device, kOperator);
-  row_count(sizes.indices, kOperator);
-  const bool vectors = aligned(x.data, x.stride_b, x.stride_n, sizes.channels) && aligned(out);
+  check_count(sizes.indices, "indices", kOperator);
+  const bool is_aligned = aligned(x.data, x.stride_b, x.stride_n, sizes.channels) && aligned(out);
   const int64_t chunks = row_blocks(sizes.indices);
-  launch(kOperator, vectors ? gather_kernel<T, true> : gather_kernel<T, false>, sizes.batch * chunks,
+  launch(kOperator, is_aligned ? gather_kernel<T, true> : gather_kernel<T, false>, sizes.batch * chunks,
          kWriteThreads, 0, stream, sizes, x, index, out, chunks);
 }
 

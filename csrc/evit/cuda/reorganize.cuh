@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
 }
 
 template <typename T, bool kAligned, bool kAdd, bool kSelect>
-__global__ void __launch_bounds__(kRowLanes * 16, kAligned && sizeof(T) < 8 ? 2 : 1)
+__global__ void __launch_bounds__(kRowLanes * 16, kAligned && sizeof(T) < 8 && (kSelect || !kAdd) ? 2 : 1)
     reorganize_kernel(Reorganize<T> job) {
   using A = accumulate_t<T>;
   using Key = decltype(order_key(A{}));
@@ -92,8 +92,28 @@ __global__ void __launch_bounds__(kRowLanes * 16, kAligned && sizeof(T) < 8 ? 2 
   const int num_tokens = static_cast<int>(sizes.tokens), prefix = static_cast<int>(sizes.prefix);
   const int patches = num_tokens - prefix, keep = static_cast<int>(sizes.keep);
 
+  const int vectors = job.slices.vectors;
+  const int64_t column = (static_cast<int64_t>(slice) * vectors + threadIdx.x % vectors) * W;
+  const int64_t channels = sizes.channels, left = channels - column;
+  const int first = chunk * kChunkRows, last = kSelect ? num_tokens : min(first + kChunkRows, num_tokens);
+  int row = first + static_cast<int>(threadIdx.x) / vectors;
+  if (left <= 0) row = last;
+
+  // The rows row, row + kRowLanes ... that this thread has in flight.
+  constexpr int unroll = kAdd ? kUnroll / 2 : kUnroll;
+  Vector<T> value[unroll] = {}, added[unroll] = {};
+  const auto load_rows = [&] {
+#pragma unroll
+    for (int u = 0; u < unroll; ++u) {
+      const int n = row + u * kRowLanes;
+      if (n < last) value[u] = load<kAligned>(job.x.row(b, n) + column, left);
+      if (kAdd && n < last) added[u] = load<kAligned>(job.branch.row(b, n) + column, left);
+    }
+  };
+  load_rows();  // under way while the selection is made
+
   SharedParts parts;
-  A* scratch = parts.take<A>(job.slices.columns * static_cast<int>(blockDim.x) / kWarp * W);
+  A* scratch = parts.take<A>(vectors * static_cast<int>(blockDim.x) / kWarp * W);
   const int* place = job.workspace.place + b * patches;
   const A* weights = job.workspace.weights + b * patches;
   if constexpr (kSelect) {
@@ -113,55 +133,32 @@ __global__ void __launch_bounds__(kRowLanes * 16, kAligned && sizeof(T) < 8 ? 2 
     weights = own_weights;
   }
 
-  const int columns = job.slices.columns;
-  const int64_t column = (static_cast<int64_t>(slice) * columns + threadIdx.x % columns) * W;
-  const int first = chunk * kChunkRows, last = kSelect ? num_tokens : min(first + kChunkRows, num_tokens);
-  const int64_t channels = sizes.channels;
-  constexpr int unroll = kAdd ? kUnroll / 2 : kUnroll;
   A sum[W] = {};
-  if (column < channels) {
-    const T* x = job.x.row(b, 0) + column;
-    T* out = job.tokens + b * sizes.out_tokens() * channels + column;
-    for (int row = first + static_cast<int>(threadIdx.x) / columns; row < last; row += unroll * kRowLanes) {
-      Vector<T> value[unroll] = {};
+  T* out = job.tokens + b * sizes.out_tokens() * channels + column;
+  while (row < last) {
 #pragma unroll
-      for (int u = 0; u < unroll; ++u) {
-        const int n = row + u * kRowLanes;
-        if (n < last) value[u] = load<kAligned>(x + n * job.x.stride_n, channels - column);
-      }
-      if constexpr (kAdd) {
-        const T* branch = job.branch.row(b, 0) + column;
-        Vector<T> other[unroll] = {};
+    for (int u = 0; u < unroll; ++u) {
+      const int n = row + u * kRowLanes;
+      if (n >= last) continue;
+      if constexpr (kAdd)
 #pragma unroll
-        for (int u = 0; u < unroll; ++u) {
-          const int n = row + u * kRowLanes;
-          if (n < last) other[u] = load<kAligned>(branch + n * job.branch.stride_n, channels - column);
-        }
+        for (int w = 0; w < W; ++w)
+          value[u].element[w] = narrow<T>(widen(value[u].element[w]) + widen(added[u].element[w]));
+      const int to = n < prefix ? n : place[n - prefix] < 0 ? -1 : prefix + place[n - prefix];
+      if (to >= 0) {
+        store<kAligned>(out + to * channels, value[u], left);
+      } else if (sizes.fuse) {
+        const A weight = weights[n - prefix];
 #pragma unroll
-        for (int u = 0; u < unroll; ++u)
-#pragma unroll
-          for (int w = 0; w < W; ++w)
-            if (row + u * kRowLanes < last)
-              value[u].element[w] = narrow<T>(widen(value[u].element[w]) + widen(other[u].element[w]));
-      }
-#pragma unroll
-      for (int u = 0; u < unroll; ++u) {
-        const int n = row + u * kRowLanes;
-        if (n >= last) continue;
-        const int to = n < prefix ? n : place[n - prefix] < 0 ? -1 : prefix + place[n - prefix];
-        if (to >= 0) {
-          store<kAligned>(out + to * channels, value[u], channels - column);
-        } else if (sizes.fuse) {
-          const A weight = weights[n - prefix];
-#pragma unroll
-          for (int w = 0; w < W; ++w) sum[w] += weight * widen(value[u].element[w]);
-        }
+        for (int w = 0; w < W; ++w) sum[w] = multiply_add(weight, widen(value[u].element[w]), sum[w]);
       }
     }
+    row += unroll * kRowLanes;
+    load_rows();
   }
   if (!sizes.fuse) return;
-  sum_row_lanes<W>(sum, columns, scratch, [&](int offset, A total) {
-    const int64_t c = static_cast<int64_t>(slice) * columns * W + offset;
+  sum_row_lanes<W>(sum, vectors, scratch, [&](int offset, A total) {
+    const int64_t c = static_cast<int64_t>(slice) * vectors * W + offset;
     if (c >= channels) return;
     if constexpr (kSelect)
       job.tokens[((b + 1) * sizes.out_tokens() - 1) * channels + c] = narrow<T>(total);
@@ -187,6 +184,9 @@ void launch_reorganize(const char* what, const Reorganize<T>& job, bool select, 
   using A = accumulate_t<T>;
   const int64_t blocks = job.sizes.batch * job.chunks * job.slices.count;
   int64_t shared = row_sum_bytes<T>(job.slices);
+  static_assert(kSelectInPlace * (sizeof(int) + sizeof(A)) + sizeof(SelectScratch) +
+                    kRowLanes * 16 / kWarp * 16 * kWidth<T> * sizeof(A) + 64 <=
+                kSharedMemory);
   if (!select) {
     launch(what, reorganize_kernel<T, kAligned, kAdd, false>, blocks, job.slices.threads(), shared, stream,
            job);
@@ -203,10 +203,10 @@ void reorganize(const char* what, const ReorganizeSizes& sizes, const Tokens<T>&
                 const Tokens<S>& scores, T* tokens, int64_t* kept, void* memory, const Stream& stream) {
   using A = accumulate_t<T>;
   if (sizes.batch == 0) return;
-  row_count(sizes.tokens, what);
+  check_count(sizes.tokens, "tokens", what);
   const DeviceGuard guard(stream.device, what);
-  const bool vectors = aligned(x.data, x.stride_b, x.stride_n, sizes.channels) && aligned(tokens) &&
-                       (!kAdd || aligned(branch.data, branch.stride_b, branch.stride_n));
+  const bool is_aligned = aligned(x.data, x.stride_b, x.stride_n, sizes.channels) && aligned(tokens) &&
+                          (!kAdd || aligned(branch.data, branch.stride_b, branch.stride_n));
   const bool select = !ReorganizeWorkspace<A>::needed(sizes, std::is_same_v<S, A>);
   Reorganize<T> job = {sizes, x, branch, {}, tokens, kept, {}, 1, {}};
   if (select) {
@@ -219,7 +219,7 @@ void reorganize(const char* what, const ReorganizeSizes& sizes, const Tokens<T>&
   }
   // Without channels there still are kept tokens to name.
   job.slices = share_out_columns<T>(sizes.batch * job.chunks, std::max<int64_t>(sizes.channels, 1), stream);
-  if (vectors)
+  if (is_aligned)
     launch_reorganize<T, true, kAdd>(what, job, select, stream);
   else
     launch_reorganize<T, false, kAdd>(what, job, select, stream);

@@ -9,10 +9,11 @@ namespace {
 constexpr char kForward[] = "reorganize_tokens";
 constexpr char kBackward[] = "reorganize_tokens_backward";
 
-// The place of `patch` among the ascending kept patches of its sequence, or -1. Of `keep` out of `patches`,
-// no patch can be further than patches - keep from its own number, so few steps are needed.
-__device__ int find(const int64_t* kept, int keep, int patches, int patch) {
-  int low = max(0, patch - (patches - keep)), high = min(patch + 1, keep);
+// Up to so many kept patches are looked through for those of a block; among more, each row is searched for.
+constexpr int kLookThrough = 1024;
+
+// The place of `patch` among kept[low] ... kept[high - 1], which ascend, or -1.
+__device__ int find(const int64_t* kept, int low, int high, int patch) {
   const int end = high;
   while (low < high) {
     const int middle = (low + high) / 2;
@@ -26,9 +27,9 @@ __device__ int find(const int64_t* kept, int keep, int patches, int patch) {
 
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kWriteThreads, sizeof(T) == 8 ? 2 : 4)
-    backward_kernel(ReorganizeSizes sizes, Tokens<T> grad_tokens, Tokens<T> x, Tokens<accumulate_t<T>> scores,
-                    const int64_t* kept, T* grad_x, accumulate_t<T>* grad_scores, int64_t skip,
-                    int64_t chunks) {
+    reorganize_backward_kernel(ReorganizeSizes sizes, Tokens<T> grad_tokens, Tokens<T> x,
+                               Tokens<accumulate_t<T>> scores, const int64_t* kept, T* grad_x,
+                               accumulate_t<T>* grad_scores, int64_t skip, int64_t chunks) {
   using A = accumulate_t<T>;
   const int64_t b = blockIdx.x / chunks;
   const int first = static_cast<int>(blockIdx.x % chunks) * kBlockRows;
@@ -38,12 +39,21 @@ __global__ void __launch_bounds__(kWriteThreads, sizeof(T) == 8 ? 2 : 4)
 
   SharedParts parts;
   int* place = parts.take<int>(kBlockRows);
-  for (int i = static_cast<int>(threadIdx.x); i < kBlockRows; i += kWriteThreads) {
-    const int n = first + i;
-    if (n < num_tokens) place[i] = n < prefix ? n : find(kept + b * keep, keep, patches, n - prefix);
+  // Of `keep` patches out of `patches`, the i-th has a number between i and i + patches - keep.
+  const int64_t* of_sequence = kept + b * keep;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int low = max(0, first - prefix - (patches - keep)), high = min(keep, first + kBlockRows - prefix);
+  for (int i = thread; i < kBlockRows; i += kWriteThreads)
+    place[i] = high - low <= kLookThrough ? -1 : find(of_sequence, low, high, first + i - prefix);
+  if (high - low <= kLookThrough) {
+    __syncthreads();
+    for (int i = low + thread; i < high; i += kWriteThreads) {
+      const int64_t row = of_sequence[i] + prefix - first;
+      if (row >= 0 && row < kBlockRows) place[row] = i;
+    }
   }
   if (first == 0)
-    for (int64_t i = threadIdx.x; i < skip; i += kWriteThreads) out_scores[i] = 0;
+    for (int64_t i = thread; i < skip; i += kWriteThreads) out_scores[i] = 0;
   __syncthreads();
 
   const auto describe = [&](int n) -> Row<T> {
@@ -78,11 +88,11 @@ void reorganize_tokens_backward(const ReorganizeSizes& sizes, const Tokens<T>& g
                                 const int64_t* kept, T* grad_x, accumulate_t<T>* grad_scores, int64_t skip,
                                 const Stream& stream) {
   const DeviceGuard guard(stream.device, kBackward);
-  row_count(sizes.tokens, kBackward);
-  const bool vectors = aligned(grad_tokens.data, grad_tokens.stride_b, grad_tokens.stride_n) &&
-                       aligned(x.data, x.stride_b, x.stride_n, sizes.channels) && aligned(grad_x);
+  check_count(sizes.tokens, "tokens", kBackward);
+  const bool is_aligned = aligned(grad_tokens.data, grad_tokens.stride_b, grad_tokens.stride_n) &&
+                          aligned(x.data, x.stride_b, x.stride_n, sizes.channels) && aligned(grad_x);
   const int64_t chunks = row_blocks(sizes.tokens);
-  const auto kernel = vectors ? backward_kernel<T, true> : backward_kernel<T, false>;
+  const auto kernel = is_aligned ? reorganize_backward_kernel<T, true> : reorganize_backward_kernel<T, false>;
   launch(kBackward, kernel, sizes.batch * chunks, kWriteThreads, SharedParts::bytes<int>(kBlockRows), stream,
          sizes, grad_tokens, x, scores, kept, grad_x, grad_scores, skip, chunks);
 }

@@ -1,6 +1,6 @@
 // Sums over the rows of a token tensor, column by column.
 //
-// A block takes a slice of the columns, `columns` vectors wide; its threads form kRowLanes row
+// A block takes a slice of the columns, `vectors` wide; its threads form kRowLanes row
 // lanes of that many threads each, so that a row's part is read by neighbouring threads. A row lane sums
 // every kRowLanes-th row; the lanes' sums are added by a binary tree whose shape depends on nothing, so that
 // a sum has the same bits whatever the batch, the slices and the device.
@@ -15,18 +15,18 @@ constexpr int kUnroll = 4;  // rows that a thread has in flight
 
 // How the columns of [B, N, C] are shared out among blocks.
 struct Slices {
-  int columns;  // vectors in a slice: threads of a block = kRowLanes * columns
+  int vectors;  // in a slice: a block has kRowLanes times as many threads
   int count;    // slices of a row
 
-  int threads() const { return kRowLanes * columns; }
+  int threads() const { return kRowLanes * vectors; }
 };
 
 // Wide slices read longer pieces of a row and repeat less work; narrow ones give a small batch more blocks.
 template <typename T>
 Slices share_out_columns(int64_t parts, int64_t channels, const Stream& stream) {
   const int64_t vectors = (channels + kWidth<T> - 1) / kWidth<T>;
-  const auto slices = [&](int columns) {
-    return Slices{columns, static_cast<int>((vectors + columns - 1) / columns)};
+  const auto slices = [&](int width) {
+    return Slices{width, static_cast<int>((vectors + width - 1) / width)};
   };
   const Slices wide = slices(16);
   return parts * wide.count >= 2 * multiprocessors(stream) ? wide : slices(8);
@@ -36,19 +36,19 @@ Slices share_out_columns(int64_t parts, int64_t channels, const Stream& stream) 
 template <typename T>
 int64_t row_sum_bytes(const Slices& slices) {
   const int64_t warps = slices.threads() / kWarp;
-  return SharedParts::bytes<accumulate_t<T>>(warps * slices.columns * kWidth<T>);
+  return SharedParts::bytes<accumulate_t<T>>(warps * slices.vectors * kWidth<T>);
 }
 
 // Adds up `sum` over the row lanes and calls write(column, total) for every column of the slice, `column`
 // counting elements. Called by all threads of the block.
 template <int W, typename A, typename Write>
-__device__ void sum_row_lanes(A (&sum)[W], int columns, A* scratch, const Write& write) {
+__device__ void sum_row_lanes(A (&sum)[W], int vectors, A* scratch, const Write& write) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
-  const int warps = static_cast<int>(blockDim.x) / kWarp, width = columns * W;
-  for (int distance = columns; distance < kWarp; distance *= 2)
+  const int warps = static_cast<int>(blockDim.x) / kWarp, width = vectors * W;
+  for (int distance = vectors; distance < kWarp; distance *= 2)
 #pragma unroll
     for (int w = 0; w < W; ++w) sum[w] += __shfl_xor_sync(kFullWarp, sum[w], distance);
-  if (lane < columns)
+  if (lane < vectors)
 #pragma unroll
     for (int w = 0; w < W; ++w) scratch[warp * width + lane * W + w] = sum[w];
   __syncthreads();

@@ -81,11 +81,11 @@ template <typename T>
 void scatter_tokens(const GatherSizes& sizes, const Tokens<T>& x, const TokenIndex& index, T* out,
                     const Stream& stream) {
   const DeviceGuard guard(stream.device, kOperator);
-  row_count(sizes.tokens, kOperator);
-  row_count(sizes.indices, kOperator);
-  const bool vectors = aligned(x.data, x.stride_b, x.stride_n, sizes.channels) && aligned(out);
+  check_count(sizes.tokens, "tokens", kOperator);
+  check_count(sizes.indices, "indices", kOperator);
+  const bool is_aligned = aligned(x.data, x.stride_b, x.stride_n, sizes.channels) && aligned(out);
   const int64_t chunks = row_blocks(sizes.tokens);
-  launch(kOperator, vectors ? scatter_kernel<T, true> : scatter_kernel<T, false>, sizes.batch * chunks,
+  launch(kOperator, is_aligned ? scatter_kernel<T, true> : scatter_kernel<T, false>, sizes.batch * chunks,
          kWriteThreads, 2 * SharedParts::bytes<int>(kBlockRows), stream, sizes, x, index, out, chunks);
 }
 

@@ -8,12 +8,15 @@ namespace evit::cuda {
 
 // Shared memory of one selection.
 struct SelectScratch {
-  unsigned histogram[256];
-  int counts[kWarp];  // of each warp
+  unsigned histogram[256];  // of the byte d at slot(d)
+  int counts[kWarp];        // of each warp
   int digit;
   int wanted;
   bool whole;
 };
+
+// Neighbouring lanes look after 8 digits each; so they read neighbouring words.
+__device__ inline int slot(int digit) { return digit % 8 * kWarp + digit / 8; }
 
 template <typename Key>
 struct Threshold {
@@ -34,7 +37,8 @@ __device__ Threshold<Key> select_threshold(SelectScratch& scratch, int count, in
     __syncthreads();
     for (int i = thread; i < count; i += threads) {
       const Key key = key_at(i);
-      if ((key & mask) == prefix) atomicAdd(&scratch.histogram[static_cast<int>(key >> shift & 0xff)], 1u);
+      if ((key & mask) == prefix)
+        atomicAdd(&scratch.histogram[slot(static_cast<int>(key >> shift & 0xff))], 1u);
     }
     __syncthreads();
     if (thread < kWarp) {
@@ -42,7 +46,7 @@ __device__ Threshold<Key> select_threshold(SelectScratch& scratch, int count, in
       constexpr int share = 256 / kWarp;
       const int first = 255 - share * thread;
       int inside = 0;
-      for (int d = 0; d < share; ++d) inside += static_cast<int>(scratch.histogram[first - d]);
+      for (int d = 0; d < share; ++d) inside += static_cast<int>(scratch.histogram[slot(first - d)]);
       int through = inside;  // keys with this lane's digits or larger ones
       for (int distance = 1; distance < kWarp; distance *= 2) {
         const int other = __shfl_up_sync(kFullWarp, through, distance);
@@ -51,11 +55,11 @@ __device__ Threshold<Key> select_threshold(SelectScratch& scratch, int count, in
       int rest = wanted - (through - inside);
       if (rest > 0 && rest <= inside) {
         int digit = first;
-        for (; static_cast<int>(scratch.histogram[digit]) < rest; --digit)
-          rest -= static_cast<int>(scratch.histogram[digit]);
+        for (; static_cast<int>(scratch.histogram[slot(digit)]) < rest; --digit)
+          rest -= static_cast<int>(scratch.histogram[slot(digit)]);
         scratch.digit = digit;
         scratch.wanted = rest;
-        scratch.whole = static_cast<int>(scratch.histogram[digit]) == rest;
+        scratch.whole = static_cast<int>(scratch.histogram[slot(digit)]) == rest;
       }
     }
     __syncthreads();

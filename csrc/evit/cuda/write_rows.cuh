@@ -61,7 +61,7 @@ __device__ void write_rows(int first, int num_rows, int64_t channels, T* out, co
 #pragma unroll
           for (int w = 0; w < W; ++w) {
             const A g = widen(multiplier.element[w]);
-            dot[u] += g * widen(value[u].element[w]);
+            dot[u] = multiply_add(g, widen(value[u].element[w]), dot[u]);
             value[u].element[w] = narrow<T>(row[u].weight * g);
           }
       store<kAligned>(out + n[u] * channels + c, value[u], channels - c);
