@@ -130,6 +130,8 @@ def set_keep_rate(vit: Model, keep_rate: float | Sequence[float]) -> Model:
 def applied_blocks(vit: nn.Module) -> list[ReorganizingBlock]:
     """Return the reorganising blocks of `vit`; ValueError if there are none."""
     blocks = reorganizing_blocks(vit)
+    if not blocks and hasattr(vit, "score_predictor"):
+        raise ValueError(f"{type(vit).__name__} drops tokens by its score_predictor: set its .keep_rate")
     if not blocks:
         raise ValueError(
             f"{type(vit).__name__} has no block that reorganises tokens: call evit_ext.apply first"
@@ -150,6 +152,8 @@ def _supported_blocks(vit: nn.Module) -> nn.Sequential | nn.ModuleList:
             f"{name} is not supported: expected a vision transformer with its blocks in .blocks, as timm's "
             f"VisionTransformer has{hint}"
         )
+    if hasattr(vit, "score_predictor"):
+        raise ValueError(f"{name} is not supported: it drops tokens itself, by its score_predictor")
     # timm counts register tokens as prefix tokens too, so their number does not tell about a class token.
     if getattr(vit, "cls_token", None) is None or getattr(vit, "num_prefix_tokens", 0) < 1:
         raise ValueError(

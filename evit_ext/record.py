@@ -1,14 +1,16 @@
-"""Which patches each stage of an EViT kept, and with what scores."""
+"""Which patches each stage of an EViT or a DynamicViT kept, and with what scores."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from evit_ext.apply import applied_blocks
+from evit_ext.block import ReorganizingBlock
+from evit_ext.models.dynamicvit import DynamicViT, TokenPredictor
 
 
 class TokenRecord:
@@ -32,7 +34,8 @@ class TokenRecord:
         """For each stage, the class-token scores [B, N - P] of the patch tokens that entered it.
 
         They are in the order of the tokens: at the first stage all patches, at a later one ``kept`` of the
-        stage before followed by its fused token. float32, float64 for float64 models.
+        stage before followed by its fused token. float32, float64 for float64 models. Of a DynamicViT, the
+        log-probabilities of being kept, in the dtype that the model computes in.
         """
         return [self._scores[stage] for stage in sorted(self._scores)]
 
@@ -56,6 +59,11 @@ def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def _stages(vit: nn.Module) -> Sequence[ReorganizingBlock | TokenPredictor]:
+    """Return the modules of `vit` that report to records; ValueError if there are none."""
+    return vit.stages() if isinstance(vit, DynamicViT) else applied_blocks(vit)
+
+
 @contextmanager
 def record_tokens(vit: nn.Module) -> Iterator[TokenRecord]:
     """Record which patches each stage of `vit` keeps while the context is open.
@@ -66,13 +74,14 @@ def record_tokens(vit: nn.Module) -> Iterator[TokenRecord]:
     applies in training only, is not seen.
 
     Args:
-        vit: a model that :func:`evit_ext.apply` changed.
+        vit: a model that :func:`evit_ext.apply` changed, or a DynamicViT. In training a DynamicViT removes no
+            token and records nothing; its output tells what it decided.
 
     Yields:
         The :class:`TokenRecord`, empty until the first forward.
 
     Raises:
-        ValueError: :func:`evit_ext.apply` was not called.
+        ValueError: `vit` is no DynamicViT, and :func:`evit_ext.apply` was not called.
 
     Example:
         >>> with evit_ext.record_tokens(vit) as record:
@@ -80,12 +89,12 @@ def record_tokens(vit: nn.Module) -> Iterator[TokenRecord]:
         >>> record.kept[0].shape  # 14 × 14 patches, keep rate 0.7
         torch.Size([1, 138])
     """
-    blocks = applied_blocks(vit)
+    stages = _stages(vit)
     record = TokenRecord()
-    for stage, block in enumerate(blocks):
-        block.recorders = (*block.recorders, (record, stage))
+    for number, stage in enumerate(stages):
+        stage.recorders = (*stage.recorders, (record, number))
     try:
         yield record
     finally:
-        for block in blocks:
-            block.recorders = tuple(entry for entry in block.recorders if entry[0] is not record)
+        for stage in stages:
+            stage.recorders = tuple(entry for entry in stage.recorders if entry[0] is not record)

@@ -1,5 +1,13 @@
-"""The models of the EViT paper. Importing this module registers their names with timm."""
+"""The models of the EViT paper, and DynamicViT to compare with. Importing it registers them with timm."""
 
 from evit_ext.models.deit import deit_base, deit_small, deit_tiny
+from evit_ext.models.dynamicvit import dynamicvit_base, dynamicvit_small, dynamicvit_tiny
 
-__all__ = ["deit_base", "deit_small", "deit_tiny"]
+__all__ = [
+    "deit_base",
+    "deit_small",
+    "deit_tiny",
+    "dynamicvit_base",
+    "dynamicvit_small",
+    "dynamicvit_tiny",
+]

@@ -6,7 +6,7 @@ import errno
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -25,6 +25,8 @@ from evit_ext.models.position_embedding import resize_position_embedding
 
 _logger = logging.getLogger(__name__)
 
+Model = TypeVar("Model", bound="DeiT")
+
 _SIZES = {
     "tiny": {"embed_dim": 192, "num_heads": 3},
     "small": {"embed_dim": 384, "num_heads": 6},
@@ -32,7 +34,8 @@ _SIZES = {
 }
 
 
-def _pretrained_cfg(size: str) -> PretrainedCfg:
+def deit_pretrained_cfg(size: str) -> PretrainedCfg:
+    """Return timm's configuration of DeiT's own weights of a size."""
     cfg = get_pretrained_cfg(f"deit_{size}_patch16_224.fb_in1k")
     assert cfg is not None
     return cfg
@@ -40,7 +43,7 @@ def _pretrained_cfg(size: str) -> PretrainedCfg:
 
 # The published EViTs start from DeiT's weights, which timm keeps under DeiT's names.
 default_cfgs = generate_default_cfgs(
-    {f"evit_deit_{size}_patch16_224.fb_in1k": _pretrained_cfg(size) for size in _SIZES}
+    {f"evit_deit_{size}_patch16_224.fb_in1k": deit_pretrained_cfg(size) for size in _SIZES}
 )
 
 
@@ -108,14 +111,64 @@ class DeiT(VisionTransformer):
 
 
 def _filter_checkpoint(state_dict: Mapping[str, Any], model: DeiT) -> dict[str, Tensor]:
-    """Return the weights of a DeiT checkpoint under timm's keys, the position embedding at its own size."""
+    """Return the weights of a DeiT checkpoint under timm's keys, the position embedding at its own size.
+
+    Parts that `model` adds to a DeiT (``ADDED``) keep the weights they have where the checkpoint has none.
+    """
     for nesting in ("model", "state_dict"):
         state_dict = state_dict.get(nesting, state_dict)
     state = dict(state_dict)
     # timm would resize it its own way; loading it into a DeiT resizes it the published way.
     embedding = state.pop("pos_embed", None)
     state = checkpoint_filter_fn(state, model)
-    return state if embedding is None else {**state, "pos_embed": embedding}
+    if embedding is not None:
+        state["pos_embed"] = embedding
+    added = getattr(model, "ADDED", ())
+    own = {key: value for key, value in model.state_dict().items() if key.startswith(added)} if added else {}
+    return {**own, **state}
+
+
+def build_deit(
+    cls: type[Model], name: str, size: str, pretrained: bool, arguments: Mapping[str, Any]
+) -> Model:
+    """Build a `cls` of one of DeiT's sizes, with DeiT's weights if `pretrained`.
+
+    Args:
+        cls: :class:`DeiT` or a subclass.
+        name: its name in timm's registry, without a tag.
+        size: "tiny", "small" or "base".
+        pretrained: load the weights that `name` has in timm's registry.
+        arguments: of `cls` and of timm's ``build_model_with_cfg``.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong or not known.
+        RuntimeError: the pretrained weights could not be fetched.
+    """
+    try:
+        return build_model_with_cfg(
+            cls, name, pretrained, pretrained_filter_fn=_filter_checkpoint, **deit_arguments(size, arguments)
+        )
+    except Exception as error:
+        if pretrained and _is_connection_error(error):
+            raise RuntimeError(
+                f"the pretrained weights of deit_{size}_patch16_224 could not be fetched from the Hugging "
+                f"Face hub, nor are they in its cache ({type(error).__name__}). Without a network, use "
+                "pretrained=False and load a file with checkpoint_path=... or load_state_dict"
+            ) from error
+        raise
+
+
+def deit_arguments(size: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a DeiT of `size` is built with, where `arguments` do not say otherwise.
+
+    Raises:
+        ValueError: `arguments` ask for ``features_only``.
+    """
+    if arguments.get("features_only"):
+        raise ValueError(
+            "features_only needs a token for every patch, which a model that drops tokens does not have"
+        )
+    return {"patch_size": 16, "depth": 12, "dynamic_img_size": True, **_SIZES[size], **arguments}
 
 
 def _create(
@@ -127,28 +180,9 @@ def _create(
     **timm_kwargs: Any,
 ) -> DeiT:
     """Build the model behind `deit_<size>` and timm's registry name."""
-    if timm_kwargs.get("features_only"):
-        raise ValueError(
-            "features_only needs a token for every patch, which a model that drops tokens does not have"
-        )
-    arguments = {"patch_size": 16, "depth": 12, "dynamic_img_size": True, **_SIZES[size], **timm_kwargs}
+    arguments = deit_arguments(size, timm_kwargs)
     check_arguments(arguments["depth"], keep_rate, drop_loc, fuse_token)  # before anything is downloaded
-    try:
-        model = build_model_with_cfg(
-            DeiT,
-            f"evit_deit_{size}_patch16_224",
-            pretrained,
-            pretrained_filter_fn=_filter_checkpoint,
-            **arguments,
-        )
-    except Exception as error:
-        if pretrained and _is_connection_error(error):
-            raise RuntimeError(
-                f"the pretrained weights of deit_{size}_patch16_224 could not be fetched from the Hugging "
-                f"Face hub, nor are they in its cache ({type(error).__name__}). Without a network, use "
-                "pretrained=False and load a file with checkpoint_path=... or load_state_dict"
-            ) from error
-        raise
+    model = build_deit(DeiT, f"evit_deit_{size}_patch16_224", size, pretrained, arguments)
     return apply(model, keep_rate, drop_loc, fuse_token)
 
 
