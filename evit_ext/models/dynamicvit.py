@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,6 +24,8 @@ from evit_ext import ops
 from evit_ext.apply import check_arguments
 from evit_ext.block import SUPPORTED
 from evit_ext.models.deit import DeiT, build_deit, deit_arguments, deit_pretrained_cfg
+from evit_ext.models.masked_attention import attention_bias, masked_block
+from evit_ext.ops import checks
 
 if TYPE_CHECKING:
     from evit_ext.record import TokenRecord
@@ -34,6 +37,22 @@ default_cfgs = generate_default_cfgs(
         for size in ("tiny", "small", "base")
     }
 )
+
+
+class DynamicViTOutput(NamedTuple):
+    """What a :class:`DynamicViT` returns in training.
+
+    Attributes:
+        logits: [B, classes].
+        tokens: the patches' tokens after the last norm, [B, N, C], dropped ones too.
+        mask: 1 for the patches that are left after the last stage, else 0: [B, N], without gradient.
+        decisions: for each stage the same, [B, N], with a gradient to its predictor and the earlier ones.
+    """
+
+    logits: Tensor
+    tokens: Tensor
+    mask: Tensor
+    decisions: tuple[Tensor, ...]
 
 
 class TokenPredictor(nn.Module):
@@ -105,7 +124,10 @@ class DynamicViT(DeiT):
     ``keep_rate ** (i + 1)``, of the patches the image had. The forward returns logits [B, classes]. The
     published code orders the kept tokens by their score; the output does not depend on it.
 
-    Training mode is not there yet.
+    In training mode, the forward returns a :class:`DynamicViTOutput` for
+    :class:`evit_ext.training.DynamicViTLoss`. Every patch is kept or dropped by a sample of its predicted
+    probability (Gumbel-softmax of temperature 1, rounded, with the gradient of what was rounded), and no
+    token is removed: the other tokens cannot attend to dropped ones.
 
     Args:
         args, kwargs: of timm's VisionTransformer.
@@ -183,15 +205,31 @@ class DynamicViT(DeiT):
         return [predictor for predictor in self.score_predictor if isinstance(predictor, TokenPredictor)]
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
-        """Return the logits [B, classes] of images [B, channels, height, width]; see the class."""
-        if self.training:
-            raise NotImplementedError("DynamicViT has no training mode yet: call eval()")
-        return self.forward_head(self.forward_features(x, attn_mask, is_causal))
+        """Return the logits [B, classes] of images [B, channels, height, width], in training more.
+
+        Raises:
+            NotImplementedError: `attn_mask` or `is_causal` is given.
+        """
+        if not self.training:
+            return self.forward_head(self.forward_features(x, attn_mask, is_causal))
+        _refuse_masks(attn_mask, is_causal)
+        features, decisions = self._masked_features(x)
+        return DynamicViTOutput(
+            self.forward_head(features),
+            features[:, self.num_prefix_tokens :],
+            decisions[-1].detach(),
+            decisions,
+        )
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Return the normalised tokens, [B, P + K, C] with the K patches that are left."""
-        if attn_mask is not None or is_causal:
-            raise NotImplementedError("a DynamicViT takes no attn_mask and no is_causal")
+        """Return the normalised tokens: [B, P + K, C], of the K patches that are left; in training [B, T, C].
+
+        Raises:
+            NotImplementedError: `attn_mask` or `is_causal` is given.
+        """
+        _refuse_masks(attn_mask, is_causal)
+        if self.training:
+            return self._masked_features(x)[0]
         x = self._embed(x)
         num_patches = x.shape[1] - self.num_prefix_tokens
         for number, block in enumerate(self.blocks):
@@ -221,6 +259,24 @@ class DynamicViT(DeiT):
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
 
+    def _masked_features(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the normalised tokens [B, T, C] of images and the decisions [B, N] of each stage."""
+        x = self._embed(x)
+        prefix = self.num_prefix_tokens
+        left: Tensor | None = None
+        bias: Tensor | None = None
+        decisions: list[Tensor] = []
+        for number, block in enumerate(self.blocks):
+            if number in self.drop_loc:
+                predictor = self.stages()[self.drop_loc.index(number)]
+                decided = sample_decisions(predictor(x[:, prefix:], left))
+                # Dropped once is dropped for good.
+                left = decided if left is None else decided * left
+                decisions.append(left)
+                bias = attention_bias(F.pad(left, (prefix, 0), value=1.0))
+            x = self._run(block, x) if bias is None else self._run(masked_block, block, x, bias)
+        return self.norm(x), tuple(decisions)
+
     def _drop(self, x: Tensor, stage: int, num_patches: int) -> Tensor:
         """Return the tokens [B, P + K, C] that stage number `stage` leaves of `x` [B, P + K', C]."""
         predictor = self.stages()[stage]
@@ -230,6 +286,36 @@ class DynamicViT(DeiT):
         for record, number in predictor.recorders:
             record.add(number, kept, scores, fused=False)
         return x
+
+
+def sample_decisions(log_probabilities: Tensor) -> Tensor:
+    """Decide at random for each patch whether it is kept, with a gradient to the probabilities.
+
+    Gumbel-softmax of temperature 1 (Jang et al., ICLR 2017), rounded; the gradient is that of what was
+    rounded ("straight through").
+
+    Args:
+        log_probabilities: [B, N, 2], to keep and to drop.
+
+    Returns:
+        [B, N], exactly 1 (keep) or 0, float32 (float64 for float64).
+    """
+    log_probabilities = log_probabilities.to(checks.accumulation_dtype(log_probabilities.dtype))
+    perturbed = log_probabilities + gumbel_noise(log_probabilities)
+    keep, drop = perturbed.unbind(2)
+    soft = (keep - drop).sigmoid()  # the softmax of two
+    # The difference is 0, and exactly so, which (hard - soft) + soft is not.
+    return (keep >= drop).to(soft.dtype) + (soft - soft.detach())
+
+
+def gumbel_noise(like: Tensor) -> Tensor:
+    """Return samples of the Gumbel distribution, of torch's generator, in the shape and dtype of `like`."""
+    return -torch.empty_like(like, requires_grad=False).exponential_().log()
+
+
+def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise NotImplementedError("a DynamicViT takes no attn_mask and no is_causal")
 
 
 def _create(
