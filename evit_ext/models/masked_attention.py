@@ -71,7 +71,8 @@ def _masked_attention(attention: Any, x: Tensor, bias: Tensor) -> Tensor:
     q, k = attention.q_norm(q), attention.k_norm(k)
     dropout = attention.attn_drop.p if attention.training else 0.0
     if q.dtype == torch.float16:
-        # Its numbers end above exp(DROPPED), and autocast would go back to it.
+        # Its numbers end above exp(DROPPED), which a kernel may hand the gradient back in, and autocast would
+        # go back to it.
         with torch.autocast(q.device.type, enabled=False):
             q, k, v = q.float(), k.float(), v.float()
             out = F.scaled_dot_product_attention(q, k, v, bias.float(), dropout).to(x.dtype)

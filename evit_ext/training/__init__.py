@@ -1,5 +1,6 @@
 """Training: a thin loop around timm's parts. Its own is the keep rate; `evit_ext.demo` shows it at work."""
 
+from evit_ext.training.dynamicvit_loss import DynamicViTLoss
 from evit_ext.training.engine import EpochResult, Evaluation, Trainer, evaluate
 from evit_ext.training.precision import Precision, autocast, choose_precision
 from evit_ext.training.progress import Progress
@@ -9,6 +10,7 @@ from evit_ext.training.throughput import measure_throughput
 __all__ = [
     "FINE_TUNE",
     "FROM_SCRATCH",
+    "DynamicViTLoss",
     "EpochResult",
     "Evaluation",
     "Precision",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,7 +48,8 @@ class Trainer:
     """Trains a model after a recipe, an epoch at a time.
 
     Args:
-        model: returns logits [B, classes]; on its device already, wrapped (DistributedDataParallel,
+        model: returns logits [B, classes], or where `loss` is given anything that has them as ``.logits``; on
+            its device already, wrapped (DistributedDataParallel,
             torch.compile) or not. An EViT gets the recipe's keep rate, along its schedule. Nothing is seeded
             here: seed torch before the model is made, and NumPy too where the recipe has mixup, as timm's
             draws from NumPy's global generator.
@@ -56,6 +57,9 @@ class Trainer:
         steps_per_epoch: batches that an epoch has.
         num_classes: needed for mixup, CutMix and label smoothing with them; by default ``model.num_classes``.
         precision: by default chosen for the model's device.
+        loss: of what the model returned, the images and the targets, such as :class:`DynamicViTLoss`; by
+            default the cross-entropy. Targets come mixed as the recipe says; label smoothing without mixup is
+            left to a `loss` that is given.
 
     Attributes:
         model: what is trained.
@@ -72,6 +76,7 @@ class Trainer:
         steps_per_epoch: int,
         num_classes: int | None = None,
         precision: Precision | None = None,
+        loss: Callable[[Any, Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         if steps_per_epoch < 1:
             raise ValueError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
@@ -105,6 +110,7 @@ class Trainer:
         self._step = 0
         self._reorganizes = bool(reorganizing_blocks(self._unwrapped)) and recipe.keep_rate is not None
         self._mixup, self._loss = self._targets(num_classes)
+        self._custom_loss = loss
 
     def _targets(self, num_classes: int | None) -> tuple[Any, nn.Module]:
         recipe = self.recipe
@@ -193,8 +199,12 @@ class Trainer:
         """One step; returns the loss and the logits, detached."""
         inputs, targets = (images, labels) if self._mixup is None else self._mixup(images.clone(), labels)
         with autocast(self.device, self.precision, training=True):
-            logits = self.model(inputs)
-        loss = self._loss(logits.float(), targets)
+            output = self.model(inputs)
+            if self._custom_loss is not None:  # which may run another model
+                loss = self._custom_loss(output, inputs, targets)
+        logits = output if isinstance(output, Tensor) else output.logits
+        if self._custom_loss is None:
+            loss = self._loss(logits.float(), targets)
         self.optimizer.zero_grad()
         loss.backward()
         if self.recipe.clip_grad is not None:
