@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from evit_ext import models, ops
 from evit_ext.apply import apply, remove, set_keep_rate
+from evit_ext.costs import compare_costs
 from evit_ext.macs import count_macs
 from evit_ext.record import record_tokens
 from evit_ext.schedule import keep_rate_schedule
@@ -21,6 +22,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 __all__ = [
     "__version__",
     "apply",
+    "compare_costs",
     "count_macs",
     "keep_rate_schedule",
     "models",

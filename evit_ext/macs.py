@@ -19,8 +19,8 @@ def count_macs(model: nn.Module, img_size: int | tuple[int, int] | None = None) 
     sum of tokens) is below a thousandth. Divide by 1e9 for GMACs: DeiT-S has 4.60, at keep rate 0.7 it has
     3.03.
 
-    The model runs on meta tensors, in its current mode: nothing is computed, no weight is copied or moved,
-    and the model is not changed.
+    The model runs on meta tensors, in its current mode (a DynamicViT drops tokens in eval mode only): nothing
+    is computed, no weight is copied or moved, and the model is not changed.
 
     Args:
         model: a timm model, or any module that takes images [B, channels, height, width]; on any device,
