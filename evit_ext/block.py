@@ -150,8 +150,21 @@ class ReorganizingBlock(nn.Module):
         block.training = self.training
         return block
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Return the reorganised tokens; `attn_mask` and `is_causal` only where all patches are kept."""
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        kept: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Return the reorganised tokens.
+
+        Args:
+            x: tokens [B, N, C].
+            attn_mask, is_causal: as of the replaced block; only where all patches are kept.
+            kept: is given the kept patch tokens, int64 [B, K] as of :func:`evit_ext.ops.reorganize_tokens`,
+                where not all are kept. A list, so that the output, which hooks see, is always the tokens.
+        """
         num_patches = x.shape[1] - self.num_prefix_tokens
         num_keep = math.ceil(self.keep_rate * num_patches)
         masked = attn_mask is not None or is_causal
@@ -170,7 +183,7 @@ class ReorganizingBlock(nn.Module):
             branch = self.drop_path1(self.ls1(attended))
             if num_keep < num_patches and _can_reorganize_and_norm_at_once(self.norm2, x, branch):
                 norm: Any = self.norm2
-                x, normed, kept = ops.add_reorganize_norm(
+                x, normed, index = ops.add_reorganize_norm(
                     x,
                     branch,
                     scores,
@@ -182,12 +195,14 @@ class ReorganizingBlock(nn.Module):
                     self.fuse_token,
                 )
             else:
-                x, kept = ops.reorganize_tokens(
+                x, index = ops.reorganize_tokens(
                     x + branch, scores, num_keep, self.num_prefix_tokens, self.fuse_token
                 )
+            if kept is not None and num_keep < num_patches:
+                kept.append(index)
             for record, stage in self.recorders:
                 fused = self.fuse_token and num_keep < num_patches
-                record.add(stage, kept, scores[:, self.num_prefix_tokens :], fused)
+                record.add(stage, index, scores[:, self.num_prefix_tokens :], fused)
         if normed is None:
             normed = self.norm2(x)
         return x + self.drop_path2(self.ls2(self.mlp(normed)))

@@ -2,6 +2,7 @@
 
 from evit_ext.models.deit import deit_base, deit_small, deit_tiny
 from evit_ext.models.dynamicvit import dynamicvit_base, dynamicvit_small, dynamicvit_tiny
+from evit_ext.models.lvvit import lvvit_large, lvvit_medium, lvvit_small, lvvit_tiny
 
 __all__ = [
     "deit_base",
@@ -10,4 +11,8 @@ __all__ = [
     "dynamicvit_base",
     "dynamicvit_small",
     "dynamicvit_tiny",
+    "lvvit_large",
+    "lvvit_medium",
+    "lvvit_small",
+    "lvvit_tiny",
 ]

@@ -149,7 +149,7 @@ def build_deit(
             cls, name, pretrained, pretrained_filter_fn=_filter_checkpoint, **deit_arguments(size, arguments)
         )
     except Exception as error:
-        if pretrained and _is_connection_error(error):
+        if pretrained and is_connection_error(error):
             raise RuntimeError(
                 f"the pretrained weights of deit_{size}_patch16_224 could not be fetched from the Hugging "
                 f"Face hub, nor are they in its cache ({type(error).__name__}). Without a network, use "
@@ -186,7 +186,8 @@ def _create(
     return apply(model, keep_rate, drop_loc, fuse_token)
 
 
-def _is_connection_error(error: Exception) -> bool:
+def is_connection_error(error: Exception) -> bool:
+    """Return whether `error` says that a network, or what is behind it, could not be reached."""
     # The hub's client has changed its HTTP library, and with it the class of its errors, more than once.
     libraries = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib")
     if type(error).__module__.startswith(libraries):

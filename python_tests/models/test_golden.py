@@ -1,8 +1,8 @@
-"""The models against golden files of the published EViT: logits, kept patches and gradients, in float64.
+"""The models against golden files of the published code: logits, kept patches and gradients, in float64.
 
-The published code orders the kept tokens by score, so the patches are compared as sets. Agreement is promised
+The published EViT orders the kept tokens by score, so the patches are compared as sets. Agreement is promised
 to 1e-9 relative, relative to the largest logit and to a gradient's norm; measured was at most 3e-15 for
-logits and 2e-14 for gradients.
+logits and 2e-14 for gradients. LV-ViT has logits only, without reorganisation; measured was 2e-15.
 """
 
 from __future__ import annotations
@@ -65,3 +65,15 @@ def test_small(golden: Any, weights: ModuleType, device: torch.device) -> None:
     model = weights.fill(models.deit_small(keep_rate=0.7, weight_init="skip").double()).to(device).eval()
     with torch.no_grad():
         run(model, weights.images(2, 224).to(device), golden("small_k0.7_f1"))
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_lvvit_small(applied: bool, golden: Any, weights: ModuleType, device: torch.device) -> None:
+    model = models.lvvit_small(keep_rate=1.0, weight_init="skip").double()
+    if not applied:
+        evit_ext.remove(model)
+    model = weights.fill(model).to(device).eval()
+    expected = golden("lvvit_s_k1")["logits"]
+    with torch.no_grad():
+        logits = model(weights.images(2, 224).to(device))
+    assert (logits.cpu() - expected).abs().max() <= 1e-12 * expected.abs().max()
