@@ -70,7 +70,9 @@ class DeiT(VisionTransformer):
         )
         x = x.flatten(1, 2)
         prefix = [
-            token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None
+            token.expand(x.shape[0], -1, -1)
+            for token in (self.cls_token, self.reg_token)
+            if token is not None
         ]
         if self.no_embed_class:
             x = torch.cat([*prefix, x + embedding], dim=1)

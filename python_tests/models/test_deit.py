@@ -260,6 +260,14 @@ def test_compile_at_two_sizes(device: torch.device) -> None:
         torch.testing.assert_close(compiled(x), model(x))
 
 
+def test_export_with_dynamic_batch() -> None:
+    model = micro()
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(model, (images(),), dynamic_shapes=({0: batch},))
+    x = images().repeat(3, 1, 1, 1)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
 def test_a_missing_local_file_is_not_blamed_on_the_network() -> None:
     with pytest.raises(FileNotFoundError):
         models.deit_tiny(pretrained=True, pretrained_cfg_overlay={"file": "no-such-file.pth"})
