@@ -173,14 +173,17 @@ class TokenLabelOutput(NamedTuple):
         aux_logits: [B, K, classes], from the K tokens that are left after the prefix.
         patches: int64 [B, K], the patch that each of them is, counted row by row; -1 for a fused token, which
             is to be left out of the loss. Images keep different patches.
-        mix_box: int64 [4], first row, first column, end row, end column of the patches that MixToken took
-            from another image: there, image b shows image B - 1 - b. All zero without MixToken.
+        images: int64 [B, K], the image of the batch that the patch was taken from: b, but B - 1 - b where
+            MixToken exchanged it. So the label of token k is that of ``patches[b, k]`` in ``images[b, k]``.
+        own_share: float32 scalar, the share of all patches that MixToken left alone, which is the weight of
+            image b's label among those of the class token; the rest is for image B - 1 - b.
     """
 
     logits: Tensor
     aux_logits: Tensor
     patches: Tensor
-    mix_box: Tensor
+    images: Tensor
+    own_share: Tensor
 
 
 class LVViT(DeiT):
@@ -197,9 +200,9 @@ class LVViT(DeiT):
     In training mode it returns a :class:`TokenLabelOutput`, or, without the auxiliary head, logits
     [B, classes].
 
-    The published code puts MixToken's patches back where they came from before it returns the auxiliary
-    logits. Where patches are dropped that is not possible, since the other image may have dropped its own; so
-    here they stay, and the labels are to be mixed.
+    The published code returns the auxiliary logits with MixToken's exchange undone, and the box it was in.
+    Where patches are dropped it cannot be undone, since the other image may have dropped its own; so here
+    they stay, and it is told where each came from.
 
     Args:
         skip_lam: what the branches of a block are divided by before they are added.
@@ -282,7 +285,8 @@ class LVViT(DeiT):
     def _tokens(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`forward_tokens`, of what comes out of the stem."""
         x = self.norm_pre(self._pos_embed(embedded))
-        patches = torch.arange(x.shape[1] - self.num_prefix_tokens, device=x.device).expand(len(x), -1)
+        # Not len(x), which torch.export takes for a constant.
+        patches = torch.arange(x.shape[1] - self.num_prefix_tokens, device=x.device).expand(x.shape[0], -1)
         for block in self.blocks:
             kept: Tensor | None
             if self.grad_checkpointing and torch.is_grad_enabled():
@@ -337,17 +341,23 @@ class LVViT(DeiT):
             x: images [B, channels, height, width].
         """
         x = self.patch_embed(x)
-        mix_box = torch.zeros(4, dtype=torch.int64, device=x.device)
+        exchanged: Tensor | None = None
         if self.mix_token and self.training:
-            grid = self.patch_embed.grid_size if x.dim() == 3 else (x.shape[1], x.shape[2])
-            mix_box = draw_mix_box(grid, x.device)
-            x = _mix(x, grid, mix_box)
+            # The stem's output is [B, N, C] or, for images of any size, [B, rows, columns, C].
+            rows, columns = self.patch_embed.grid_size if x.dim() == 3 else (x.shape[1], x.shape[2])
+            exchanged = draw_exchanged(rows, columns, x.device)
+            x = torch.where(exchanged.reshape(*x.shape[1:-1], 1), x.flip(0), x)
         x, patches = self._tokens(x)
         if not self.training or self.aux_head is None or self.num_classes == 0:
             return self.forward_head(x, patches=patches)
         x = self.head_drop(x)
+        images = torch.arange(x.shape[0], device=x.device).unsqueeze(1).expand(patches.shape)
+        own_share = torch.ones((), device=x.device)
+        if exchanged is not None:
+            images = torch.where(exchanged[patches] & (patches >= 0), images.flip(0), images)
+            own_share = 1 - exchanged.float().mean()
         aux_logits = self.aux_head(x[:, self.num_prefix_tokens :])
-        return TokenLabelOutput(self.head(x[:, 0]), aux_logits, patches, mix_box)
+        return TokenLabelOutput(self.head(x[:, 0]), aux_logits, patches, images, own_share)
 
 
 def _run(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -359,49 +369,28 @@ def _run(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return x, kept[0] if kept else None
 
 
-def draw_mix_box(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
-    """Draw MixToken's box, as the published code draws it, but from torch's generator.
+def draw_exchanged(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
+    """Draw which patches MixToken exchanges: a box, drawn as the published code does, but by torch.
 
     With λ ~ Beta(1, 1), which is uniform, the box has the size of the grid times √(1 − λ), lies at a uniform
     place, and is cut off at the grid's edge.
 
     Args:
-        grid: rows and columns of patches.
+        rows: of the grid of patches.
+        columns: of the grid.
         device: where to draw; nothing waits for it.
 
     Returns:
-        int64 [4]: first row, first column, end row, end column; empty where the ends do not lie behind.
+        bool [rows · columns].
     """
     side = (1 - torch.rand((), device=device)).sqrt()
-    corners = []
-    for length in grid:
+    inside = []
+    for length in (rows, columns):
         half = (side * length).long() // 2
         centre = torch.randint(length, (), device=device)
-        corners.append(torch.stack([centre - half, centre + half]).clamp(0, length))
-    return torch.stack(corners, dim=1).flatten()
-
-
-def in_mix_box(mix_box: Tensor, patches: Tensor, columns: int) -> Tensor:
-    """Return whether `patches` lie in MixToken's box.
-
-    Args:
-        mix_box: int64 [4], as of :class:`TokenLabelOutput`.
-        patches: int64 of any shape; where it is -1, the result means nothing.
-        columns: columns of the grid.
-
-    Returns:
-        bool of the shape of `patches`.
-    """
-    row, column = patches // columns, patches % columns
-    row0, column0, row1, column1 = mix_box.unbind()
-    return (row >= row0) & (row < row1) & (column >= column0) & (column < column1)
-
-
-def _mix(x: Tensor, grid: tuple[int, int], mix_box: Tensor) -> Tensor:
-    """Exchange patches [B, N, C] or [B, rows, columns, C] in the box between images b and B - 1 - b."""
-    rows, columns = grid
-    mixed = in_mix_box(mix_box, torch.arange(rows * columns, device=x.device), columns)
-    return torch.where(mixed.reshape(*x.shape[1:-1], 1), x.flip(0), x)
+        place = torch.arange(length, device=device)
+        inside.append((place >= centre - half) & (place < centre + half))
+    return (inside[0].unsqueeze(1) & inside[1]).flatten()
 
 
 def _filter_checkpoint(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
