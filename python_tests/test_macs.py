@@ -27,6 +27,14 @@ def test_published_figures(size: str) -> None:
     assert tuple(f"{macs / 1e9:.2f}" for macs in counted) == PUBLISHED[size]
 
 
+@pytest.mark.parametrize(("keep_rate", "gmacs"), [(1.0, "6.6"), (0.7, "4.7"), (0.5, "3.9")])
+def test_published_figures_of_lvvit(keep_rate: float, gmacs: str) -> None:
+    model = models.lvvit_small(keep_rate=keep_rate, weight_init="skip")
+    expected = count_macs(model)
+    assert f"{expected / 1e9:.1f}" == gmacs
+    assert count_macs(model.train()) == expected
+
+
 @pytest.mark.parametrize(
     ("img_size", "keep_rate", "gmacs"),
     [(256, 0.8, "4.61"), (272, 0.7, "4.56"), (288, 0.6, "4.50"), (304, 0.5, "4.44")],

@@ -6,6 +6,7 @@ from evit_ext.training.precision import Precision, autocast, choose_precision
 from evit_ext.training.progress import Progress
 from evit_ext.training.recipe import FINE_TUNE, FROM_SCRATCH, Recipe
 from evit_ext.training.throughput import measure_throughput
+from evit_ext.training.token_labels import TokenLabelLoss
 
 __all__ = [
     "FINE_TUNE",
@@ -16,6 +17,7 @@ __all__ = [
     "Precision",
     "Progress",
     "Recipe",
+    "TokenLabelLoss",
     "Trainer",
     "autocast",
     "choose_precision",
