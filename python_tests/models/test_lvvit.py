@@ -422,7 +422,7 @@ def test_training_output(
 ) -> None:
     """Batch statistics, MixToken in a box, and for each token of a patch what the slow one says of it."""
     box = torch.zeros(4, 6, dtype=torch.bool)
-    box[1:3, 2:6] = True
+    box[1:4, 2:6] = True
     monkeypatch.setattr(
         lvvit_module, "draw_exchanged", lambda rows, columns, device: box.flatten().to(device)
     )
@@ -443,7 +443,7 @@ def test_training_output(
         for k, patch in enumerate(out.patches[b].tolist()):
             elsewhere = patch >= 0 and bool(box[patch // 6, patch % 6])
             assert out.images[b, k] == (4 - b if elsewhere else b)
-    assert out.own_share == pytest.approx(1 - 8 / 24)
+    assert out.own_share == pytest.approx(1 - 12 / 24)
     assert out.images.dtype == out.patches.dtype == torch.int64
 
 
