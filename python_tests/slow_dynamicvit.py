@@ -75,7 +75,8 @@ def _predict(predictor: Any, x: Tensor, left: Tensor) -> Tensor:
     hidden = gelu(linear(norm(x)))
     half = hidden.shape[2] // 2
     total = sum(left[:, j, None] * hidden[:, j, half:] for j in range(left.shape[1]))
-    mean = total / left.sum(dim=1, keepdim=True)
+    # Where nothing is left the published mean is 0 / 0; ours is 0.
+    mean = total / left.sum(dim=1, keepdim=True).clamp(min=1)
     mixed = torch.cat([hidden[:, :, :half], mean[:, None].repeat(1, hidden.shape[1], 1)], dim=2)
     for layer in list(predictor.out_conv)[:-1]:
         mixed = layer(mixed)

