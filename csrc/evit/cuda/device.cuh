@@ -166,9 +166,11 @@ __device__ inline float widen(BFloat16 value) {
 }
 __device__ inline float widen(Half value) {
 #ifdef EVIT_CUDA_ON_HOST
-  _Float16 half;
-  memcpy(&half, &value, sizeof half);
-  return static_cast<float>(half);
+  const unsigned magnitude = value.bits & 0x7fff, sign = (value.bits & 0x8000u) << 16;
+  if (magnitude < 0x400)
+    return __uint_as_float(sign | __float_as_uint(static_cast<float>(magnitude) * 0x1p-24f));
+  const unsigned rebias = 0x38000000;  // Inf and NaN have an exponent of all ones: twice
+  return __uint_as_float(sign | ((magnitude << 13) + rebias + (magnitude >= 0x7c00 ? rebias : 0)));
 #else
   return __half2float(__ushort_as_half(value.bits));
 #endif
@@ -192,10 +194,18 @@ __device__ inline BFloat16 narrow<BFloat16>(float value) {
 template <>
 __device__ inline Half narrow<Half>(float value) {
 #ifdef EVIT_CUDA_ON_HOST
-  const _Float16 half = static_cast<_Float16>(value);
-  Half result;
-  memcpy(&result, &half, sizeof half);
-  return result;
+  const unsigned bits = __float_as_uint(value), magnitude = bits & 0x7fffffff;
+  unsigned half;
+  if (magnitude > 0x7f800000) {
+    half = 0x7fff;
+  } else if (magnitude >= 0x47800000) {  // 65536 and above
+    half = 0x7c00;
+  } else if (magnitude < 0x38800000) {  // multiples of 2^-24, the spacing in [0.5, 1): adding 0.5 rounds
+    half = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000;
+  } else {
+    half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  }
+  return {static_cast<uint16_t>(half | (bits >> 16 & 0x8000))};
 #else
   return {__half_as_ushort(__float2half_rn(value))};
 #endif
