@@ -10,7 +10,10 @@ from typing import TypeVar
 
 from torch import nn
 
-from evit_ext.block import SUPPORTED, ReorganizingBlock, reorganizing_blocks
+from evit_ext.block import AdoptedBlock
+from evit_ext.families import applied_blocks, check_block, family_of, find_blocks, reorganizing_blocks
+from evit_ext.full_grid import FullGridIntermediates
+from evit_ext.override import remove_overrides
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -55,18 +58,33 @@ def apply(
         >>> vit = timm.create_model("vit_small_patch16_224.augreg_in1k")
         >>> logits = evit_ext.apply(vit, keep_rate=0.7)(images)
     """
-    blocks = _supported_blocks(vit)
+    if not isinstance(vit, nn.Module):
+        raise TypeError(f"vit must be a vision transformer, a torch module, got {type(vit).__name__}")
     if reorganizing_blocks(vit):
         raise ValueError(
             "the model reorganises tokens already: change its keep rate with evit_ext.set_keep_rate, or "
             "call evit_ext.remove first"
         )
+    family = family_of(vit)
+    blocks = family.find_blocks(vit)
     locations, rates = check_arguments(len(blocks), keep_rate, drop_loc, fuse_token)
-    for location in locations:
-        _check_block(blocks[location], location)
-    num_prefix_tokens = int(vit.num_prefix_tokens)  # type: ignore[arg-type]
-    for location, rate in zip(locations, rates, strict=True):
-        blocks[location] = ReorganizingBlock(blocks[location], rate, num_prefix_tokens, fuse_token)
+    following = family.following if family.has_positions(vit) else None
+    for number, block in enumerate(blocks):
+        if number in locations or following is not None:
+            check_block(family, block, number)
+    num_prefix_tokens, class_token = family.num_prefix_tokens(vit), family.has_class_token(vit)
+    for number, block in enumerate(blocks):
+        stage = sum(location < number for location in locations)
+        if number in locations:
+            blocks[number] = family.blocks[type(block)](
+                block, stage, rates[stage], num_prefix_tokens, fuse_token, class_token
+            )
+        elif following is not None:
+            blocks[number] = following(block, stage)
+    if following is not None:
+        family.install(vit)
+    if hasattr(vit, "forward_intermediates"):
+        vit.forward_intermediates = FullGridIntermediates(vit, "forward_intermediates")
     return vit
 
 
@@ -97,10 +115,13 @@ def remove(vit: Model) -> Model:
         `vit`.
     """
     if reorganizing_blocks(vit):
-        blocks: nn.Sequential = vit.blocks  # type: ignore[assignment]
-        for location, block in enumerate(blocks):
-            if isinstance(block, ReorganizingBlock):
-                blocks[location] = block.original()
+        blocks = find_blocks(vit)
+        assert blocks is not None
+        for number, block in enumerate(blocks):
+            if isinstance(block, AdoptedBlock):
+                blocks[number] = block.original()
+        remove_overrides(vit)
+        family_of(vit).uninstall(vit)
     return vit
 
 
@@ -125,63 +146,6 @@ def set_keep_rate(vit: Model, keep_rate: float | Sequence[float]) -> Model:
     for block, rate in zip(blocks, _keep_rates(keep_rate, len(blocks)), strict=True):
         block.keep_rate = rate
     return vit
-
-
-def applied_blocks(vit: nn.Module) -> list[ReorganizingBlock]:
-    """Return the reorganising blocks of `vit`; ValueError if there are none."""
-    blocks = reorganizing_blocks(vit)
-    if not blocks and hasattr(vit, "score_predictor"):
-        raise ValueError(f"{type(vit).__name__} drops tokens by its score_predictor: set its .keep_rate")
-    if not blocks:
-        raise ValueError(
-            f"{type(vit).__name__} has no block that reorganises tokens: call evit_ext.apply first"
-            + (", and pass the model inside the wrapper (.module)" if hasattr(vit, "module") else "")
-        )
-    return blocks
-
-
-def _supported_blocks(vit: nn.Module) -> nn.Sequential | nn.ModuleList:
-    """Return the blocks of `vit`, or raise what is said about a model that cannot be supported."""
-    if not isinstance(vit, nn.Module):
-        raise TypeError(f"vit must be a timm vision transformer, got {type(vit).__name__}")
-    name = type(vit).__name__
-    blocks = getattr(vit, "blocks", None)
-    if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
-        hint = "; pass the model inside the wrapper (.module)" if hasattr(vit, "module") else ""
-        raise ValueError(
-            f"{name} is not supported: expected a vision transformer with its blocks in .blocks, as timm's "
-            f"VisionTransformer has{hint}"
-        )
-    if hasattr(vit, "score_predictor"):
-        raise ValueError(f"{name} is not supported: it drops tokens itself, by its score_predictor")
-    # timm counts register tokens as prefix tokens too, so their number does not tell about a class token.
-    if getattr(vit, "cls_token", None) is None or getattr(vit, "num_prefix_tokens", 0) < 1:
-        raise ValueError(
-            f"{name} is not supported: it has no class token (.cls_token), whose attention decides which "
-            "patches are kept"
-        )
-    return blocks
-
-
-def _check_block(block: nn.Module, location: int) -> None:
-    """Raise ValueError unless `block` is one that a reorganising block can replace."""
-    attentions = SUPPORTED.get(type(block))
-    if attentions is None:
-        raise ValueError(
-            f"block {location} is a {_full_name(type(block))}, which is not supported: "
-            f"expected {' or '.join(map(_full_name, SUPPORTED))}"
-        )
-    attention = getattr(block, "attn", None)
-    if type(attention) not in attentions:
-        raise ValueError(
-            f"the attention of block {location} is a {_full_name(type(attention))}, which is not supported: "
-            f"expected {' or '.join(map(_full_name, attentions))}"
-        )
-
-
-def _full_name(cls: type) -> str:
-    # With its module, because several of timm's models call their block "Block".
-    return f"{cls.__module__}.{cls.__name__}"
 
 
 def _locations(drop_loc: Sequence[int] | None, depth: int) -> list[int]:

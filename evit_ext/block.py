@@ -10,55 +10,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import LayerNorm
-from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from evit_ext import ops
+from evit_ext.attention import Score, class_token_score, mean_score
 from evit_ext.ops import checks
+from evit_ext.trail import TokenTrail
 
 if TYPE_CHECKING:
     from evit_ext.record import TokenRecord
-
-
-def attend(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Run timm's `Attention` on `x` and also return how much the class token attends to every token.
-
-    The output is that of ``attention(x)``; attention always goes through scaled_dot_product_attention, so no
-    N × N map is formed. Hooks on `attention` itself do not run, those on its projections do.
-
-    Args:
-        attention: a timm ``Attention``, with or without qk-norm, output norm and gate.
-        x: normalised tokens [B, N, C], the class token first.
-
-    Returns:
-        The attention's output [B, N, C] and the scores [B, N], float32 (float64 for float64), which sum to 1.
-    """
-    batch, num_tokens, _ = x.shape
-    num_heads, head_dim = attention.num_heads, attention.head_dim
-    # The gate and the output norm are younger than the oldest timm that is supported.
-    gate, norm = getattr(attention, "gate", None), getattr(attention, "norm", None)
-    qkv = attention.qkv(x).reshape(batch, num_tokens, 3, num_heads, head_dim)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D] each, views of qkv
-    q, k = attention.q_norm(q), attention.k_norm(k)
-    dropout = attention.attn_drop.p if attention.training else 0.0
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    scores = ops.class_attention(q[:, :, 0], k)
-    out = out.transpose(1, 2).reshape(batch, num_tokens, num_heads * head_dim)
-    if norm is not None:
-        out = norm(out)
-    if gate is not None:
-        out = out * gate(x).sigmoid()
-    return attention.proj_drop(attention.proj(out)), scores
-
-
-#: What can be reorganised: for each block class, the attention classes it may hold and how to run them. The
-#: classes are compared exactly, because a subclass is free to compute something else.
-SUPPORTED: dict[type[nn.Module], dict[type[nn.Module], Callable[[Any, Tensor], tuple[Tensor, Tensor]]]] = {
-    Block: {Attention: attend},
-}
-
 
 #: The attributes in which nn.Module keeps its hooks.
 _HOOKS = (
@@ -72,11 +33,12 @@ _HOOKS = (
 )
 
 
-#: Norms that compute F.layer_norm of their weight, bias and eps. Compared exactly, as above.
+#: Norms that compute F.layer_norm of their weight, bias and eps. Compared exactly, because a subclass is free
+#: to compute something else.
 _LAYER_NORMS = (nn.LayerNorm, LayerNorm)
 
 
-def _can_reorganize_and_norm_at_once(norm: nn.Module, x: Tensor, branch: Tensor) -> bool:
+def _can_reorganize_and_norm_at_once(norm: nn.Module | None, x: Tensor, branch: Tensor) -> bool:
     """Return whether `ops.add_reorganize_norm` may take the place of sum, reorganisation and `norm`.
 
     That is, whether it computes the same, and nobody wants to see the norm being called.
@@ -84,6 +46,7 @@ def _can_reorganize_and_norm_at_once(norm: nn.Module, x: Tensor, branch: Tensor)
     # An operator for inference. Grad mode alone decides, not whether a tensor requires grad.
     if torch.is_grad_enabled() or type(norm) not in _LAYER_NORMS:
         return False
+    assert norm is not None
     # Somebody's hooks, or a forward put in place of the class's, as some libraries do.
     watched = any(getattr(norm, hooks) for hooks in _HOOKS) or torch.nn.modules.module._has_any_global_hook()
     if watched or "forward" in norm.__dict__:
@@ -94,118 +57,172 @@ def _can_reorganize_and_norm_at_once(norm: nn.Module, x: Tensor, branch: Tensor)
     return same_dtype and norm.normalized_shape == (x.shape[2],)
 
 
-class ReorganizingBlock(nn.Module):
-    """A pre-norm transformer block that keeps the patches the class token attends to most.
+class AdoptedBlock(nn.Module):
+    """A block that stands in the place of another and shares all that it has.
 
-    Computes, with the submodules of the block it replaces, ``x + attn(norm1(x))``, then
-    :func:`evit_ext.ops.reorganize_tokens`, then ``x + mlp(norm2(x))`` (Liang et al., ICLR 2022, section 3).
-    Where every patch would be kept, it computes what the replaced block computes. Without gradients, the sum,
-    the reorganisation and ``norm2`` are one operator, :func:`evit_ext.ops.add_reorganize_norm`, wherever it
-    computes the same.
+    Submodules, parameters, buffers, hooks and attributes are those of the replaced block, under their names:
+    the keys of the state dict stay the same, handles of hooks remove them still, and what is changed on one
+    is changed on the other.
 
     Args:
-        block: the block to replace. Its submodules become this block's, under their names, so the keys of
-            the state dict stay the same.
+        block: the block to replace.
+        stage: number of the reorganising blocks before it.
+    """
+
+    #: What this block has of its own, which the replaced one must not get.
+    _OWN: frozenset[str] = frozenset({"_replaced", "stage"})
+
+    def __init__(self, block: nn.Module, stage: int) -> None:
+        nn.Module.__init__(self)
+        # The dictionaries of parameters, submodules and hooks are shared, not copied. A forward that was put
+        # in place of the class's runs the replaced block, which is no longer what is wanted.
+        self.__dict__.update({name: value for name, value in block.__dict__.items() if name != "forward"})
+        # In a tuple, so that it is not registered as a submodule and its parameters are not named twice.
+        self._replaced = (block,)
+        self.stage = stage
+
+    def original(self) -> nn.Module:
+        """Return the replaced block with all that this one has, and its mode."""
+        (block,) = self._replaced
+        block.__dict__.update({k: v for k, v in self.__dict__.items() if k not in {*self._OWN, "forward"}})
+        return block
+
+    def as_before(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        """Return what the replaced block computes, without its hooks, which run around this one."""
+        return type(self._replaced[0]).forward(self, x, *arguments, **named)  # type: ignore[no-any-return]
+
+
+class ReorganizingBlock(AdoptedBlock):
+    """A transformer block that keeps the patches that are paid the most attention.
+
+    Computes, with the submodules of the block it replaces, ``x + attention(x)``, then
+    :func:`evit_ext.ops.reorganize_tokens`, then ``x + mlp(x)`` (Liang et al., ICLR 2022, section 3).
+    Where every patch would be kept, it computes what the replaced block computes. Without gradients, the sum,
+    the reorganisation and the norm before the MLP are one operator,
+    :func:`evit_ext.ops.add_reorganize_norm`, wherever it computes the same.
+
+    What differs between block classes is in subclasses, one for each class that can be replaced; see
+    :mod:`evit_ext.families`.
+
+    Args:
+        block: the block to replace.
+        stage: number of the reorganising blocks before it.
         keep_rate: share of the patch tokens to keep, in (0, 1].
         num_prefix_tokens: P, the tokens before the patches: class, distillation, registers.
         fuse_token: append the weighted sum of the patches that are not kept.
+        class_token: whether the first token is a class token, whose attention ranks the patches; if not, the
+            mean of all tokens' attention does.
 
     Input [B, N, C]; output [B, N, C] where all patches are kept, else [B, P + K + 1, C] ([B, P + K, C]
     without `fuse_token`) with ``K = ceil(keep_rate * (N - P))``.
     """
 
-    # nn.Module's __getattr__ types a submodule as "Tensor | Module".
-    norm1: nn.Module
-    attn: nn.Module
-    norm2: nn.Module
-    mlp: nn.Module
-    ls1: nn.Module
-    ls2: nn.Module
-    drop_path1: nn.Module
-    drop_path2: nn.Module
+    _OWN = AdoptedBlock._OWN | {
+        "keep_rate",
+        "num_prefix_tokens",
+        "fuse_token",
+        "class_token",
+        "recorders",
+        "oracle_scores",
+    }
 
-    def __init__(self, block: nn.Module, keep_rate: float, num_prefix_tokens: int, fuse_token: bool) -> None:
-        super().__init__()
-        for name, module in block.named_children():
-            self.add_module(name, module)
-        self.training = block.training
-        # Hooks on the block go on running, and their handles remove them still: the dictionaries are shared.
-        for hooks in _HOOKS:
-            setattr(self, hooks, getattr(block, hooks))
+    def __init__(
+        self,
+        block: nn.Module,
+        stage: int,
+        keep_rate: float,
+        num_prefix_tokens: int,
+        fuse_token: bool,
+        class_token: bool = True,
+    ) -> None:
+        super().__init__(block, stage)
         self.keep_rate = keep_rate
         self.num_prefix_tokens = num_prefix_tokens
         self.fuse_token = fuse_token
+        self.class_token = class_token
         #: The records that are being taken, each with the stage that this block is in it.
         self.recorders: tuple[tuple[TokenRecord, int], ...] = ()
-        # In a tuple, so that it is not registered as a submodule and its parameters are not named twice.
-        self._replaced = (block,)
-        self._attend = SUPPORTED[type(block)][type(block.attn)]  # type: ignore[index]
 
-    def original(self) -> nn.Module:
-        """Return the replaced block with this block's submodules and mode."""
-        (block,) = self._replaced
-        for name, module in self.named_children():
-            setattr(block, name, module)
-        # Not train(): the submodules, which are shared, keep the modes they have.
-        block.training = self.training
-        return block
+    # What a subclass says about its block class.
 
-    def forward(
+    def attention_branch(self, x: Tensor, score: Score, positions: Any) -> tuple[Tensor, Tensor]:
+        """Return what the attention adds to `x` [B, N, C], and the scores [B, N] of `score`.
+
+        `positions` is what the model tells its blocks about the positions of the tokens, or None.
+        """
+        raise NotImplementedError
+
+    def mlp_norm(self) -> nn.Module | None:
+        """Return the norm that the MLP's input goes through first; None where it is not the first."""
+        raise NotImplementedError
+
+    def mlp_branch(self, x: Tensor, normed: Tensor | None) -> Tensor:
+        """Return what the MLP adds to `x` [B, N, C]; `normed` is x after :meth:`mlp_norm` if it is known."""
+        raise NotImplementedError
+
+    def reorganize(
         self,
         x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
+        unchanged: Callable[[], Tensor],
+        masked: bool = False,
+        positions: Any = None,
+        trail: TokenTrail | None = None,
         kept: list[Tensor] | None = None,
     ) -> Tensor:
         """Return the reorganised tokens.
 
         Args:
             x: tokens [B, N, C].
-            attn_mask, is_causal: as of the replaced block; only where all patches are kept.
+            unchanged: computes what the replaced block does of `x`, for where all patches are kept.
+            masked: whether there is a mask, with which no token can be dropped.
+            positions: of the tokens, for :meth:`attention_branch`.
+            trail: is told which tokens were kept.
             kept: is given the kept patch tokens, int64 [B, K] as of :func:`evit_ext.ops.reorganize_tokens`,
                 where not all are kept. A list, so that the output, which hooks see, is always the tokens.
         """
-        num_patches = x.shape[1] - self.num_prefix_tokens
+        prefix = self.num_prefix_tokens
+        num_patches = x.shape[1] - prefix
         num_keep = math.ceil(self.keep_rate * num_patches)
-        masked = attn_mask is not None or is_causal
-        normed: Tensor | None = None
-        if masked and num_keep < num_patches:
+        reorganizes = num_keep < num_patches
+        if masked and reorganizes:
             raise NotImplementedError(
-                "a block that reorganises tokens takes no attn_mask and no is_causal: the mask of the tokens "
-                "that are left is not known; set the keep rate to 1 or evit_ext.remove the reorganisation"
+                "a block that reorganises tokens takes no attention mask (attn_mask, is_causal): the mask of "
+                "the tokens that are left is not known; set the keep rate to 1 or evit_ext.remove the "
+                "reorganisation"
             )
-        if num_keep == num_patches and (masked or not self.recorders):
-            # timm's own attention, so that keep rate 1 is the unchanged model to the last bit.
-            mask = {"attn_mask": attn_mask, "is_causal": is_causal} if masked else {}
-            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **mask)))
+        if not reorganizes and (masked or not self.recorders):
+            # The model's own code, so that keep rate 1 is the unchanged model to the last bit.
+            return unchanged()
+        score = class_token_score if self.class_token else mean_score
+        branch, scores = self.attention_branch(x, score, positions)
+        norm: Any = self.mlp_norm()
+        normed: Tensor | None = None
+        wants_tokens = any(record.keep_tokens for record, _ in self.recorders)
+        before = x + branch if wants_tokens else None
+        if before is None and reorganizes and _can_reorganize_and_norm_at_once(norm, x, branch):
+            x, normed, index = ops.add_reorganize_norm(
+                x,
+                branch,
+                scores,
+                num_keep,
+                norm.weight,
+                norm.bias,
+                norm.eps,
+                prefix,
+                self.fuse_token,
+            )
         else:
-            attended, scores = self._attend(self.attn, self.norm1(x))
-            branch = self.drop_path1(self.ls1(attended))
-            if num_keep < num_patches and _can_reorganize_and_norm_at_once(self.norm2, x, branch):
-                norm: Any = self.norm2
-                x, normed, index = ops.add_reorganize_norm(
-                    x,
-                    branch,
-                    scores,
-                    num_keep,
-                    norm.weight,
-                    norm.bias,
-                    norm.eps,
-                    self.num_prefix_tokens,
-                    self.fuse_token,
-                )
-            else:
-                x, index = ops.reorganize_tokens(
-                    x + branch, scores, num_keep, self.num_prefix_tokens, self.fuse_token
-                )
-            if kept is not None and num_keep < num_patches:
+            x = x + branch if before is None else before
+            x, index = ops.reorganize_tokens(x, scores, num_keep, prefix, self.fuse_token)
+        fused = self.fuse_token and reorganizes
+        if reorganizes:
+            if kept is not None:
                 kept.append(index)
-            for record, stage in self.recorders:
-                fused = self.fuse_token and num_keep < num_patches
-                record.add(stage, index, scores[:, self.num_prefix_tokens :], fused)
-        if normed is None:
-            normed = self.norm2(x)
-        return x + self.drop_path2(self.ls2(self.mlp(normed)))
+            if trail is not None:
+                trail.add(self.stage, index, num_patches, fused)
+        for record, stage in self.recorders:
+            record.add(stage, index, scores[:, prefix:], fused, before)
+        return x + self.mlp_branch(x, normed)
 
     def extra_repr(self) -> str:
         """Return the settings for ``print(model)``."""
@@ -217,11 +234,3 @@ class ReorganizingBlock(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a saved model has no record being taken.
         return {**self.__dict__, "recorders": ()}
-
-
-def reorganizing_blocks(vit: nn.Module) -> list[ReorganizingBlock]:
-    """Return the reorganising blocks of `vit`, in order; empty where `apply` was not called."""
-    blocks = getattr(vit, "blocks", None)
-    if not isinstance(blocks, (nn.Sequential, nn.ModuleList)):
-        return []
-    return [block for block in blocks if isinstance(block, ReorganizingBlock)]

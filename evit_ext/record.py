@@ -4,22 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from evit_ext.apply import applied_blocks
-from evit_ext.block import ReorganizingBlock
-from evit_ext.models.dynamicvit import DynamicViT, TokenPredictor
+from evit_ext.families import applied_blocks
+from evit_ext.trail import TokenTrail
+
+
+class Stage(Protocol):
+    """What reports to records: a reorganising block, or a predictor of a DynamicViT."""
+
+    recorders: tuple[tuple[TokenRecord, int], ...]
 
 
 class TokenRecord:
-    """What :func:`record_tokens` saw in the last forward, a stage for each reorganising block."""
+    """What :func:`record_tokens` saw in the last forward, a stage for each reorganising block.
 
-    def __init__(self) -> None:
-        self._kept: dict[int, Tensor] = {}
+    Args:
+        keep_tokens: keep the tokens that stages chose from, too, with their gradient, in :attr:`tokens`.
+    """
+
+    def __init__(self, keep_tokens: bool = False) -> None:
+        self.keep_tokens = keep_tokens
+        self.trail = TokenTrail()
+        #: For each stage, the tokens [B, N, C] that it chose from, if `keep_tokens`.
+        self.tokens: dict[int, Tensor] = {}
         self._scores: dict[int, Tensor] = {}
-        self._ids: dict[int, Tensor] = {}  # [B, patch tokens that leave the stage]
 
     @property
     def kept(self) -> list[Tensor]:
@@ -27,11 +39,11 @@ class TokenRecord:
 
         Ascending, but that -1, which stands for a fused token of an earlier stage, comes last.
         """
-        return [self._kept[stage] for stage in sorted(self._kept)]
+        return [self.trail.kept(stage) for stage in self.trail.stages]
 
     @property
     def scores(self) -> list[Tensor]:
-        """For each stage, the class-token scores [B, N - P] of the patch tokens that entered it.
+        """For each stage, the scores [B, N - P] of the patch tokens that entered it.
 
         They are in the order of the tokens: at the first stage all patches, at a later one ``kept`` of the
         stage before followed by its fused token. float32, float64 for float64 models. Of a DynamicViT, the
@@ -39,29 +51,39 @@ class TokenRecord:
         """
         return [self._scores[stage] for stage in sorted(self._scores)]
 
-    def add(self, stage: int, kept: Tensor, scores: Tensor, fused: bool) -> None:
+    def add(
+        self, stage: int, kept: Tensor, scores: Tensor, fused: bool, tokens: Tensor | None = None
+    ) -> None:
         """Take note of a stage: `kept` [B, K] among its `scores` [B, N - P], and whether it fused."""
         if kept.is_meta or _in_backward():
             return  # the model is being counted, or recomputed for the gradient
         if stage == 0:
-            self._kept, self._scores, self._ids = {}, {}, {}
-            ids = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
-        else:
-            ids = self._ids[stage - 1]
-        # The fused token stands last in its stage, so -1 comes out last by itself.
-        ids = ids.gather(1, kept)
-        self._kept[stage] = ids
+            self.trail, self.tokens, self._scores = TokenTrail(), {}, {}
+        self.trail.add(stage, kept, scores.shape[1], fused)
         self._scores[stage] = scores.detach()
-        self._ids[stage] = torch.nn.functional.pad(ids, (0, 1), value=-1) if fused else ids
+        if self.keep_tokens and tokens is not None:
+            self.tokens[stage] = tokens
 
 
 def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _stages(vit: nn.Module) -> Sequence[ReorganizingBlock | TokenPredictor]:
+def _stages(vit: Any) -> Sequence[Stage]:
     """Return the modules of `vit` that report to records; ValueError if there are none."""
-    return vit.stages() if isinstance(vit, DynamicViT) else applied_blocks(vit)
+    return vit.stages() if hasattr(vit, "score_predictor") else applied_blocks(vit)
+
+
+@contextmanager
+def recording(stages: Sequence[Stage], record: TokenRecord) -> Iterator[TokenRecord]:
+    """Have `stages` report to `record` while the context is open."""
+    for number, stage in enumerate(stages):
+        stage.recorders = (*stage.recorders, (record, number))
+    try:
+        yield record
+    finally:
+        for stage in stages:
+            stage.recorders = tuple(entry for entry in stage.recorders if entry[0] is not record)
 
 
 @contextmanager
@@ -89,12 +111,5 @@ def record_tokens(vit: nn.Module) -> Iterator[TokenRecord]:
         >>> record.kept[0].shape  # 14 × 14 patches, keep rate 0.7
         torch.Size([1, 138])
     """
-    stages = _stages(vit)
-    record = TokenRecord()
-    for number, stage in enumerate(stages):
-        stage.recorders = (*stage.recorders, (record, number))
-    try:
+    with recording(_stages(vit), TokenRecord()) as record:
         yield record
-    finally:
-        for stage in stages:
-            stage.recorders = tuple(entry for entry in stage.recorders if entry[0] is not record)

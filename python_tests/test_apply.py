@@ -159,7 +159,7 @@ def test_models_that_cannot_be_supported(small_vit: Any) -> None:
         with pytest.raises(error, match=message):
             evit_ext.apply(model)
 
-    refuse("deit_small", "must be a timm vision transformer, got str", TypeError)
+    refuse("deit_small", "must be a vision transformer, a torch module, got str", TypeError)
     refuse(torch.nn.Linear(2, 2), "Linear is not supported: expected a vision transformer with its blocks")
     wrapped = torch.nn.Module()
     wrapped.module = small_vit()

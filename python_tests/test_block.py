@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import evit_ext
 from evit_ext import block as block_module
-from evit_ext.block import attend
+from evit_ext.attention import attend
 from evit_ext.ops import library
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,8 +80,9 @@ def test_scores_carry_gradient(small_vit: Any, device: torch.device) -> None:
     qkv = vit.blocks[0].attn.qkv.weight
     detached = copy.deepcopy(vit)
     block = detached.blocks[0]
-    block._attend = lambda attention, x: tuple(
-        t if i == 0 else t.detach() for i, t in enumerate(attend(attention, x))
+    branch = block.attention_branch
+    block.attention_branch = lambda *args: tuple(
+        t if i == 0 else t.detach() for i, t in enumerate(branch(*args))
     )
     x = images().to(device)
     gradient, without = (
@@ -182,7 +183,7 @@ def test_hooks_on_the_block_go_on(small_vit: Any, device: torch.device) -> None:
     handle = vit.blocks[2].register_forward_hook(lambda block, args, out: seen.append(type(block).__name__))
     evit_ext.apply(vit, keep_rate=0.5)(x)
     evit_ext.remove(vit)(x)
-    assert seen == ["ReorganizingBlock", "Block"]
+    assert seen == ["ReorganizingViTBlock", "Block"]
     handle.remove()
     vit(x)
     assert len(seen) == 2
@@ -198,7 +199,7 @@ def test_masks_are_refused_where_tokens_are_dropped(small_vit: Any, device: torc
     evit_ext.apply(vit, 1.0)
     assert torch.equal(vit(x, attn_mask=mask), expected)
     evit_ext.set_keep_rate(vit, 0.7)
-    with pytest.raises(NotImplementedError, match="takes no attn_mask"):
+    with pytest.raises(NotImplementedError, match="takes no attention mask"):
         vit(x, attn_mask=mask)
 
 

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import Attention
 from timm.models import generate_default_cfgs, register_model
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evit_ext import ops
 from evit_ext.apply import check_arguments
-from evit_ext.block import SUPPORTED
 from evit_ext.models.deit import DeiT, build_deit, deit_arguments, deit_pretrained_cfg
 from evit_ext.models.masked_attention import attention_bias, masked_block
 from evit_ext.ops import checks
@@ -160,7 +161,7 @@ class DynamicViT(DeiT):
         if not isinstance(self.patch_drop, nn.Identity):
             raise ValueError("patch_drop_rate must be 0: the keep ratios are shares of all patches")
         for number, block in enumerate(self.blocks):
-            if type(block.attn) not in SUPPORTED.get(type(block), {}):
+            if type(block) is not Block or type(block.attn) is not Attention:
                 raise ValueError(
                     f"block {number} is a {type(block).__name__} with a {type(block.attn).__name__}, which "
                     "is not supported: expected timm's Block and Attention"

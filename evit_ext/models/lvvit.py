@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evit_ext.apply import apply, check_arguments
-from evit_ext.block import ReorganizingBlock, reorganizing_blocks
+from evit_ext.block import ReorganizingBlock
+from evit_ext.families import reorganizing_blocks
 from evit_ext.models.deit import DeiT, is_connection_error
 
 _SIZES: dict[str, dict[str, Any]] = {

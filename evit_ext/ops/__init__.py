@@ -12,6 +12,7 @@ from evit_ext.ops.add_reorganize_norm import add_reorganize_norm
 from evit_ext.ops.class_attention import class_attention
 from evit_ext.ops.fuse_tokens import fuse_tokens
 from evit_ext.ops.gather_tokens import gather_tokens
+from evit_ext.ops.mean_attention import mean_attention
 from evit_ext.ops.reorganize_tokens import reorganize_tokens
 from evit_ext.ops.scatter_tokens import scatter_tokens
 
@@ -20,6 +21,7 @@ __all__ = [
     "class_attention",
     "fuse_tokens",
     "gather_tokens",
+    "mean_attention",
     "reference",
     "reorganize_tokens",
     "scatter_tokens",

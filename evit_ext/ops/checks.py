@@ -20,6 +20,18 @@ def autocast_enabled(device_type: str) -> bool:
     return device_type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
 
 
+def autocast(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Cast queries and keys as autocast casts those of scaled_dot_product_attention, where it is on."""
+    if not isinstance(q, Tensor) or not isinstance(k, Tensor):
+        return q, k  # the checks say what is wrong
+    device_type = q.device.type
+    if not autocast_enabled(device_type):
+        return q, k
+    dtype = torch.get_autocast_dtype(device_type)
+    castable = (torch.float32, torch.float16, torch.bfloat16)
+    return q.to(dtype) if q.dtype in castable else q, k.to(dtype) if k.dtype in castable else k
+
+
 def _tensor(name: str, value: object, dim: int, shape: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(value).__name__}")
@@ -104,6 +116,28 @@ def class_attention(q: Tensor, k: Tensor, scale: float | None, logsumexp: Tensor
                 f"logsumexp must have shape [B, H] = {tuple(k.shape[:2])}, got {tuple(logsumexp.shape)}"
             )
     return float(q.shape[2]) ** -0.5 if scale is None else _number("scale", scale, "a float or None")
+
+
+def mean_attention(q: Tensor, k: Tensor, scale: float | None) -> float:
+    """Check `q` [B, H, M, D] and `k` [B, H, N, D]; return the scale (default D ** -0.5)."""
+    _tensor("q", q, 4, "[B, H, M, D]")
+    _tensor("k", k, 4, "[B, H, N, D]")
+    _floating("q", q)
+    _floating("k", k)
+    if q.dtype != k.dtype:
+        raise TypeError(f"q and k must have one dtype, got {q.dtype} and {k.dtype}")
+    same_device("q", q, "k", k)
+    if (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
+        raise ValueError(
+            f"q [B, H, M, D] and k [B, H, N, D] must agree in B, H and D, "
+            f"got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    for name, tensor in (("q", q), ("k", k)):
+        if tensor.shape[1] < 1 or tensor.shape[2] < 1 or tensor.shape[3] < 1:
+            raise ValueError(
+                f"{name} must have at least one head, token and channel, got shape {tuple(tensor.shape)}"
+            )
+    return float(q.shape[3]) ** -0.5 if scale is None else _number("scale", scale, "a float or None")
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> None:

@@ -43,22 +43,11 @@ def class_attention(
             that belongs to theirs.
         ValueError: shapes or devices do not fit.
     """
-    q, k = _autocast(q, k)
+    q, k = checks.autocast(q, k)
     scale = checks.class_attention(q, k, scale, logsumexp)
     if not library.runs_kernel(q, k):
         return reference.class_attention(q, k, scale, logsumexp)
     return torch.ops.evit.class_attention(q, k, scale, logsumexp)
-
-
-def _autocast(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    if not isinstance(q, Tensor) or not isinstance(k, Tensor):
-        return q, k  # the checks say what is wrong
-    device_type = q.device.type
-    if not checks.autocast_enabled(device_type):
-        return q, k
-    dtype = torch.get_autocast_dtype(device_type)
-    castable = (torch.float32, torch.float16, torch.bfloat16)
-    return q.to(dtype) if q.dtype in castable else q, k.to(dtype) if k.dtype in castable else k
 
 
 @torch.library.register_fake("evit::class_attention")

@@ -41,6 +41,15 @@ def class_attention(
         return (logits - (logsumexp.detach() + zero).unsqueeze(-1)).exp().mean(dim=1)
 
 
+def mean_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """Mean over heads and queries of softmax(q · kᵀ · scale). See :func:`evit_ext.ops.mean_attention`."""
+    scale = checks.mean_attention(q, k, scale)
+    accumulate = accumulation_dtype(q.dtype)
+    with torch.autocast(q.device.type, enabled=False) if _has_autocast(q.device) else nullcontext():
+        logits = q.to(accumulate) @ k.to(accumulate).transpose(2, 3) * scale
+        return logits.softmax(dim=-1).mean(dim=(1, 2))
+
+
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` of `x`. See :func:`evit_ext.ops.gather_tokens`."""
     checks.gather_tokens(x, index)

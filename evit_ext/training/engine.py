@@ -18,7 +18,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from evit_ext.apply import set_keep_rate
-from evit_ext.block import reorganizing_blocks
+from evit_ext.families import reorganizing_blocks
 from evit_ext.schedule import keep_rate_schedule
 from evit_ext.training.modes import eval_mode
 from evit_ext.training.precision import Precision, autocast, choose_precision

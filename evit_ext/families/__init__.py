@@ -1,0 +1,120 @@
+"""The model families that :func:`evit_ext.apply` knows, and what is particular about each.
+
+A family is a module of this package: which block classes can be replaced, by what, and how positions reach
+the blocks. To support other models, add a module and its family to ``FAMILIES``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from evit_ext.block import ReorganizingBlock
+from evit_ext.families import beit, eva, vision_transformer
+from evit_ext.families.family import Blocks, Family
+
+__all__ = [
+    "FAMILIES",
+    "Blocks",
+    "Family",
+    "applied_blocks",
+    "check_block",
+    "family_of",
+    "find_blocks",
+    "reorganizing_blocks",
+]
+
+FAMILIES = (vision_transformer.FAMILY, eva.FAMILY, beit.FAMILY)
+
+#: Why blocks and attentions of timm cannot be supported, by the name of their class.
+_REASONS = {
+    "ParallelScalingBlock": "its attention and MLP run side by side, so no tokens can be dropped between them",
+    "DiffParallelScalingBlock": "its attention and MLP run side by side, so no tokens can be dropped between them",
+    "ParallelThingsBlock": "it has several attentions, and so no one score for a token",
+    "DiffAttention": "its weights are the difference of two softmaxes, which is no score",
+    "RelPosBlock": "its relative position embedding is not known to evit_ext",
+    "ResPostRelPosBlock": "its relative position embedding is not known to evit_ext",
+}
+
+
+def family_of(vit: nn.Module) -> Family:
+    """Return the family of `vit`; ValueError that says why if it belongs to none."""
+    name = type(vit).__name__
+    blocks = getattr(vit, "blocks", None)
+    if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
+        raise ValueError(
+            f"{name} is not supported: expected a vision transformer with its blocks in .blocks, as timm's "
+            f"VisionTransformer has{_hint_of_wrapper(vit)}"
+        )
+    if hasattr(vit, "score_predictor"):
+        raise ValueError(f"{name} is not supported: it drops tokens itself, by its score_predictor")
+    if name == "NaFlexVit":
+        raise ValueError("NaFlexVit is not supported: its images are padded and masked sequences of patches")
+    replaced = {type(block) for block in blocks if not isinstance(block, ReorganizingBlock)}
+    for family in FAMILIES:
+        if family.model is not None and isinstance(vit, family.model):
+            return family
+        if replaced & set(family.blocks):
+            break
+    else:
+        family = vision_transformer.FAMILY  # whose check of the blocks says what is expected
+    if family.model is not None:
+        raise ValueError(f"{name} is not supported: it has the blocks of {family.name}, but is none")
+    if not hasattr(vit, "num_prefix_tokens"):
+        raise ValueError(
+            f"{name} is not supported: it does not tell the number of its prefix tokens (.num_prefix_tokens)"
+        )
+    return family
+
+
+def _hint_of_wrapper(vit: nn.Module) -> str:
+    for attribute in ("module", "model", "trunk"):
+        if isinstance(getattr(vit, attribute, None), nn.Module):
+            return f"; pass the model inside the wrapper (.{attribute})"
+    return ""
+
+
+def check_block(family: Family, block: nn.Module, location: int) -> None:
+    """Raise ValueError unless `block` is one that a reorganising block of `family` can replace."""
+    for kind, found, expected in (
+        ("block", block, family.blocks),
+        ("attention", getattr(block, family.attention, None), family.attentions),
+    ):
+        if type(found) in expected:
+            continue
+        what = f"block {location}" if kind == "block" else f"the attention of block {location}"
+        reason = _REASONS.get(type(found).__name__)
+        raise ValueError(
+            f"{what} is a {_full_name(type(found))}, which is not supported: "
+            + (reason or f"expected {' or '.join(map(_full_name, expected))}")
+        )
+
+
+def _full_name(cls: type) -> str:
+    # With its module, because several of timm's models call their block "Block".
+    return f"{cls.__module__}.{cls.__name__}"
+
+
+def find_blocks(vit: Any) -> Blocks | None:
+    """Return the blocks of `vit`; None where it has none that are known."""
+    blocks = getattr(vit, "blocks", None)
+    return blocks if isinstance(blocks, (nn.Sequential, nn.ModuleList)) else None
+
+
+def reorganizing_blocks(vit: nn.Module) -> list[ReorganizingBlock]:
+    """Return the reorganising blocks of `vit`, in order; empty where `apply` was not called."""
+    return [block for block in find_blocks(vit) or () if isinstance(block, ReorganizingBlock)]
+
+
+def applied_blocks(vit: nn.Module) -> list[ReorganizingBlock]:
+    """Return the reorganising blocks of `vit`; ValueError if there are none."""
+    blocks = reorganizing_blocks(vit)
+    if not blocks and hasattr(vit, "score_predictor"):
+        raise ValueError(f"{type(vit).__name__} drops tokens by its score_predictor: set its .keep_rate")
+    if not blocks:
+        raise ValueError(
+            f"{type(vit).__name__} has no block that reorganises tokens: call evit_ext.apply first"
+            + (", and pass the model inside the wrapper (.module)" if hasattr(vit, "module") else "")
+        )
+    return blocks

@@ -1,0 +1,107 @@
+"""Intermediate features of an EViT as full grids, for heads of detection and segmentation."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from evit_ext import ops
+from evit_ext.block import ReorganizingBlock
+from evit_ext.families import reorganizing_blocks
+from evit_ext.override import Override
+from evit_ext.record import TokenRecord, recording
+
+_FILLS = ("fused", "before", "zero")
+
+
+class FullGridIntermediates(Override):
+    """In the place of a timm model's ``forward_intermediates``: its features are full grids again.
+
+    Takes what timm's takes, and returns what it returns: of each block asked for, features of all patches,
+    [B, C, height, width] (NCHW) or [B, height * width, C] (NLC), put back to where they belong by
+    :func:`evit_ext.ops.restore_tokens`. Where features are returned besides, they are of the tokens that are
+    left.
+
+    One argument more, ``fill``: what stands where a patch was dropped.
+
+    * "fused": the token it was fused into, at that block. The default where tokens are fused.
+    * "before": what it was when it was dropped. The default without fused tokens.
+    * "zero": zeros.
+
+    Raises:
+        ValueError: `fill` is none of these, or it is "fused" and tokens are not fused.
+    """
+
+    def __call__(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        *args: Any,
+        fill: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the features of images `x` [B, channels, height, width]; see timm's, and above."""
+        vit: Any = self.module
+        # Through the signature, because timm takes most of it by position as well.
+        bound = inspect.signature(self.original()).bind(x, indices, *args, **kwargs)
+        bound.apply_defaults()
+        output_fmt = bound.arguments["output_fmt"]
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        bound.arguments["output_fmt"] = "NLC"
+        blocks = reorganizing_blocks(vit)
+        fill = _check_fill(fill, fused=all(block.fuse_token for block in blocks))
+        taken, _ = feature_take_indices(len(vit.blocks), indices)
+        stages = [
+            sum(isinstance(block, ReorganizingBlock) for block in vit.blocks[: index + 1])
+            for index in sorted(taken)
+        ]
+        with recording(blocks, TokenRecord(keep_tokens=fill == "before")) as record:
+            out = self.original()(*bound.args, **bound.kwargs)
+        norm = vit.norm if bound.arguments["norm"] else None
+        grid = vit.patch_embed.dynamic_feat_size(tuple(x.shape[2:])) if output_fmt == "NCHW" else None
+
+        def restore(features: list[Any]) -> list[Any]:
+            restored = []
+            for tokens, number in zip(features, stages, strict=True):
+                with_prefix = isinstance(tokens, tuple)
+                patches = _restore(tokens[0] if with_prefix else tokens, number, record, fill, norm)
+                if grid is not None:
+                    patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
+                restored.append((patches, tokens[1]) if with_prefix else patches)
+            return restored
+
+        if isinstance(out, dict):
+            return {**out, "image_intermediates": restore(out["image_intermediates"])}
+        if bound.arguments["intermediates_only"]:
+            return restore(out)
+        return out[0], restore(out[1])
+
+
+def _check_fill(fill: str | None, fused: bool) -> str:
+    if fill is None:
+        return "fused" if fused else "before"
+    if fill not in _FILLS:
+        raise ValueError(f"fill must be one of {', '.join(map(repr, _FILLS))}, got {fill!r}")
+    if fill == "fused" and not fused:
+        raise ValueError("fill='fused' needs a fused token, but the model has fuse_token=False")
+    return fill
+
+
+def _restore(
+    patches: Tensor, num_stages: int, record: TokenRecord, fill: str, norm: nn.Module | None
+) -> Tensor:
+    """Return features of all patches [B, N - P, C] from those after the first `num_stages` stages."""
+    for stage in reversed(range(num_stages)):
+        kept, num_patches, fused = record.trail.step(stage)
+        if kept.shape[1] == num_patches:
+            continue
+        filling: str | Tensor = fill
+        if fill == "before":
+            before = record.tokens[stage]
+            filling = (before if norm is None else norm(before))[:, -num_patches:]
+        patches = ops.restore_tokens(patches, kept, num_patches, num_prefix_tokens=0, fill=filling)
+    return patches

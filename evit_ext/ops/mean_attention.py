@@ -1,0 +1,80 @@
+"""`mean_attention`: how much all tokens attend to every token, for models without a class token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evit_ext.ops import checks, reference
+
+#: Queries whose attention is formed at a time.
+BLOCK = 128
+
+
+def mean_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """Return the attention that every token receives, averaged over queries and heads.
+
+    ``scores[b, n] = mean_h mean_m softmax_n(q[b, h, m] · k[b, h, n] * scale)``. Where a model has no class
+    token, this ranks its patches in the place of :func:`class_attention`.
+
+    It is computed in PyTorch's operators, a block of 128 queries at a time, in the backward too: the N × N
+    map is never in memory, but unlike with :func:`class_attention` all of it is computed, for a second time
+    besides the attention itself.
+
+    Args:
+        q: the queries of all tokens, [B, H, M, D], float32, float16, bfloat16 or float64, any strides.
+        k: their keys, [B, H, N, D], dtype and device of `q`.
+        scale: factor of the products; default ``D ** -0.5``.
+
+    Returns:
+        scores [B, N], float32 (float64 for float64 inputs). They sum to 1 over N.
+
+    Under autocast `q` and `k` are cast to the autocast dtype, as scaled_dot_product_attention casts them.
+    Differentiable once, in `q` and `k`.
+
+    Raises:
+        TypeError: a dtype is not supported, or `q` and `k` differ in dtype.
+        ValueError: shapes or devices do not fit.
+    """
+    q, k = checks.autocast(q, k)
+    scale = checks.mean_attention(q, k, scale)
+    if checks.in_function_transform():
+        return reference.mean_attention(q, k, scale)
+    return _MeanAttention.apply(q, k, scale)
+
+
+def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Return the softmax [B, H, m, N] of a block of queries, in float32 at least."""
+    products = q @ k.transpose(2, 3)
+    return (products.to(checks.accumulation_dtype(k.dtype)) * scale).softmax(dim=-1)
+
+
+class _MeanAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, scale: float) -> Tensor:
+        dtype = checks.accumulation_dtype(k.dtype)
+        scores = torch.zeros(k.shape[0], k.shape[2], dtype=dtype, device=k.device)
+        for block in q.split(BLOCK, dim=2):
+            scores = scores + _probabilities(block, k, scale).sum(dim=(1, 2))
+        return scores / max(q.shape[1] * q.shape[2], 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        q, k, ctx.scale = inputs
+        ctx.save_for_backward(q, k)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor, Tensor, None]:
+        q, k = ctx.saved_tensors
+        # With p the softmax of one query, d(logit n) = p_n (g_n - Σ_l p_l g_l).
+        g = (grad_scores / max(q.shape[1] * q.shape[2], 1))[:, None, None, :]
+        grad_q, grad_k = [], torch.zeros(k.shape, dtype=grad_scores.dtype, device=k.device)
+        for block in q.split(BLOCK, dim=2):
+            p = _probabilities(block, k, ctx.scale)
+            grad_logits = p * (g - (p * g).sum(dim=-1, keepdim=True)) * ctx.scale
+            grad_q.append((grad_logits @ k.to(grad_logits.dtype)).to(q.dtype))
+            grad_k = grad_k + grad_logits.transpose(2, 3) @ block.to(grad_logits.dtype)
+        return torch.cat(grad_q, dim=2), grad_k.to(k.dtype), None

@@ -1,0 +1,35 @@
+"""Methods of one model that are put in the place of its class's, and taken away again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class Override:
+    """A method of one module instead of its class's, as an attribute of the module.
+
+    An object rather than a function, so that a copy of the module, or one that was saved and loaded, has its
+    own, with the copy in the place of the module.
+
+    Args:
+        module: the module.
+        name: of the method.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module = module
+        self.name = name
+
+    def original(self) -> Callable[..., Any]:
+        """Return the method of the class, bound to the module."""
+        return getattr(type(self.module), self.name).__get__(self.module)  # type: ignore[no-any-return]
+
+
+def remove_overrides(module: nn.Module) -> None:
+    """Take all overrides of `module` away."""
+    for name, value in list(module.__dict__.items()):
+        if isinstance(value, Override):
+            delattr(module, name)

@@ -1,0 +1,69 @@
+"""Which patches the tokens of one forward are, stage by stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class TokenTrail:
+    """The way that the patches of one forward take through the stages.
+
+    Patches are numbered as they enter the first block, row by row; -1 is a fused token, which has no place on
+    the grid. A stage may be added again, as when a block is computed a second time for the gradient: it then
+    overwrites itself.
+
+    Args:
+        positions: what the model gives to all its blocks about the positions of all patches, such as rotary
+            embeddings, for the blocks to take their tokens' part of.
+    """
+
+    def __init__(self, positions: Any = None) -> None:
+        self.positions = positions
+        self._kept: dict[int, Tensor] = {}
+        self._sizes: dict[int, tuple[int, bool]] = {}
+        self._patches: dict[int, Tensor] = {}
+
+    def add(self, stage: int, kept: Tensor, num_patches: int, fused: bool) -> None:
+        """Take note of a stage.
+
+        Args:
+            stage: its number, from 0.
+            kept: int64 [B, K], which of the patch tokens that entered the stage it kept, ascending.
+            num_patches: how many entered it.
+            fused: whether it fused the others into a token, which then stands last.
+        """
+        patches = self.patches(stage)
+        if patches is None:
+            patches = torch.arange(num_patches, device=kept.device).expand(kept.shape[0], -1)
+        # The fused token stands last in its stage, so -1 comes out last by itself.
+        patches = patches.gather(1, kept)
+        self._kept[stage] = kept
+        self._sizes[stage] = (num_patches, fused)
+        self._patches[stage] = F.pad(patches, (0, 1), value=-1) if fused else patches
+
+    def patches(self, stage: int) -> Tensor | None:
+        """Return which patches the patch tokens are that enter stage `stage`: int64 [B, N - P].
+
+        None where they are all patches, in order. With the number of stages: what leaves the last one.
+        """
+        before = [number for number in self._patches if number < stage]
+        return self._patches[max(before)] if before else None
+
+    def kept(self, stage: int) -> Tensor:
+        """Return which patches stage `stage` kept: int64 [B, K], -1 for fused tokens."""
+        num_patches, fused = self._sizes[stage]
+        patches = self._patches[stage]
+        return patches[:, :-1] if fused else patches
+
+    @property
+    def stages(self) -> list[int]:
+        """The numbers of the stages that were added, ascending."""
+        return sorted(self._kept)
+
+    def step(self, stage: int) -> tuple[Tensor, int, bool]:
+        """Return what was added of stage `stage`: kept, num_patches and fused, as of :meth:`add`."""
+        return (self._kept[stage], *self._sizes[stage])
