@@ -11,6 +11,7 @@ from evit_ext import models, ops
 from evit_ext.apply import apply, remove, set_keep_rate
 from evit_ext.costs import compare_costs
 from evit_ext.macs import count_macs
+from evit_ext.oracle import Oracle
 from evit_ext.record import record_tokens
 from evit_ext.schedule import keep_rate_schedule
 
@@ -20,6 +21,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "Oracle",
     "__version__",
     "apply",
     "compare_costs",

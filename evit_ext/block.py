@@ -19,6 +19,7 @@ from evit_ext.ops import checks
 from evit_ext.trail import TokenTrail
 
 if TYPE_CHECKING:
+    from evit_ext.oracle import Guidance
     from evit_ext.record import TokenRecord
 
 #: The attributes in which nn.Module keeps its hooks.
@@ -142,6 +143,8 @@ class ReorganizingBlock(AdoptedBlock):
         self.class_token = class_token
         #: The records that are being taken, each with the stage that this block is in it.
         self.recorders: tuple[tuple[TokenRecord, int], ...] = ()
+        #: What an oracle says, while one decides which patches to keep.
+        self.guidance: Guidance | None = None
 
     # What a subclass says about its block class.
 
@@ -195,6 +198,8 @@ class ReorganizingBlock(AdoptedBlock):
             return unchanged()
         score = class_token_score if self.class_token else mean_score
         branch, scores = self.attention_branch(x, score, positions)
+        if self.guidance is not None and reorganizes:
+            scores = self.guidance.scores(self.stage, x, num_patches)
         norm: Any = self.mlp_norm()
         normed: Tensor | None = None
         wants_tokens = any(record.keep_tokens for record, _ in self.recorders)
@@ -220,8 +225,10 @@ class ReorganizingBlock(AdoptedBlock):
                 kept.append(index)
             if trail is not None:
                 trail.add(self.stage, index, num_patches, fused)
+            if self.guidance is not None:
+                self.guidance.add(self.stage, index, num_patches, fused)
         for record, stage in self.recorders:
-            record.add(stage, index, scores[:, prefix:], fused, before)
+            record.add(stage, index, scores[:, scores.shape[1] - num_patches :], fused, before)
         return x + self.mlp_branch(x, normed)
 
     def extra_repr(self) -> str:
@@ -232,5 +239,5 @@ class ReorganizingBlock(AdoptedBlock):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy or a saved model has no record being taken.
-        return {**self.__dict__, "recorders": ()}
+        # A copy or a saved model has no record being taken, and no oracle.
+        return {**self.__dict__, "recorders": (), "guidance": None}

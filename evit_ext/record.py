@@ -55,7 +55,7 @@ class TokenRecord:
         self, stage: int, kept: Tensor, scores: Tensor, fused: bool, tokens: Tensor | None = None
     ) -> None:
         """Take note of a stage: `kept` [B, K] among its `scores` [B, N - P], and whether it fused."""
-        if kept.is_meta or _in_backward():
+        if kept.is_meta or in_backward():
             return  # the model is being counted, or recomputed for the gradient
         if stage == 0:
             self.trail, self.tokens, self._scores = TokenTrail(), {}, {}
@@ -65,7 +65,8 @@ class TokenRecord:
             self.tokens[stage] = tokens
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Return whether autograd is running a backward in this thread, and a block so computed again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

@@ -53,6 +53,25 @@ class TokenTrail:
         before = [number for number in self._patches if number < stage]
         return self._patches[max(before)] if before else None
 
+    def places(self, stage: int) -> Tensor | None:
+        """Return which patch token stands for each patch where stage `stage` begins: int64 [B, patches].
+
+        That is the patch's own token, or the fused one that it went into; -1 where it is lost. None where
+        all patches are there.
+        """
+        places: Tensor | None = None
+        for number in (number for number in self.stages if number < stage):
+            kept, num_patches, fused = self.step(number)
+            num_keep = kept.shape[1]
+            after = torch.full(
+                (kept.shape[0], num_patches), num_keep if fused else -1, dtype=torch.int64, device=kept.device
+            )
+            after = after.scatter(1, kept, torch.arange(num_keep, device=kept.device).expand_as(kept))
+            places = (
+                after if places is None else torch.where(places < 0, -1, after.gather(1, places.clamp(min=0)))
+            )
+        return places
+
     def kept(self, stage: int) -> Tensor:
         """Return which patches stage `stage` kept: int64 [B, K], -1 for fused tokens."""
         num_patches, fused = self._sizes[stage]

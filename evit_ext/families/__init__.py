@@ -6,6 +6,7 @@ the blocks. To support other models, add a module and its family to ``FAMILIES``
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
@@ -40,6 +41,10 @@ _REASONS = {
 
 def family_of(vit: nn.Module) -> Family:
     """Return the family of `vit`; ValueError that says why if it belongs to none."""
+    if _is_of_transformers(vit):
+        from evit_ext.families import huggingface
+
+        return huggingface.family_of(vit)
     name = type(vit).__name__
     blocks = getattr(vit, "blocks", None)
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
@@ -66,6 +71,12 @@ def family_of(vit: nn.Module) -> Family:
             f"{name} is not supported: it does not tell the number of its prefix tokens (.num_prefix_tokens)"
         )
     return family
+
+
+def _is_of_transformers(vit: Any) -> bool:
+    """Return whether `vit` is a model of transformers, without importing it, which takes seconds."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(vit, transformers.PreTrainedModel)
 
 
 def _hint_of_wrapper(vit: nn.Module) -> str:
@@ -98,6 +109,10 @@ def _full_name(cls: type) -> str:
 
 def find_blocks(vit: Any) -> Blocks | None:
     """Return the blocks of `vit`; None where it has none that are known."""
+    if _is_of_transformers(vit):
+        from evit_ext.families import huggingface
+
+        return huggingface.find_blocks(vit)
     blocks = getattr(vit, "blocks", None)
     return blocks if isinstance(blocks, (nn.Sequential, nn.ModuleList)) else None
 

@@ -1,0 +1,172 @@
+"""An oracle: a frozen ViT that decides which patches another one keeps, as in the EViT paper's experiment."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evit_ext import ops
+from evit_ext.apply import apply
+from evit_ext.families import applied_blocks
+from evit_ext.record import TokenRecord, in_backward, recording
+from evit_ext.trail import TokenTrail
+
+
+class Oracle(nn.Module):
+    """A frozen ViT that sees all patches, and tells an EViT which ones to keep.
+
+    Liang et al. (ICLR 2022) guide an EViT in training by the attention of a ViT that is trained already:
+    where the EViT's class token would choose, at the same blocks, the oracle's does, having seen all tokens.
+
+    Args:
+        vit: a model that :func:`evit_ext.apply` supports, such as the one that the EViT is to come near. It
+            is copied; the copy is frozen and stays in eval mode.
+        drop_loc: numbers of the blocks whose attention is asked, ascending, from 0; by default those at the
+            quarters of the depth. As many as the EViT has reorganising blocks.
+
+    Raises:
+        TypeError, ValueError: as :func:`evit_ext.apply`.
+
+    Example:
+        >>> oracle = evit_ext.Oracle(vit)
+        >>> student = models.deit_small(keep_rate=0.7)
+        >>> oracle.initialize(student)
+        >>> with oracle.guide(student):
+        ...     loss(student(images), labels).backward()
+    """
+
+    def __init__(self, vit: nn.Module, drop_loc: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.vit: Any = apply(copy.deepcopy(vit), 1.0, drop_loc)
+        self.vit.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Oracle:
+        """Stay in eval mode: an oracle does not learn."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return what the class token thinks of each patch, stage by stage.
+
+        Args:
+            images: [B, channels, height, width].
+
+        Returns:
+            A list, a stage each: the scores [B, patches] of all patches at that block, float32 (float64 for
+            float64).
+        """
+        blocks = applied_blocks(self.vit)
+        with recording(blocks, TokenRecord()) as record:
+            if hasattr(self.vit, "forward_intermediates"):
+                # What comes after the last stage is not asked for.
+                last = max(i for i, block in enumerate(self.vit.blocks) if block in blocks)
+                self.vit.forward_intermediates(
+                    images, indices=[last], stop_early=True, output_fmt="NLC", intermediates_only=True
+                )
+            else:
+                self.vit(images)
+        return record.scores
+
+    def initialize(self, student: nn.Module) -> None:
+        """Give `student` the oracle's weights.
+
+        Raises:
+            RuntimeError: they do not fit.
+        """
+        student.load_state_dict(self.vit.state_dict())
+
+    @contextmanager
+    def guide(self, student: nn.Module) -> Iterator[None]:
+        """Let the oracle choose the patches that `student` keeps, in every forward while the context is open.
+
+        The student's tokens are fused with the oracle's scores, too, which carry no gradient. At a later
+        stage, where the student has only some of the patches left, each has the score that the oracle gives
+        it there. A fused token has the mean of the scores of the patches that went into it, as the class
+        token attends to it as to one token.
+
+        The student's patches must be the oracle's: the same number, in the same order. Records that are
+        taken (:func:`evit_ext.record_tokens`) have the scores that were chosen by.
+
+        Args:
+            student: a model that :func:`evit_ext.apply` changed, with as many reorganising blocks as the
+                oracle has.
+
+        Raises:
+            ValueError: the student reorganises no tokens, has another number of stages or, in its forward,
+                of patches, or is guided already.
+            RuntimeError: in the backward, with gradient checkpointing: another forward came in between.
+        """
+        blocks = applied_blocks(student)
+        stages = len(applied_blocks(self.vit))
+        if len(blocks) != stages:
+            raise ValueError(
+                f"the oracle has {stages} stages, the student {len(blocks)}: give Oracle a drop_loc of as many"
+            )
+        if any(block.guidance is not None for block in blocks):
+            raise ValueError("the student is guided by an oracle already")
+        guidance = Guidance()
+
+        def ask(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            images = arguments[0] if arguments else next(iter(named.values()))
+            guidance.begin(self(images))
+
+        handle = student.register_forward_pre_hook(ask, with_kwargs=True)
+        for block in blocks:
+            block.guidance = guidance
+        try:
+            yield
+        finally:
+            handle.remove()
+            for block in blocks:
+                block.guidance = None
+
+
+class Guidance:
+    """What an oracle says of the patches of one forward, and which of them the student's tokens are."""
+
+    def __init__(self) -> None:
+        self._scores: list[Tensor] = []
+        self._trail = TokenTrail()
+        self._inputs: dict[int, int] = {}
+
+    def begin(self, scores: list[Tensor]) -> None:
+        """Begin a forward for which the oracle says `scores`, [B, patches] a stage."""
+        self._scores, self._trail, self._inputs = scores, TokenTrail(), {}
+
+    def scores(self, stage: int, x: Tensor, num_patches: int) -> Tensor:
+        """Return the scores [B, N - P] of the `num_patches` = N - P patch tokens in `x` that enter a stage."""
+        if not self._scores:
+            raise ValueError("the oracle was not asked: call the whole model, not a part of it")
+        # A block that is computed again for the gradient is given the input that it had. If that is not the
+        # last forward's, the patches of its forward are no longer known.
+        if in_backward():
+            if self._inputs.get(stage) != x.data_ptr():
+                raise RuntimeError(
+                    "with an oracle and gradient checkpointing, every forward needs its backward before the "
+                    "next forward"
+                )
+        elif not torch.compiler.is_compiling():
+            self._inputs[stage] = x.data_ptr()
+        scores = self._scores[stage]
+        places = self._trail.places(stage)
+        if places is None:
+            if scores.shape != (x.shape[0], num_patches):
+                raise ValueError(
+                    f"the oracle sees {tuple(scores.shape)} patches [B, N], the student "
+                    f"{(x.shape[0], num_patches)}"
+                )
+            return scores
+        # A row more, for patches that no token stands for. Sums in the order of the patches.
+        both = torch.stack([scores, torch.ones_like(scores)], dim=2)
+        sums = ops.scatter_tokens(both, torch.where(places < 0, num_patches, places), num_patches + 1)
+        return sums[:, :-1, 0] / sums[:, :-1, 1]
+
+    def add(self, stage: int, kept: Tensor, num_patches: int, fused: bool) -> None:
+        """Take note of a stage, as :meth:`TokenTrail.add`."""
+        self._trail.add(stage, kept, num_patches, fused)
