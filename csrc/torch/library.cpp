@@ -15,6 +15,12 @@ STABLE_TORCH_LIBRARY(evit, m) {
       "reorganize_tokens_backward(Tensor grad_tokens, Tensor x, Tensor scores, Tensor kept,"
       " SymInt num_prefix_tokens) -> (Tensor, Tensor)");
   m.def(
+      "restore_tokens(Tensor tokens, Tensor kept, SymInt num_patches, SymInt num_prefix_tokens,"
+      " bool fill_fused, Tensor? fill=None) -> Tensor");
+  m.def(
+      "restore_tokens_backward(Tensor grad, Tensor kept, SymInt num_tokens, SymInt num_prefix_tokens,"
+      " bool fill_fused) -> Tensor");
+  m.def(
       "add_reorganize_norm(Tensor x, Tensor branch, Tensor scores, SymInt num_keep, Tensor? weight,"
       " Tensor? bias, float eps, SymInt num_prefix_tokens, bool fuse) -> (Tensor, Tensor, Tensor)");
 }

@@ -25,10 +25,6 @@ ReorganizeSizes check_reorganize(const Tensor& x, const Tensor& scores, int64_t 
   return {x.size(0), num_tokens, num_prefix_tokens, num_keep, x.size(2), fuse && num_keep < num_patches};
 }
 
-namespace {
-
-// The CPU's backward kernel looks for kept tokens in one ascending pass: anything else would leave rows
-// unwritten.
 void check_ascending(const Tensor& kept, int64_t num_patches) {
   const int64_t* value = data<int64_t>(kept);
   for (int64_t b = 0; b < kept.size(0); ++b) {
@@ -40,6 +36,8 @@ void check_ascending(const Tensor& kept, int64_t num_patches) {
     }
   }
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> reorganize_tokens(const Tensor& x_any, const Tensor& scores_any, int64_t num_keep,
                                              int64_t num_prefix_tokens, bool fuse) {

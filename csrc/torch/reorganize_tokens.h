@@ -1,4 +1,4 @@
-// What the adapters of reorganize_tokens and add_reorganize_norm share.
+// What the adapters of reorganize_tokens, restore_tokens and add_reorganize_norm share.
 #pragma once
 
 #include "../evit/reorganize_tokens.h"
@@ -10,6 +10,10 @@ namespace evit::adapter {
 // fuse only where there is something to fuse.
 ReorganizeSizes check_reorganize(const Tensor& x, const Tensor& scores, int64_t num_keep,
                                  int64_t num_prefix_tokens, bool fuse);
+
+// Raises unless every row of kept [B, K], which is dense and on the CPU, ascends within [0, num_patches). The
+// CPU's kernels look for kept tokens in one ascending pass: anything else would leave rows unwritten.
+void check_ascending(const Tensor& kept, int64_t num_patches);
 
 // Calls body(T{}, S{}) with the element types of x and of the scores, which are float or double by now.
 template <typename Body>

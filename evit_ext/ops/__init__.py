@@ -1,4 +1,4 @@
-"""The operators of EViT: class-token scores, token gather, scatter, fusion and reorganisation.
+"""The operators of EViT: class-token scores, token gather, scatter, fusion, reorganisation and its inverse.
 
 Each is a C++ operator (``torch.ops.evit.<name>``) with shape inference for tracing, a gradient and a twin in
 :mod:`evit_ext.ops.reference`, which also runs on devices without a kernel. All take float32, float16,
@@ -14,6 +14,7 @@ from evit_ext.ops.fuse_tokens import fuse_tokens
 from evit_ext.ops.gather_tokens import gather_tokens
 from evit_ext.ops.mean_attention import mean_attention
 from evit_ext.ops.reorganize_tokens import reorganize_tokens
+from evit_ext.ops.restore_tokens import restore_tokens
 from evit_ext.ops.scatter_tokens import scatter_tokens
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "mean_attention",
     "reference",
     "reorganize_tokens",
+    "restore_tokens",
     "scatter_tokens",
 ]

@@ -52,16 +52,24 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         )
 
 
+def _readable(numbers: Tensor) -> bool:
+    """Return whether `numbers` has values that can be looked at where that costs nothing.
+
+    That is on the CPU (elsewhere it would wait for the device) and outside of tracing. The kernels check
+    again and never leave the tensor's bounds.
+    """
+    if numbers.device.type != "cpu" or not numbers.numel() or torch.compiler.is_compiling():
+        return False
+    return type(numbers) in (Tensor, torch.nn.Parameter) and not in_function_transform()
+
+
 def _index(index: Tensor, batch: int, num_tokens: int, x: Tensor) -> None:
     if index.dtype != torch.int64:
         raise TypeError(f"index must be int64, got {index.dtype}")
     same_device("index", index, "x", x)
     if index.shape[0] != batch:
         raise ValueError(f"index must have the batch size of x, {batch}, got shape {tuple(index.shape)}")
-    # The values are looked at only where that costs nothing: on the CPU (elsewhere it would wait for the
-    # device) and outside of tracing. The kernels check again and never leave the tensor's bounds.
-    tracing = torch.compiler.is_compiling() or type(index) not in (Tensor, torch.nn.Parameter)
-    if index.device.type == "cpu" and index.numel() and not tracing and not in_function_transform():
+    if _readable(index):
         low, high = (int(bound) for bound in index.aminmax())
         if low < 0 or high >= num_tokens:
             raise IndexError(f"index must be in [0, {num_tokens}), got {low if low < 0 else high}")
@@ -204,6 +212,72 @@ def reorganize_tokens(x: Tensor, scores: Tensor, num_keep: int, num_prefix_token
         raise ValueError(
             f"num_keep must be in [1, {num_patches}], the number of patch tokens, got {num_keep}"
         )
+
+
+def restore_tokens(
+    tokens: Tensor, kept: Tensor, num_patches: int, num_prefix_tokens: int, fill: str | Tensor
+) -> None:
+    """Check `tokens` [B, P + K (+ 1), C], `kept` [B, K], ascending in [0, num_patches), and `fill`."""
+    _tensor("tokens", tokens, 3, "[B, P + K (+ 1), C]")
+    _tensor("kept", kept, 2, "[B, K]")
+    _floating("tokens", tokens)
+    if kept.dtype != torch.int64:
+        raise TypeError(f"kept must be int64, got {kept.dtype}")
+    same_device("kept", kept, "tokens", tokens)
+    if kept.shape[0] != tokens.shape[0]:
+        raise ValueError(
+            f"kept must have the batch size of tokens, {tokens.shape[0]}, got shape {tuple(kept.shape)}"
+        )
+    _integer("num_patches", num_patches)
+    _integer("num_prefix_tokens", num_prefix_tokens)
+    if num_prefix_tokens < 0:
+        raise ValueError(f"num_prefix_tokens must not be negative, got {num_prefix_tokens}")
+    num_kept = kept.shape[1]
+    if num_patches < num_kept:
+        raise ValueError(
+            f"num_patches must be at least {num_kept}, the number of kept patches, got {num_patches}"
+        )
+    without_fused = num_prefix_tokens + num_kept
+    if tokens.shape[1] != without_fused and tokens.shape[1] != without_fused + 1:
+        raise ValueError(
+            f"tokens must have {without_fused} tokens (P = {num_prefix_tokens}, K = {num_kept}) or "
+            f"{without_fused + 1} (with a fused one), got shape {tuple(tokens.shape)}"
+        )
+    _fill(fill, tokens, num_prefix_tokens + num_patches)
+    if isinstance(fill, str) and fill == "fused":
+        if num_kept == num_patches and tokens.shape[1] != without_fused:
+            raise ValueError(
+                f'tokens must have {without_fused} tokens with fill "fused" where every patch is kept, got '
+                f"shape {tuple(tokens.shape)}"
+            )
+        if num_kept != num_patches and tokens.shape[1] == without_fused:
+            raise ValueError(
+                f'tokens must have {without_fused + 1} tokens with fill "fused", a fused one last, got shape '
+                f"{tuple(tokens.shape)}"
+            )
+    if _readable(kept):
+        low, high = (int(bound) for bound in kept.aminmax())
+        if low < 0 or high >= num_patches:
+            raise IndexError(f"kept must be in [0, {num_patches}), got {low if low < 0 else high}")
+        if num_kept > 1 and bool((kept[:, 1:] <= kept[:, :-1]).any()):
+            entry = int((kept[:, 1:] <= kept[:, :-1]).any(dim=1).nonzero()[0])
+            raise ValueError(f"kept must be strictly ascending, got {kept[entry].tolist()}")
+
+
+def _fill(fill: object, tokens: Tensor, num_tokens: int) -> None:
+    expected = '"fused", "zero" or a tensor of shape [B, P + num_patches, C]'
+    if isinstance(fill, str):
+        if fill not in ("fused", "zero"):
+            raise ValueError(f"fill must be {expected}, got {fill!r}")
+        return
+    if not isinstance(fill, Tensor):
+        raise TypeError(f"fill must be {expected}, got {type(fill).__name__}")
+    if fill.dtype != tokens.dtype:
+        raise TypeError(f"fill and tokens must have one dtype, got {fill.dtype} and {tokens.dtype}")
+    same_device("fill", fill, "tokens", tokens)
+    shape = (tokens.shape[0], num_tokens, tokens.shape[2])
+    if fill.dim() != 3 or any(a != b for a, b in zip(fill.shape, shape, strict=True)):
+        raise ValueError(f"fill must have shape [B, P + num_patches, C] = {shape}, got {tuple(fill.shape)}")
 
 
 def add_reorganize_norm(

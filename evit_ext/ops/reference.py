@@ -94,6 +94,29 @@ def reorganize_tokens(
     return torch.cat(parts, dim=1), kept
 
 
+def restore_tokens(
+    tokens: Tensor,
+    kept: Tensor,
+    num_patches: int,
+    num_prefix_tokens: int = 1,
+    fill: str | Tensor = "fused",
+) -> Tensor:
+    """Every patch at its place again. See :func:`evit_ext.ops.restore_tokens`."""
+    checks.restore_tokens(tokens, kept, num_patches, num_prefix_tokens, fill)
+    num_kept = kept.shape[1]
+    prefix, patches = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
+    if isinstance(fill, Tensor):
+        filling = fill[:, num_prefix_tokens:]
+    elif fill == "fused" and num_kept != num_patches:
+        # Copied in the type that the gradients of the copies are then summed in.
+        fused = patches[:, num_kept:].to(accumulation_dtype(tokens.dtype))
+        filling = fused.expand(-1, num_patches, -1).to(tokens.dtype)
+    else:
+        filling = tokens.new_zeros(tokens.shape[0], num_patches, tokens.shape[2])
+    index = kept.unsqueeze(-1).expand(-1, -1, tokens.shape[2])
+    return torch.cat([prefix, filling.scatter(1, index, patches[:, :num_kept])], dim=1)
+
+
 def add_reorganize_norm(
     x: Tensor,
     branch: Tensor,

@@ -15,7 +15,6 @@
 namespace evit::cuda {
 
 constexpr int kSelectInPlace = 1024;
-constexpr int kChunkRows = 512;
 constexpr int kSelectThreads = 1024;
 
 // What the kernels pass on through device memory where the selection has a launch of its own.
@@ -167,18 +166,6 @@ __global__ void __launch_bounds__(kRowLanes * 16, kAligned && sizeof(T) < 8 && (
   });
 }
 
-// rows[b] = the sum of partials[b, :], in order, rounded once. Rows are row_stride elements apart.
-template <typename T>
-__global__ void sum_partials_kernel(const accumulate_t<T>* partials, int64_t batch, int64_t chunks,
-                                    int64_t channels, T* rows, int64_t row_stride) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= batch * channels) return;
-  const int64_t b = i / channels, c = i % channels;
-  accumulate_t<T> sum = 0;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partials[(b * chunks + chunk) * channels + c];
-  rows[b * row_stride + c] = narrow<T>(sum);
-}
-
 template <typename T, bool kAligned, bool kAdd>
 void launch_reorganize(const char* what, const Reorganize<T>& job, bool select, const Stream& stream) {
   using A = accumulate_t<T>;
@@ -224,11 +211,9 @@ void reorganize(const char* what, const ReorganizeSizes& sizes, const Tokens<T>&
   else
     launch_reorganize<T, false, kAdd>(what, job, select, stream);
   if (select || !sizes.fuse) return;
-  constexpr int threads = 256;
-  launch(what, sum_partials_kernel<T>, (sizes.batch * sizes.channels + threads - 1) / threads, threads, 0,
-         stream, static_cast<const A*>(job.workspace.partials), sizes.batch, static_cast<int64_t>(job.chunks),
-         sizes.channels, tokens + (sizes.out_tokens() - 1) * sizes.channels,
-         sizes.out_tokens() * sizes.channels);
+  sum_partials<T>(what, job.workspace.partials, sizes.batch, job.chunks, sizes.channels,
+                  tokens + (sizes.out_tokens() - 1) * sizes.channels, sizes.out_tokens() * sizes.channels,
+                  stream);
 }
 
 }  // namespace evit::cuda

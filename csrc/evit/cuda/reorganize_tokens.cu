@@ -1,5 +1,6 @@
 #include "../reorganize_tokens.h"
 
+#include "kept_places.cuh"
 #include "reorganize.cuh"
 #include "write_rows.cuh"
 
@@ -8,22 +9,6 @@ namespace {
 
 constexpr char kForward[] = "reorganize_tokens";
 constexpr char kBackward[] = "reorganize_tokens_backward";
-
-// Up to so many kept patches are looked through for those of a block; among more, each row is searched for.
-constexpr int kLookThrough = 1024;
-
-// The place of `patch` among kept[low] ... kept[high - 1], which ascend, or -1.
-__device__ int find(const int64_t* kept, int low, int high, int patch) {
-  const int end = high;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (kept[middle] < patch)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low < end && kept[low] == patch ? low : -1;
-}
 
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kWriteThreads, sizeof(T) == 8 ? 2 : 4)
@@ -39,19 +24,8 @@ __global__ void __launch_bounds__(kWriteThreads, sizeof(T) == 8 ? 2 : 4)
 
   SharedParts parts;
   int* place = parts.take<int>(kBlockRows);
-  // Of `keep` patches out of `patches`, the i-th has a number between i and i + patches - keep.
-  const int64_t* of_sequence = kept + b * keep;
+  find_places(kept + b * keep, keep, patches, prefix, first, kBlockRows, kWriteThreads, place);
   const int thread = static_cast<int>(threadIdx.x);
-  const int low = max(0, first - prefix - (patches - keep)), high = min(keep, first + kBlockRows - prefix);
-  for (int i = thread; i < kBlockRows; i += kWriteThreads)
-    place[i] = high - low <= kLookThrough ? -1 : find(of_sequence, low, high, first + i - prefix);
-  if (high - low <= kLookThrough) {
-    __syncthreads();
-    for (int i = low + thread; i < high; i += kWriteThreads) {
-      const int64_t row = of_sequence[i] + prefix - first;
-      if (row >= 0 && row < kBlockRows) place[row] = i;
-    }
-  }
   if (first == 0)
     for (int64_t i = thread; i < skip; i += kWriteThreads) out_scores[i] = 0;
   __syncthreads();

@@ -12,6 +12,8 @@ namespace evit::cuda {
 
 constexpr int kRowLanes = 32;
 constexpr int kUnroll = 4;  // rows that a thread has in flight
+// Rows of a long sequence that a block sums; their partial sums are added by another launch.
+constexpr int kChunkRows = 512;
 
 // How the columns of [B, N, C] are shared out among blocks.
 struct Slices {
@@ -58,6 +60,26 @@ __device__ void sum_row_lanes(A (&sum)[W], int vectors, A* scratch, const Write&
       for (int w = 0; w + step < warps; w += 2 * step) part[w * width] += part[(w + step) * width];
     write(column, part[0]);
   }
+}
+
+// rows[b] = the sum of partials[b, :], in order, rounded once. Rows are row_stride elements apart.
+template <typename T>
+__global__ void sum_partials_kernel(const accumulate_t<T>* partials, int64_t batch, int64_t chunks,
+                                    int64_t channels, T* rows, int64_t row_stride) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= batch * channels) return;
+  const int64_t b = i / channels, c = i % channels;
+  accumulate_t<T> sum = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partials[(b * chunks + chunk) * channels + c];
+  rows[b * row_stride + c] = narrow<T>(sum);
+}
+
+template <typename T>
+void sum_partials(const char* what, const accumulate_t<T>* partials, int64_t batch, int64_t chunks,
+                  int64_t channels, T* rows, int64_t row_stride, const Stream& stream) {
+  constexpr int threads = 256;
+  launch(what, sum_partials_kernel<T>, (batch * channels + threads - 1) / threads, threads, 0, stream,
+         partials, batch, chunks, channels, rows, row_stride);
 }
 
 }  // namespace evit::cuda
