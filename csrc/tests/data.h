@@ -97,6 +97,17 @@ Buffer<T> random_values(int64_t count, uint32_t seed) {
   return out;
 }
 
+// `keep` different numbers below `patches` for each of `batch` sequences, ascending: [batch, keep].
+inline Buffer<int64_t> random_kept(int64_t batch, int64_t keep, int64_t patches, uint32_t seed) {
+  std::mt19937 generator(seed);
+  Buffer<int64_t> kept(batch * keep);
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t j = 0, i = 0; j < patches; ++j)
+      if (static_cast<int64_t>(generator() % static_cast<uint64_t>(patches - j)) < keep - i)
+        kept[b * keep + i++] = j;
+  return kept;
+}
+
 // A thread for every part, in parts as small as the grain allows: the worst split for a kernel that depends
 // on it.
 inline Executor thread_executor() {

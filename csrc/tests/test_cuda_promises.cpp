@@ -1,10 +1,12 @@
 // What the CUDA kernels promise beyond their results, and only the host that stands in for a device can show:
 // the same sums on every device, refusals, launches on the right device.
 #include <functional>
+#include <limits>
 
 #include "../evit/fuse_tokens.h"
 #include "../evit/gather_tokens.h"
 #include "../evit/reorganize_tokens.h"
+#include "../evit/restore_tokens.h"
 #include "../evit/scatter_tokens.h"
 #include "device.h"
 
@@ -32,6 +34,71 @@ TEST(cuda_sums_are_the_same_on_every_device_and_in_every_batch) {
   CHECK(same_bits(small, large));
   CHECK(std::memcmp(small.data.get(), one.data.get(), static_cast<size_t>(one.size) * sizeof(float)) == 0);
   cuda_on_host::device() = {};
+}
+
+// Partial sums, too.
+TEST(cuda_gradients_of_restored_tokens_are_the_same_on_every_device_and_in_every_batch) {
+  for (const int64_t num_tokens : {int64_t{71}, int64_t{1100}}) {
+    const int64_t channels = 200, keep = 20;
+    const auto grad = random_values<float>(3 * num_tokens * channels, 1);
+    const auto kept = random_kept(3, keep, num_tokens - 1, 2);
+    const auto run = [&](int64_t batch, int multiprocessors) {
+      cuda_on_host::device().multiprocessors = multiprocessors;
+      const RestoreSizes sizes = {batch, num_tokens, 1, keep, channels, true};
+      DeviceBuffer<float> grad_tokens(batch * sizes.in_tokens() * channels);
+      DeviceBuffer<char> workspace(cuda::restore_tokens_backward_workspace<float>(sizes, true));
+      cuda::restore_tokens_backward<float>(sizes, true, {grad.data.get(), num_tokens * channels, channels},
+                                           kept.data.get(), grad_tokens.data(), workspace.data(),
+                                           test_stream());
+      return grad_tokens.read();
+    };
+    const Buffer<float> small = run(3, 1), large = run(3, 1000), one = run(1, 1000);
+    CHECK(same_bits(small, large));
+    CHECK(std::memcmp(small.data.get(), one.data.get(), static_cast<size_t>(one.size) * sizeof(float)) == 0);
+    cuda_on_host::device() = {};
+  }
+}
+
+// Whatever kept holds: the sanitizer would see an access out of bounds.
+TEST(cuda_wrong_kept_tokens_stop_the_kernel) {
+  const int64_t far = int64_t{1} << 40, most = std::numeric_limits<int64_t>::max();
+  for (const int64_t num_tokens : {int64_t{8}, int64_t{2500}}) {
+    const int64_t keep = num_tokens == 8 ? 3 : 1500;
+    const RestoreSizes sizes = {1, num_tokens, 1, keep, 1, true};
+    const DeviceBuffer<float> tokens(random_values<float>(num_tokens, 1)), out(num_tokens),
+        grad_tokens(sizes.in_tokens());
+    const DeviceBuffer<char> workspace(cuda::restore_tokens_backward_workspace<float>(sizes, true));
+    const Tokens<float> view = {tokens.data(), num_tokens, 1};
+    for (const int64_t place : {int64_t{0}, keep / 2, keep - 1})
+      for (const int64_t wrong : {num_tokens - 1, int64_t{-1}, far, -far, most, -most - 1}) {
+        Buffer<int64_t> kept = random_kept(1, keep, num_tokens - 1, 3);
+        kept[place] = wrong;
+        for (const auto& launch : std::vector<std::function<void()>>{
+                 [&] {
+                   cuda::restore_tokens<float>(sizes, view, kept.data.get(), view, out.data(), test_stream());
+                 },
+                 [&] {
+                   cuda::restore_tokens_backward<float>(sizes, true, view, kept.data.get(),
+                                                        grad_tokens.data(), workspace.data(), test_stream());
+                 },
+                 [&] {
+                   cuda::restore_tokens_backward<float>(sizes, false, view, kept.data.get(),
+                                                        grad_tokens.data(), nullptr, test_stream());
+                 }}) {
+          const std::string message =
+              cuda_on_host::expect_error([&] { CHECK(throws<std::runtime_error>(launch)); });
+          CHECK(!message.empty());
+        }
+      }
+    Buffer<int64_t> twice = random_kept(1, keep, num_tokens - 1, 3);
+    twice[keep - 1] = twice[keep - 2];
+    const std::string message = cuda_on_host::expect_error([&] {
+      CHECK(throws<std::runtime_error>([&] {
+        cuda::restore_tokens<float>(sizes, view, twice.data.get(), view, out.data(), test_stream());
+      }));
+    });
+    CHECK(!message.empty());
+  }
 }
 
 TEST(cuda_index_out_of_range_stops_the_kernel) {
@@ -65,6 +132,13 @@ TEST(cuda_sizes_beyond_32_bits_are_refused) {
   CHECK(throws<std::length_error>([&] {
     cuda::reorganize_tokens<float, float>({1, large, 1, 1, 1, true}, tokens, tokens, nullptr, nullptr,
                                           nullptr, stream);
+  }));
+  CHECK(throws<std::length_error>([&] {
+    cuda::restore_tokens<float>({1, large, 1, 1, 1, true}, tokens, nullptr, tokens, nullptr, stream);
+  }));
+  CHECK(throws<std::length_error>([&] {
+    cuda::restore_tokens_backward<float>({1, large, 1, 1, 1, true}, true, tokens, nullptr, nullptr, nullptr,
+                                         stream);
   }));
   CHECK(throws<std::length_error>(
       [&] { cuda::gather_tokens<float>({1, 1, large, 1}, tokens, index, nullptr, stream); }));

@@ -1,10 +1,11 @@
-// The CUDA kernels for tokens against those of the CPU: gather, scatter, fuse, reorganize and
+// The CUDA kernels for tokens against those of the CPU: gather, scatter, fuse, reorganize, restore and
 // add_reorganize_norm, with their gradients.
 #include <algorithm>
 
 #include "../evit/add_reorganize_norm.h"
 #include "../evit/fuse_tokens.h"
 #include "../evit/gather_tokens.h"
+#include "../evit/restore_tokens.h"
 #include "../evit/scatter_tokens.h"
 #include "device.h"
 
@@ -215,6 +216,48 @@ void reorganize_all(const ReorganizeSizes& sizes, int64_t padding, uint32_t seed
   reorganize<T, double>(sizes, padding, seed + 1);
 }
 
+enum class Fill { zeros, fused, given };
+
+template <typename T>
+Tokens<T> fill_view(Fill fill, const RestoreSizes& sizes, const Tokens<T>& tokens, const Tokens<T>& given) {
+  if (fill == Fill::given) return given;
+  if (fill == Fill::zeros) return {nullptr, 0, 0};
+  return {tokens.row(0, sizes.in_tokens() - 1), tokens.stride_b, 0};
+}
+
+template <typename T>
+void restore(const RestoreSizes& sizes, Fill fill, int64_t padding, uint32_t seed, bool exact = false) {
+  const auto [batch, num_tokens, prefix, keep, channels, fused] = sizes;
+  const bool fill_fused = fill == Fill::fused;
+  const Shape shape = {batch, num_tokens, channels, keep, padding};
+  const Input<T> tokens(shape, sizes.in_tokens(), seed), filling(shape, num_tokens, seed + 1),
+      grad(shape, num_tokens, seed + 2, exact);
+  const auto kept = random_kept(batch, keep, sizes.patches(), seed);
+  const DeviceBuffer<int64_t> device_kept(kept);
+  const auto [restored, grad_tokens] = same_every_time([&] {
+    DeviceBuffer<T> out(batch * num_tokens * channels), dx(batch * sizes.in_tokens() * channels);
+    DeviceBuffer<char> workspace(cuda::restore_tokens_backward_workspace<T>(sizes, fill_fused));
+    cuda::restore_tokens<T>(sizes, tokens.cuda(), device_kept.data(),
+                            fill_view(fill, sizes, tokens.cuda(), filling.cuda()), out.data(), test_stream());
+    cuda::restore_tokens_backward<T>(sizes, fill_fused, grad.cuda(), device_kept.data(), dx.data(),
+                                     workspace.data(), test_stream());
+    return std::tuple(out.read(), dx.read());
+  });
+  Buffer<T> out(restored.size), dx(grad_tokens.size);
+  cpu::restore_tokens<T>(sizes, tokens.cpu(), kept.data.get(),
+                         fill_view(fill, sizes, tokens.cpu(), filling.cpu()), out.data.get(),
+                         serial_executor());
+  cpu::restore_tokens_backward<T>(sizes, fill_fused, grad.cpu(), kept.data.get(), dx.data.get(),
+                                  serial_executor());
+  CHECK(same_bits(restored, out));
+  if (exact || !fill_fused) CHECK(same_bits(grad_tokens, dx));
+  check_close(grad_tokens, dx, tolerance<T>() * 2, 1);
+  // What is copied is copied to the bit.
+  for (int64_t b = 0; b < batch && channels > 0; ++b)
+    CHECK(std::memcmp(&grad_tokens[b * sizes.in_tokens() * channels], &dx[b * sizes.in_tokens() * channels],
+                      static_cast<size_t>((prefix + keep) * channels) * sizeof(T)) == 0);
+}
+
 #define FOR_EACH_TYPE(call) call(float) call(double) call(Half) call(BFloat16)
 
 TEST(cuda_gather_and_scatter_agree) {
@@ -261,6 +304,34 @@ TEST(cuda_reorganize_agrees_on_long_sequences) {
   reorganize<float, float>({1, 1025, 1, 300, 8, true}, 0, 305);
 }
 
+TEST(cuda_restore_agrees) {
+  uint32_t seed = 500;
+  for (const int64_t prefix : {0, 1, 5})
+    for (const Shape& shape : kShapes)
+      for (const bool fused : {true, false})
+        for (const Fill fill : {Fill::zeros, Fill::fused, Fill::given}) {
+          const int64_t patches = shape.tokens - prefix, keep = std::min(shape.count, patches);
+          if (patches < 0 || (fill == Fill::fused && (!fused || keep == patches))) continue;
+          const RestoreSizes sizes = {shape.batch, shape.tokens, prefix, keep, shape.channels, fused};
+#define CALL(T) restore<T>(sizes, fill, shape.padding, ++seed);
+          FOR_EACH_TYPE(CALL)
+#undef CALL
+        }
+}
+
+// Partial sums; kept tokens that are looked through and, where there are many, searched among.
+TEST(cuda_restore_agrees_on_long_sequences) {
+  restore<BFloat16>({2, 1300, 1, 700, 8, true}, Fill::fused, 0, 801);
+  restore<float>({1, 1537, 2, 100, 5, true}, Fill::fused, 1, 802);
+  restore<Half>({1, 1030, 0, 0, 16, true}, Fill::fused, 0, 803);
+  restore<double>({1, 2600, 1, 2598, 2, true}, Fill::fused, 0, 804);
+  restore<float>({1, 4000, 1, 1700, 1, true}, Fill::fused, 0, 805);
+  restore<float>({1, 2600, 1, 2300, 1, false}, Fill::given, 0, 806);
+  // As long as one sum takes them, and one more.
+  restore<float>({1, 1024, 1, 300, 8, true}, Fill::fused, 0, 807);
+  restore<float>({1, 1025, 1, 300, 8, true}, Fill::fused, 0, 808);
+}
+
 // More indices than a block has threads; and three tokens, each with many.
 TEST(cuda_long_indices_agree) {
   for (const Shape& shape : {Shape{1, 400, 3, 600, 1}, Shape{2, 3, 8, 300, 0}}) {
@@ -272,10 +343,12 @@ TEST(cuda_long_indices_agree) {
 
 // Rounded once, from sums that are exact.
 TEST(cuda_exact_sums_have_the_bits_of_the_cpu) {
-#define CALL(T)                                                   \
-  reorganize<T, float>({2, 40, 1, 20, 24, true}, 0, 401, true);   \
-  reorganize<T, double>({2, 600, 1, 500, 8, true}, 0, 403, true); \
-  fuse<T>({2, 129, 64, 57, 0}, true);
+#define CALL(T)                                                    \
+  reorganize<T, float>({2, 40, 1, 20, 24, true}, 0, 401, true);    \
+  reorganize<T, double>({2, 600, 1, 500, 8, true}, 0, 403, true);  \
+  fuse<T>({2, 129, 64, 57, 0}, true);                              \
+  restore<T>({2, 40, 1, 20, 24, true}, Fill::fused, 0, 405, true); \
+  restore<T>({2, 1100, 1, 500, 8, true}, Fill::fused, 0, 407, true);
   FOR_EACH_TYPE(CALL)
 #undef CALL
 }
@@ -285,6 +358,7 @@ template <typename T>
 void lies_anywhere() {
   using A = accumulate_t<T>;
   const ReorganizeSizes sizes = {2, 21, 1, 9, 24, true};
+  const RestoreSizes restoring = {2, 21, 1, 9, 24, true};
   const GatherSizes gather = {2, 21, 15, 24};
   const Shape shape = {2, 21, 24, 15, 0};
   const auto x = random_values<T>(2 * 21 * 24, 1), y = random_values<T>(2 * 21 * 24, 2),
@@ -299,7 +373,8 @@ void lies_anywhere() {
     const DeviceBuffer<T> w(weight, at[2].offset), b(bias, at[3].offset), out(2 * 11 * 24, at[4].offset),
         sum(2 * 11 * 24, at[4].offset), norm(2 * 11 * 24, at[5].offset), gathered(2 * 15 * 24, at[6].offset),
         scattered(2 * 21 * 24, at[6].offset), fused(2 * 24), fused_dx(2 * 21 * 24, at[6].offset),
-        dx(2 * 21 * 24, at[6].offset);
+        dx(2 * 21 * 24, at[6].offset), restored(2 * 21 * 24, at[4].offset),
+        refilled(2 * 21 * 24, at[5].offset), restored_dx(2 * 11 * 24, at[6].offset);
     const Tokens<A> view = {device_scores.data(), 21, 1};
     const Stream stream = test_stream();
     cuda::reorganize_tokens<T, A>(sizes, first.view, view, out.data(), kept.data(), nullptr, stream);
@@ -312,8 +387,16 @@ void lies_anywhere() {
     cuda::fuse_tokens<T>(gather, first.view, view, index.cuda(), fused.data(), stream);
     cuda::fuse_tokens_backward<T>(gather, second.view.data, second.view.stride_b, first.view, view,
                                   index.cuda(), fused_dx.data(), dw.data(), stream);
+    // The first 11 rows of x are the tokens, y is the filling; then the gradient.
+    cuda::restore_tokens<T>(restoring, first.view, kept.data(),
+                            fill_view(Fill::fused, restoring, first.view, first.view), restored.data(),
+                            stream);
+    cuda::restore_tokens<T>(restoring, first.view, kept.data(), second.view, refilled.data(), stream);
+    cuda::restore_tokens_backward<T>(restoring, true, second.view, kept.data(), restored_dx.data(), nullptr,
+                                     stream);
     return std::tuple(out.read(), sum.read(), norm.read(), dx.read(), ds.read(), gathered.read(),
-                      scattered.read(), fused.read(), fused_dx.read(), dw.read());
+                      scattered.read(), fused.read(), fused_dx.read(), dw.read(), restored.read(),
+                      refilled.read(), restored_dx.read());
   });
 }
 

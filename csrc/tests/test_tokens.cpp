@@ -1,10 +1,11 @@
-// gather, scatter, fuse and reorganize, with their gradients, against plain loops in double.
+// gather, scatter, fuse, reorganize and restore, with their gradients, against plain loops in double.
 #include <algorithm>
 #include <numeric>
 
 #include "../evit/fuse_tokens.h"
 #include "../evit/gather_tokens.h"
 #include "../evit/reorganize_tokens.h"
+#include "../evit/restore_tokens.h"
 #include "../evit/scatter_tokens.h"
 #include "check.h"
 #include "data.h"
@@ -175,6 +176,57 @@ void reorganize(const Shape& s, int64_t prefix, bool fuse, const Executor& execu
   }
 }
 
+enum class Fill { zeros, fused, given };
+
+template <typename T>
+void restore(const Shape& s, int64_t prefix, bool fused, Fill kind, const Executor& executor) {
+  const int64_t patches = s.tokens - prefix, keep = std::min(s.count, patches);
+  const bool fill_fused = kind == Fill::fused;
+  if (keep < 0 || (fill_fused && (!fused || keep == patches))) return;
+  const RestoreSizes sizes = {s.batch, s.tokens, prefix, keep, s.channels, fused};
+  const int64_t stride = s.channels + 1, in_tokens = sizes.in_tokens();
+  const auto values = random_values<T>(s.batch * in_tokens * stride, 10),
+             filling = random_values<T>(s.batch * s.tokens * stride, 11),
+             gradient = random_values<T>(s.batch * s.tokens * stride, 12);
+  const auto kept = random_kept(s.batch, keep, patches, 13);
+  const Tokens<T> tokens = {values.data.get(), in_tokens * stride, stride},
+                  given = {filling.data.get(), s.tokens * stride, stride},
+                  grad = {gradient.data.get(), s.tokens * stride, stride};
+  const Tokens<T> fill = kind == Fill::given ? given
+                         : fill_fused        ? Tokens<T>{tokens.row(0, in_tokens - 1), tokens.stride_b, 0}
+                                             : Tokens<T>{nullptr, 0, 0};
+  Buffer<T> out(s.batch * s.tokens * s.channels), grad_tokens(s.batch * in_tokens * s.channels);
+  cpu::restore_tokens<T>(sizes, tokens, kept.data.get(), fill, out.data.get(), executor);
+  cpu::restore_tokens_backward<T>(sizes, fill_fused, grad, kept.data.get(), grad_tokens.data.get(), executor);
+
+  for (int64_t b = 0; b < s.batch; ++b)
+    for (int64_t c = 0; c < s.channels; ++c) {
+      const auto actual = [&](int64_t n) { return to_double(out[(b * s.tokens + n) * s.channels + c]); };
+      const auto dx = [&](int64_t n) { return to_double(grad_tokens[(b * in_tokens + n) * s.channels + c]); };
+      const auto g = [&](int64_t n) { return to_double(grad.row(b, n)[c]); };
+      double sum = 0;
+      for (int64_t n = 0; n < prefix; ++n) {
+        CHECK(actual(n) == to_double(tokens.row(b, n)[c]));
+        CHECK(dx(n) == g(n));
+      }
+      for (int64_t j = 0; j < patches; ++j) {
+        const int64_t* begin = &kept[b * keep];
+        const int64_t i = std::find(begin, begin + keep, j) - begin, n = prefix + j;
+        if (i < keep) {
+          CHECK(actual(n) == to_double(tokens.row(b, prefix + i)[c]));
+          CHECK(dx(prefix + i) == g(n));
+          continue;
+        }
+        sum += g(n);
+        CHECK(actual(n) == (kind == Fill::given   ? to_double(given.row(b, n)[c])
+                            : kind == Fill::fused ? to_double(tokens.row(b, prefix + keep)[c])
+                                                  : 0));
+      }
+      if (fused && !fill_fused) CHECK(dx(prefix + keep) == 0);
+      if (fill_fused) CHECK_NEAR(dx(prefix + keep), sum, tolerance<T>() * 10);
+    }
+}
+
 #define FOR_EACH_TYPE(call)                                         \
   for_each_shape([](const Shape& shape, const Executor& executor) { \
     call(float) call(double) call(Half) call(BFloat16)              \
@@ -199,6 +251,16 @@ TEST(reorganize_agrees) {
       reorganize<T, float>(shape, prefix, fuse, executor);  \
       reorganize<T, double>(shape, prefix, fuse, executor); \
     }
+  FOR_EACH_TYPE(CALL);
+#undef CALL
+}
+
+TEST(restore_agrees) {
+#define CALL(T)                                                       \
+  for (const int64_t prefix : {0, 1, 2})                              \
+    for (const bool fused : {true, false})                            \
+      for (const Fill fill : {Fill::zeros, Fill::fused, Fill::given}) \
+        restore<T>(shape, prefix, fused, fill, executor);
   FOR_EACH_TYPE(CALL);
 #undef CALL
 }
