@@ -52,6 +52,7 @@ def test_rows_are_checked_and_timed(dtype: torch.dtype) -> None:
         ("stage", "forward"),
         ("gather_tokens", "forward"),
         ("scatter_tokens", "forward"),
+        ("restore_tokens", "forward"),
         ("fuse_tokens", "forward"),
     ]
     for row in rows:
@@ -71,6 +72,7 @@ def test_rows_are_checked_and_timed(dtype: torch.dtype) -> None:
     assert moved["stage", "forward"] == q + k + (12 + 10) * row_bytes + 2 * scores + index
     assert moved["gather_tokens", "forward"] == 2 * 8 * row_bytes + index
     assert moved["scatter_tokens", "forward"] == (8 + 12) * row_bytes + index
+    assert moved["restore_tokens", "forward"] == 2 * 12 * row_bytes + index
     assert moved["fuse_tokens", "forward"] == (8 + 1) * row_bytes + batch * 8 * 4 + index
     assert report.table(rows, 100.0).count("\n") == 2 + len(rows)
 

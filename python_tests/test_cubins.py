@@ -20,6 +20,9 @@ HOT = {
     "reorganize_kernel",
     "layer_norm_kernel",
     "gather_kernel",
+    "restore_backward_kernel",
+    "restore_backward_sum_kernel",
+    "restore_kernel",
     "scatter_kernel",
 }
 
@@ -96,7 +99,13 @@ def test_rows_move_16_bytes_at_a_time() -> None:
         elif match := re.search(r"\b(LDG|STG)\.(\S+)", line):
             accesses.setdefault(name, Counter())[match[1]] += "128" in match[2].split(".")
     # Mangled: BFloat16, aligned rows.
-    moving = [n for n in accesses if re.search(r"(reorganize|gather)_kernelI\S*BFloat16ELb1E", n)]
+    moving = [
+        n
+        for n in accesses
+        if re.search(
+            r"(reorganize|gather|restore|restore_backward|restore_backward_sum)_kernelI\S*BFloat16ELb1E", n
+        )
+    ]
     assert moving
     for kernel in moving:
         assert accesses[kernel]["LDG"] >= 2 and accesses[kernel]["STG"] >= 2, kernel

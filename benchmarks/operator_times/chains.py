@@ -43,6 +43,10 @@ def scatter_tokens(x: Tensor, index: Tensor, num_tokens: int) -> Tensor:
     return zeros.scatter_add(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]), x)
 
 
+def restore_tokens(x: Tensor, index: Tensor, fill: Tensor) -> Tensor:
+    return fill.scatter(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]), x)
+
+
 def fuse_tokens(x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
     rows = x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
     return (rows * weights.gather(1, index).unsqueeze(-1).to(x.dtype)).sum(dim=1)

@@ -145,6 +145,15 @@ def operations(tokens: int) -> list[Operation]:
             lambda x, i: chains.scatter_tokens(x, i, tokens),
         ),
         Operation(
+            "restore_tokens",
+            lambda t: (t.rows, t.index, t.x),
+            lambda r, i, x: ops.restore_tokens(r, i, tokens, 0, x),
+            lambda r, i, x: reference.restore_tokens(r, i, tokens, 0, x),
+            # Of x only the tokens that were dropped.
+            lambda t, out: nbytes(t.index, *out, *out),
+            chains.restore_tokens,
+        ),
+        Operation(
             "fuse_tokens",
             lambda t: (t.x, t.scores, t.index),
             lambda x, s, i: ops.fuse_tokens(x, s, i),
@@ -155,8 +164,8 @@ def operations(tokens: int) -> list[Operation]:
     ]
 
 
-#: The operators that other operators are made of are timed once, at this batch size.
-PARTS = {"gather_tokens", "scatter_tokens", "fuse_tokens"}
+#: What moves rows and nothing else, or is a part of another operator, is timed once, at this batch size.
+PARTS = {"gather_tokens", "scatter_tokens", "restore_tokens", "fuse_tokens"}
 PARTS_BATCH = 256
 
 

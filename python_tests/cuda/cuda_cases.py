@@ -53,6 +53,19 @@ def make_block(batch: int) -> tuple[Tensor, ...]:
     return x, torch.randn_like(x), scores, torch.rand(WIDTH) + 0.5, torch.randn(WIDTH)
 
 
+def make_kept(batch: int) -> Tensor:
+    """The numbers of KEEP patches of each entry, ascending."""
+    return torch.rand(batch, TOKENS - 1).argsort(dim=1)[:, :KEEP].sort(dim=1).values
+
+
+def make_restored(batch: int) -> tuple[Tensor, ...]:
+    return torch.randn(batch, KEEP + 2, WIDTH), make_kept(batch)
+
+
+def make_filled(batch: int) -> tuple[Tensor, ...]:
+    return torch.randn(batch, KEEP + 1, WIDTH), make_kept(batch), torch.randn(batch, TOKENS, WIDTH)
+
+
 @dataclass(frozen=True)
 class Operator:
     """How an operator is called and what it must give."""
@@ -65,6 +78,8 @@ class Operator:
     cast: tuple[int, ...]
     #: The inputs that get a gradient; none for the operator that is only for inference.
     leaves: tuple[int, ...]
+    #: The inputs whose numbers must ascend, or the kernel stops.
+    ascending: tuple[int, ...] = ()
 
     def inputs(self, batch: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
         """Inputs on the CPU, the same for the same seed."""
@@ -72,6 +87,12 @@ class Operator:
             torch.manual_seed(seed)
             made = self.make(batch)
         return [t.to(dtype) if number in self.cast else t for number, t in enumerate(made)]
+
+    def blank(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Zeros instead of the inputs, but for those that must ascend."""
+        return [
+            t.clone() if number in self.ascending else torch.zeros_like(t) for number, t in enumerate(inputs)
+        ]
 
 
 OPERATORS = [
@@ -113,6 +134,24 @@ OPERATORS = [
         lambda x, scores: reference.reorganize_tokens(x, scores, KEEP, fuse=False),
         (0,),
         (0,),
+    ),
+    Operator(
+        "restore_tokens",
+        make_restored,
+        lambda tokens, kept: ops.restore_tokens(tokens, kept, TOKENS - 1),
+        lambda tokens, kept: reference.restore_tokens(tokens, kept, TOKENS - 1),
+        (0,),
+        (0,),
+        (1,),
+    ),
+    Operator(
+        "restore_tokens_filling",
+        make_filled,
+        lambda tokens, kept, fill: ops.restore_tokens(tokens, kept, TOKENS - 1, 1, fill),
+        lambda tokens, kept, fill: reference.restore_tokens(tokens, kept, TOKENS - 1, 1, fill),
+        (0, 2),
+        (0, 2),
+        (1,),
     ),
     Operator(
         "add_reorganize_norm",

@@ -63,6 +63,16 @@ def test_a_batch_beyond_2_to_the_31() -> None:
     assert grad[-1, :, -1].tolist() == [1.0, 2.0, 2.0, 4.0] and grad[0].eq(0).all()
 
 
+def test_restored_tokens_beyond_2_to_the_31() -> None:
+    tokens = torch.tensor([3.0, 4.0, 0.5], device="cuda").bfloat16().view(1, 3, 1).expand(-1, -1, CHANNELS)
+    kept = torch.tensor([[0, TOKENS - 2]], device="cuda")
+    out = ops.restore_tokens(tokens, kept, TOKENS, 0)
+    assert out[0, [0, 1, -3, -2, -1], -1].tolist() == [3.0, 0.5, 0.5, 4.0, 0.5]
+    out[0, 1:-2] = 0.0
+    grad = torch.ops.evit.restore_tokens_backward(out, kept, 3, 0, True)
+    assert grad[0, :, -1].tolist() == [3.0, 4.0, 0.5]
+
+
 def test_a_block_beyond_2_to_the_31() -> None:
     tokens, keep = 4, 2
     batch = 2**31 // (tokens * CHANNELS) + 3

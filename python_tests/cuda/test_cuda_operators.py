@@ -33,7 +33,7 @@ def test_the_build_has_kernels() -> None:
 def test_the_kernel_runs_and_not_the_reference(operator: Operator) -> None:
     with CalledOperators() as called:
         run(operator, on(operator.inputs()))
-    name = operator.name.removesuffix("_logsumexp").removesuffix("_dropping")
+    name = operator.name.removesuffix("_logsumexp").removesuffix("_dropping").removesuffix("_filling")
     assert name in called.names
     backward = {"gather_tokens": "scatter_tokens", "scatter_tokens": "gather_tokens"}.get(
         operator.name, "scatter_tokens" if operator.name.endswith("_dropping") else f"{name}_backward"
@@ -64,10 +64,10 @@ def test_runs_on_the_current_stream(operator: Operator, dtype: torch.dtype) -> N
     inputs = on(operator.inputs(dtype=dtype))
     expected = run(operator, inputs)  # also loads the kernels, which may wait for the device
     torch.cuda.synchronize()
-    zeros = run(operator, [torch.zeros_like(t) for t in inputs])
+    zeros = run(operator, operator.blank(inputs))
     assert not all(torch.equal(a, b) for a, b in zip(zeros, expected, strict=True))
     stream = torch.cuda.Stream()
-    buffers = [torch.zeros_like(t) for t in inputs]
+    buffers = operator.blank(inputs)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(1_000_000_000)  # cycles: some 500 ms, far longer than the launches take
@@ -173,6 +173,25 @@ def test_any_number_of_tokens(tokens: int, fuse: bool, scores_dtype: torch.dtype
         assert error.max() <= 1e-7 * (tokens + 32)
 
 
+@pytest.mark.parametrize("tokens", [2, 33, 197, 1024, 1025, 4097, 65536])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_number_of_restored_tokens(tokens: int, dtype: torch.dtype) -> None:
+    patches = tokens - 1
+    for keep in sorted({0, patches // 3, patches - 1}):
+        kept = torch.rand(2, patches).argsort(dim=1)[:, :keep].sort(dim=1).values
+        x = torch.randn(2, keep + 2, 24).to(dtype)
+        out = ops.restore_tokens(x.cuda(), kept.cuda(), patches)
+        assert torch.equal(out.cpu(), ops.reference.restore_tokens(x, kept, patches))
+        grad = torch.randn(2, tokens, 24).to(dtype)
+        actual = torch.ops.evit.restore_tokens_backward(grad.cuda(), kept.cuda(), keep + 2, 1, True).cpu()
+        expected = torch.ops.evit.restore_tokens_backward(grad.double(), kept, keep + 2, 1, True)
+        assert torch.equal(actual[:, :-1].double(), expected[:, :-1])
+        # The sum of up to `tokens` terms in float32, rounded once.
+        error = (actual[:, -1].double() - expected[:, -1]).abs().max()
+        rounding = 0 if dtype == torch.float32 else 2**-8 * float(expected[:, -1].abs().max())
+        assert error <= 1e-7 * (tokens + 32) + rounding
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 31, 197, 4097, 65536])
 @pytest.mark.parametrize("channels", [1, 20, 64, 80, 128])
 def test_class_attention_of_any_number_of_tokens(tokens: int, channels: int) -> None:
@@ -189,16 +208,19 @@ def test_any_number_of_channels(channels: int, dtype: torch.dtype) -> None:
     branch = torch.randn(2, 70, channels).to(dtype)
     scores = torch.randn(2, 69).softmax(dim=1)
     index = torch.randint(0, 70, (2, 30))
+    kept = torch.rand(2, 80).argsort(dim=1)[:, :68].sort(dim=1).values
     weight, bias = torch.randn(channels).to(dtype), torch.randn(channels).to(dtype)
 
     def everything(device: str) -> list[torch.Tensor]:
-        a, b, s, i, w, v = (t.to(device) for t in (x, branch, scores, index, weight, bias))
+        a, b, s, i, j, w, v = (t.to(device) for t in (x, branch, scores, index, kept, weight, bias))
         with torch.no_grad():
             return [
                 ops.gather_tokens(a, i),
                 ops.scatter_tokens(a[:, :30], i, 70),
                 ops.fuse_tokens(a, s.new_ones(2, 70), i),
                 *ops.reorganize_tokens(a, s, 30),
+                ops.restore_tokens(a, j, 80),
+                torch.ops.evit.restore_tokens_backward(torch.cat([a, b], 1)[:, :81], j, 70, 1, True),
                 # With few channels, the variance may be tiny: a large eps keeps the quotient in bounds.
                 *ops.add_reorganize_norm(a, b, s, 30, w, v, eps=0.1),
             ]
@@ -215,6 +237,9 @@ def test_unaligned_rows() -> None:
         on_gpu = storage.cuda()[offset:].view(2, 40, 384)
         actual = ops.reorganize_tokens(on_gpu, scores.cuda(), 9)
         assert_near(list(actual), list(ops.reorganize_tokens(x, scores, 9)))
+        kept = torch.arange(1, 77, 2).expand(2, -1)
+        restored = ops.restore_tokens(on_gpu, kept.cuda(), 100)
+        assert torch.equal(restored.cpu(), ops.restore_tokens(x, kept, 100))
         heads = x.view(2, 40, 6, 64).transpose(1, 2)
         heads_gpu = on_gpu.view(2, 40, 6, 64).transpose(1, 2)
         near = ops.class_attention(heads_gpu[:, :, 0], heads_gpu)
@@ -227,6 +252,8 @@ def test_more_blocks_than_one_dimension_of_a_grid_has() -> None:
     x, scores = torch.randn(batch, 6, 4, device="cuda"), torch.rand(batch, 5, device="cuda")
     actual = ops.reorganize_tokens(x, scores, 2)
     assert_near(list(actual), list(ops.reference.reorganize_tokens(x, scores, 2)))
+    restored = ops.restore_tokens(*actual, 5)
+    assert torch.equal(restored, ops.reference.restore_tokens(*actual, 5))
     q, k = torch.randn(batch, 1, 4, device="cuda"), torch.randn(batch, 1, 3, 4, device="cuda")
     assert_near([ops.class_attention(q, k)], [ops.reference.class_attention(q, k)])
     index = torch.randint(0, 6, (batch, 2), device="cuda")

@@ -27,6 +27,9 @@ x = torch.ones(2, 5, 8, device="cuda")
 weights = torch.ones(2, 5, device="cuda")
 def index(wrong):
     return torch.tensor([[0, 1, 2], [0, wrong, 2]], device="cuda")
+def kept(wrong):
+    return torch.tensor([[0, 1, 2, 3], [0, 1, 3, wrong]], device="cuda")
+backward = torch.ops.evit.restore_tokens_backward
 torch.cuda.synchronize()
 print("ready", flush=True)
 """
@@ -40,6 +43,9 @@ CALLS = {
     "gather_tokens": "ops.gather_tokens(x, index({wrong}))",
     "scatter_tokens": "ops.scatter_tokens(x[:, :3], index({wrong}), 5)",
     "fuse_tokens": "ops.fuse_tokens(x, weights, index({wrong}))",
+    "restore_tokens": "ops.restore_tokens(x, kept({wrong}), 5, 1, 'zero')",
+    "restore_tokens_backward": "backward(torch.ones(2, 6, 8, device='cuda'), kept({wrong}), 5, 1, False)",
+    "restore_tokens_backward, sum": "backward(torch.ones(2, 6, 8, device='cuda'), kept({wrong}), 6, 1, True)",
     "fuse_tokens_backward": "torch.ops.evit.fuse_tokens_backward(x[:, 0], x, weights, index({wrong}))",
 }
 CASES = {
@@ -47,6 +53,7 @@ CASES = {
     for name, call in CALLS.items()
     for number, wrong in (("far", FAR), ("negative", -FAR), ("next", 5))
 }
+CASES["restore_tokens, not ascending"] = CALLS["restore_tokens"].format(wrong=2)
 
 
 @pytest.fixture(scope="module")

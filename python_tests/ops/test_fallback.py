@@ -44,6 +44,7 @@ def test_operators_run_their_reference(device: torch.device, no_kernels: None) -
         "scatter_tokens": (x[:, :2], index, 9),
         "fuse_tokens": (x, scores, index),
         "reorganize_tokens": (x, scores, 3),
+        "restore_tokens": (x[:, :4], torch.tensor([[0, 8], [3, 4]], device=device), 9),
         "add_reorganize_norm": (x, x, scores, 3),
     }.items():
         result = getattr(ops, name)(*arguments)
@@ -85,6 +86,7 @@ def functions(
     """Operator and reference as functions of one float64 tensor, and a value for it."""
     k = torch.randn(2, 3, 5, 4, dtype=torch.float64).to(device)
     index = torch.tensor([[1, 0, 4], [2, 2, 3]], device=device)
+    kept = torch.tensor([[0, 2, 3], [1, 2, 3]], device=device)
     q = torch.randn(2, 3, 4, dtype=torch.float64).to(device)
     x = torch.randn(2, 5, 3, dtype=torch.float64).to(device)
     scores = torch.rand(2, 5, dtype=torch.float64).to(device)
@@ -100,6 +102,8 @@ def functions(
         "scatter_tokens": (lambda o, t: o.scatter_tokens(t, index, 6), x[:, :3]),
         "fuse_tokens": (lambda o, t: o.fuse_tokens(t, t[:, :, 0], index), x),
         "reorganize_tokens": (lambda o, t: o.reorganize_tokens(t, scores, 2)[0] * t.sum(), x),
+        "restore_tokens": (lambda o, t: o.restore_tokens(t, kept, 6) * t.sum(), x),
+        "restore_tokens, tensor": (lambda o, t: o.restore_tokens(x, kept, 4, 1, t), x),
         "add_reorganize_norm": (lambda o, t: o.add_reorganize_norm(t, x, scores, 2, t[0, 0])[1], x),
     }
     return {name: (partial(f, ops), partial(f, ops.reference), value) for name, (f, value) in calls.items()}
@@ -138,3 +142,6 @@ def test_index_may_be_mapped_over(device: torch.device) -> None:
     x, index = torch.randn(4, 2, 7, 3).to(device), torch.randint(0, 7, (4, 2, 3)).to(device)
     mapped = torch.vmap(ops.gather_tokens)(x, index)
     assert torch.equal(mapped, torch.stack([ops.gather_tokens(a, b) for a, b in zip(x, index, strict=True)]))
+    kept = torch.tensor([[0, 2, 3, 6, 7], [1, 2, 3, 4, 5]], device=device).expand(4, 2, 5)
+    mapped = torch.vmap(lambda t, k: ops.restore_tokens(t, k, 8))(x, kept)
+    assert torch.equal(mapped, torch.stack([ops.restore_tokens(t, kept[0], 8) for t in x]))

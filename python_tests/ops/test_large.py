@@ -39,6 +39,16 @@ def test_a_result_beyond_2_to_the_31() -> None:
     assert out[0, -1, -1].item() == 2.0 and out[0, -2].eq(0).all()
 
 
+def test_restored_tokens_beyond_2_to_the_31() -> None:
+    tokens = torch.tensor([3.0, 4.0, 0.5]).bfloat16().view(1, 3, 1).expand(-1, -1, CHANNELS)
+    kept = torch.tensor([[0, TOKENS - 2]])
+    out = ops.restore_tokens(tokens, kept, TOKENS, 0)
+    assert out[0, [0, 1, -3, -2, -1], -1].tolist() == [3.0, 0.5, 0.5, 4.0, 0.5]
+    out[0, 1:-2] = 0.0
+    grad = torch.ops.evit.restore_tokens_backward(out, kept, 3, 0, True)
+    assert grad[0, :, -1].tolist() == [3.0, 4.0, 0.5]
+
+
 def test_keys_beyond_2_to_the_31() -> None:
     # One token a batch entry of a keys tensor whose rows lie far apart.
     storage = torch.zeros(3, 2**30, dtype=torch.bfloat16)
