@@ -60,7 +60,7 @@ TEST(cuda_gradients_of_restored_tokens_are_the_same_on_every_device_and_in_every
 }
 
 // Whatever kept holds: the sanitizer would see an access out of bounds.
-TEST(cuda_wrong_kept_tokens_stop_the_kernel) {
+TEST(cuda_restore_stops_at_wrong_kept_tokens) {
   const int64_t far = int64_t{1} << 40, most = std::numeric_limits<int64_t>::max();
   for (const int64_t num_tokens : {int64_t{8}, int64_t{2500}}) {
     const int64_t keep = num_tokens == 8 ? 3 : 1500;
