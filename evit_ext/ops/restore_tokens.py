@@ -65,13 +65,8 @@ def _fake(
     fill_fused: bool,
     fill: Tensor | None = None,
 ) -> Tensor:
-    checks.restore_tokens(
-        tokens,
-        kept,
-        num_patches,
-        num_prefix_tokens,
-        "fused" if fill_fused else "zero" if fill is None else fill,
-    )
+    word = "fused" if fill_fused else "zero"
+    checks.restore_tokens(tokens, kept, num_patches, num_prefix_tokens, word if fill is None else fill)
     return tokens.new_empty((tokens.shape[0], num_prefix_tokens + num_patches, tokens.shape[2]))
 
 
