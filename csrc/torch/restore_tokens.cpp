@@ -5,8 +5,8 @@
 namespace evit::adapter {
 namespace {
 
-// The sizes between `tokens` rows of a sequence with dropped patches and num_tokens with all of them. Raises
-// where kept or a size does not fit.
+// The sizes of the operator between in_tokens rows, as they are behind reorganize_tokens, and num_tokens rows
+// with every patch; `like` is the tensor of one of them. Raises where kept or a number does not fit.
 RestoreSizes check_restore(const Tensor& like, const char* name, const Tensor& kept, int64_t in_tokens,
                            int64_t num_tokens, int64_t num_prefix_tokens, bool fill_fused) {
   check_dim(kept, "kept", 2, "[B, K]");
@@ -22,8 +22,8 @@ RestoreSizes check_restore(const Tensor& like, const char* name, const Tensor& k
   const int64_t num_patches = num_tokens - num_prefix_tokens;
   STD_TORCH_CHECK(keep <= num_patches, "num_patches must be at least K = ", keep, ", got ", num_patches);
   const int64_t with_fused = in_tokens - num_prefix_tokens - keep;
-  STD_TORCH_CHECK(with_fused == 0 || with_fused == 1,
-                  "tokens must be P + K or P + K + 1 = ", num_prefix_tokens + keep + 1, ", got ", in_tokens);
+  STD_TORCH_CHECK(with_fused == 0 || with_fused == 1, "tokens must have P + K = ", num_prefix_tokens + keep,
+                  " tokens, or one more that is fused, got ", in_tokens);
   STD_TORCH_CHECK(!fill_fused || (with_fused == 1 && keep < num_patches),
                   "a fused token can fill only where it is there and a patch was dropped, got ", in_tokens,
                   " tokens and kept ", shape_str(kept), " for ", num_patches, " patches");

@@ -388,6 +388,8 @@ def test_operator_refuses_what_the_function_would(device: torch.device) -> None:
     ):
         with pytest.raises(RuntimeError):
             backward(*args)
+    with pytest.raises(RuntimeError, match=r"tokens must have P \+ K = 7 tokens, or one more .*, got 6"):
+        operator(tokens, kept, 7, 3, True)
     # On a GPU, the kernels look: python_tests/cuda/test_cuda_out_of_range.py.
     wrongs = ([3, 1, 2, 4], [1, 1, 2, 4], [0, 1, 2, 7], [-1, 0, 1, 2]) if device.type == "cpu" else ()
     for wrong in wrongs:
