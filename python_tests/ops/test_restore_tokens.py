@@ -120,6 +120,36 @@ class TestRestoreTokens(OperatorTester):
             assert torch.autograd.gradgradcheck(results, leaves)
 
 
+@pytest.mark.parametrize("word", ["zero", "tensor"])
+@pytest.mark.parametrize("others", [1, 2])
+def test_compiles_with_other_fillings(device: torch.device, word: str, others: int) -> None:
+    """In the loop of the operator's tests, the fused token fills."""
+    torch._dynamo.reset()
+
+    def restored(tokens: Tensor, kept: Tensor, given: Tensor) -> Tensor:
+        return ops.restore_tokens(tokens, kept, 7, 1, given if word == "tensor" else "zero")
+
+    compiled = torch.compile(restored, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 5):
+        tokens, kept = (t.to(device) for t in make(batch, 4, 3, 7, others))
+        leaves = [tokens.requires_grad_(), make_fill(batch, 8, 3).to(device).requires_grad_()]
+        eager, graph = restored(leaves[0], kept, leaves[1]), compiled(leaves[0], kept, leaves[1])
+        assert torch.equal(eager, graph)
+        grads = [torch.autograd.grad(out.square().sum(), leaves, allow_unused=True) for out in (eager, graph)]
+        for a, b in zip(*grads, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+    batched = torch.export.Dim("batch", min=1, max=64)
+
+    class Module(torch.nn.Module):
+        def forward(self, tokens: Tensor, kept: Tensor, given: Tensor) -> Tensor:
+            return restored(tokens, kept, given)
+
+    inputs = (tokens.detach(), kept, leaves[1].detach())
+    program = torch.export.export(Module(), inputs, dynamic_shapes=({0: batched},) * 3)
+    smaller = tuple(t[:3] for t in inputs)
+    assert torch.equal(program.module()(*smaller), restored(*smaller))
+
+
 @random_examples(120)
 @given(data=st.data())
 def test_random_shapes(device: torch.device, data: st.DataObject) -> None:
