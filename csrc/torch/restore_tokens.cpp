@@ -1,5 +1,7 @@
 #include "../evit/restore_tokens.h"
 
+#include <optional>
+
 #include "reorganize_tokens.h"
 
 namespace evit::adapter {

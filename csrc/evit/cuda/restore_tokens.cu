@@ -1,7 +1,5 @@
 #include "../restore_tokens.h"
 
-#include <algorithm>
-
 #include "kept_places.cuh"
 #include "rows.cuh"
 #include "write_rows.cuh"
