@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from evit_ext import models, ops
 from evit_ext.apply import apply, remove, set_keep_rate
+from evit_ext.checkpoints import load_checkpoint
 from evit_ext.costs import compare_costs
 from evit_ext.macs import count_macs
 from evit_ext.oracle import Oracle
@@ -27,6 +28,7 @@ __all__ = [
     "compare_costs",
     "count_macs",
     "keep_rate_schedule",
+    "load_checkpoint",
     "models",
     "ops",
     "record_tokens",

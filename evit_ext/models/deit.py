@@ -155,7 +155,7 @@ def build_deit(
             raise RuntimeError(
                 f"the pretrained weights of deit_{size}_patch16_224 could not be fetched from the Hugging "
                 f"Face hub, nor are they in its cache ({type(error).__name__}). Without a network, use "
-                "pretrained=False and load a file with checkpoint_path=... or load_state_dict"
+                "pretrained=False and load a file with evit_ext.load_checkpoint"
             ) from error
         raise
 

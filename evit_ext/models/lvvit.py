@@ -428,7 +428,7 @@ def _create(
             raise RuntimeError(
                 f"the published weights of LV-ViT-{size.upper()} could not be fetched from GitHub, nor are "
                 f"they in torch's cache ({type(error).__name__}). Without a network, use pretrained=False "
-                "and load a file with checkpoint_path=... or load_state_dict"
+                "and load a file with evit_ext.load_checkpoint"
             ) from error
         raise
     return apply(model, keep_rate, drop_loc, fuse_token)
