@@ -492,10 +492,15 @@ def test_a_whole_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_allowed_is_allowed_here_only(tmp_path: Path) -> None:
-    load_checkpoint(evit(), file := saved(tmp_path, training_file()))
+    file = saved(tmp_path, training_file())
+    load_checkpoint(evit(), file)
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
     with pytest.raises(pickle.UnpicklingError):
         torch.load(file, weights_only=True)
+    # What somebody has allowed stays allowed.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        load_checkpoint(evit(), file)
+        assert argparse.Namespace in torch.serialization.get_safe_globals()
 
 
 def npz(path: Path) -> None:
@@ -534,7 +539,7 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
     "json": (b'{"model_type": "vit"}', "is a JSON file"),
     "gzip": (b"\x1f\x8b\x08\x00", "is compressed by gzip"),
     "npy": (b"\x93NUMPY\x01\x00", "is a NumPy array"),
-    "npz": (npz, "timm reads them, with model.load_pretrained"),
+    "npz": (npz, "is a NumPy archive, as JAX's vision transformers are published in: timm"),
     "zip": (zip_of_text, "is a zip archive that torch.save did not write"),
     "torchscript": (torchscript, "is a TorchScript archive"),
     "pickle": (pickle.dumps({"a": 1}), "is damaged, or no checkpoint"),
@@ -780,6 +785,8 @@ def test_another_size_is_said_in_a_sentence(tmp_path: Path) -> None:
     assert "for images of 1 channels, DeiT is for 3: patch_embed.proj.weight has shape 24×1×8×8" in said
     said = refused(lvvit(in_chans=1), saved(tmp_path, lvvit_file()))
     assert "for images of 3 channels, LVViT is for 1: patch_embed.conv1.weight" in said
+    said = refused(lvvit(stem_dim=8), saved(tmp_path, lvvit_file()))
+    assert "of another shape or type: patch_embed.bn1.bias 6, not 8" in said
 
 
 def test_weights_of_something_else(tmp_path: Path) -> None:
@@ -948,7 +955,7 @@ def test_grids_that_are_no_square(tmp_path: Path, build: Any) -> None:
 
 
 @pytest.mark.parametrize("build", [evit, vit])
-def test_as_many_patches_in_another_grid(tmp_path: Path, build: Any) -> None:
+def test_as_many_patches_in_another_grid(tmp_path: Path, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     source = build(img_size=(16, 64))
     nn.init.normal_(source.pos_embed)
     file = saved(tmp_path, source.state_dict())
@@ -957,6 +964,12 @@ def test_as_many_patches_in_another_grid(tmp_path: Path, build: Any) -> None:
     assert torch.equal(model.pos_embed, source.pos_embed)
     loaded = load_checkpoint(model, file, resize_pos_embed=(2, 8))
     assert loaded.resized_keys == ("pos_embed",)
+    assert not torch.allclose(model.pos_embed, source.pos_embed)
+    # Older timms do nothing here.
+    monkeypatch.setattr(
+        "evit_ext.checkpoints.fitting.resample_abs_pos_embed", lambda embedding, **_: embedding
+    )
+    load_checkpoint(model, file, resize_pos_embed=(2, 8))
     assert not torch.allclose(model.pos_embed, source.pos_embed)
     same = build(img_size=(16, 64))
     assert load_checkpoint(same, file, resize_pos_embed=(2, 8)).resized_keys == ()
@@ -994,6 +1007,16 @@ def test_models_that_cannot_take_weights(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = vit()
     with pytest.raises(ValueError, match="cls_token is on the meta device, which holds no weights"):
+        load_checkpoint(model, file)
+
+    class Shard(Tensor):
+        pass
+
+    model = vit()
+    model.norm.weight = nn.Parameter(torch.ones(24).as_subclass(Shard))
+    with pytest.raises(
+        ValueError, match="norm.weight is a Shard, no plain tensor: load the check"
+    ):
         load_checkpoint(model, file)
 
 

@@ -240,12 +240,14 @@ def _fit_position_embedding(fitted: Fitted, model: nn.Module, resize: bool | tup
 def _resize(
     embedding: Tensor, old_grid: tuple[int, int], grid: tuple[int, int], prefix: int, model: nn.Module
 ) -> Tensor:
-    # timm's takes an embedding with as many tokens as a square needs for that of the square.
-    if isinstance(model, DeiT) or math.prod(old_grid) == math.prod(grid):
-        return resize_position_embedding(embedding, old_grid, grid, prefix)
-    return resample_abs_pos_embed(
-        embedding, new_size=list(grid), old_size=list(old_grid), num_prefix_tokens=prefix
-    )
+    if not isinstance(model, DeiT):
+        resized = resample_abs_pos_embed(
+            embedding, new_size=list(grid), old_size=list(old_grid), num_prefix_tokens=prefix
+        )
+        # Older timms give it back as it is where the new grid is a square of as many patches.
+        if resized is not embedding:
+            return resized
+    return resize_position_embedding(embedding, old_grid, grid, prefix)
 
 
 def _fit_heads(fitted: Fitted, own: Mapping[str, Tensor], model: nn.Module, resize: bool) -> None:

@@ -115,7 +115,9 @@ def read_file(path: Path, name: str) -> Any:
             return load_file(path, device="cpu")
         except SafetensorError as error:
             raise ValueError(f"{name} is not complete, or damaged: {error}") from error
-    with torch.serialization.safe_globals(_SAFE):
+    # Leaving the context takes away what the caller has allowed himself, too.
+    allowed = torch.serialization.get_safe_globals()
+    with torch.serialization.safe_globals([entry for entry in _SAFE if entry not in allowed]):
         try:
             # Mapped, so that an optimizer's state, which nobody asks for, is not read at all.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=form == "zip")

@@ -375,7 +375,7 @@ def dynamicvit_small(
 
     The same as ``timm.create_model("dynamicvit_deit_small_patch16_224", ...)``. It takes images [B, 3,
     height, width] of any size that is a multiple of the patch size, unless ``dynamic_img_size=False`` is
-    given. Published checkpoints load with ``checkpoint_path=`` or ``load_state_dict(file["model"])``.
+    given. Published checkpoints load with ``checkpoint_path=`` or ``evit_ext.load_checkpoint``.
 
     Args:
         keep_rate: share of the patches that a stage keeps of those that enter it, in (0, 1]; one number, or
