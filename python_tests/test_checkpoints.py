@@ -1014,9 +1014,7 @@ def test_models_that_cannot_take_weights(tmp_path: Path) -> None:
 
     model = vit()
     model.norm.weight = nn.Parameter(torch.ones(24).as_subclass(Shard))
-    with pytest.raises(
-        ValueError, match="norm.weight is a Shard, no plain tensor: load the check"
-    ):
+    with pytest.raises(ValueError, match="norm.weight is a Shard, no plain tensor: load the check"):
         load_checkpoint(model, file)
 
 
