@@ -84,7 +84,7 @@ def apply(
     if following is not None:
         family.install(vit)
     if hasattr(vit, "forward_intermediates"):
-        vit.forward_intermediates = FullGridIntermediates(vit, "forward_intermediates")
+        vit.forward_intermediates = FullGridIntermediates(vit, "forward_intermediates")  # type: ignore[assignment]
     return vit
 
 

@@ -96,7 +96,7 @@ def _restore(
 ) -> Tensor:
     """Return features of all patches [B, N - P, C] from those after the first `num_stages` stages."""
     for stage in reversed(range(num_stages)):
-        kept, num_patches, fused = record.trail.step(stage)
+        kept, num_patches, _ = record.trail.step(stage)
         if kept.shape[1] == num_patches:
             continue
         filling: str | Tensor = fill

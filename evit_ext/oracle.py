@@ -106,7 +106,8 @@ class Oracle(nn.Module):
         stages = len(applied_blocks(self.vit))
         if len(blocks) != stages:
             raise ValueError(
-                f"the oracle has {stages} stages, the student {len(blocks)}: give Oracle a drop_loc of as many"
+                f"the oracle has {stages} stages, the student {len(blocks)}: give Oracle a drop_loc of as "
+                "many blocks"
             )
         if any(block.guidance is not None for block in blocks):
             raise ValueError("the student is guided by an oracle already")
@@ -140,7 +141,7 @@ class Guidance:
         self._scores, self._trail, self._inputs = scores, TokenTrail(), {}
 
     def scores(self, stage: int, x: Tensor, num_patches: int) -> Tensor:
-        """Return the scores [B, N - P] of the `num_patches` = N - P patch tokens in `x` that enter a stage."""
+        """Return the scores [B, num_patches] of the patch tokens in `x` [B, N, C] that enter a stage."""
         if not self._scores:
             raise ValueError("the oracle was not asked: call the whole model, not a part of it")
         # A block that is computed again for the gradient is given the input that it had. If that is not the

@@ -25,7 +25,7 @@ class Override:
 
     def original(self) -> Callable[..., Any]:
         """Return the method of the class, bound to the module."""
-        return getattr(type(self.module), self.name).__get__(self.module)  # type: ignore[no-any-return]
+        return getattr(type(self.module), self.name).__get__(self.module)
 
 
 def remove_overrides(module: nn.Module) -> None:

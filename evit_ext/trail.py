@@ -74,7 +74,7 @@ class TokenTrail:
 
     def kept(self, stage: int) -> Tensor:
         """Return which patches stage `stage` kept: int64 [B, K], -1 for fused tokens."""
-        num_patches, fused = self._sizes[stage]
+        _, fused = self._sizes[stage]
         patches = self._patches[stage]
         return patches[:, :-1] if fused else patches
 

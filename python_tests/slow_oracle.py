@@ -1,4 +1,4 @@
-"""An EViT that an oracle guides, written a second time with sets of patches: what the package is compared with."""
+"""An EViT that an oracle guides, written a second time, with sets of patches, to compare with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intermediate features as full grids: in value, in layout, and under a segmentation head that knows nothing."""
+"""Intermediate features as full grids: value, layout, and a segmentation head that knows nothing of it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def slow_grids(vit: Any, x: torch.Tensor, fill: str) -> list[torch.Tensor]:
         for b in range(len(x)):
             tokens = list(out[b, prefix:])
             for stage in reversed(range(stages)):
-                kept, num_patches, fused = steps[stage]
+                kept, num_patches, _ = steps[stage]
                 before: list[Any] = []
                 for j in range(num_patches):
                     if j in kept[b].tolist():

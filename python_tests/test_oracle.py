@@ -155,13 +155,13 @@ def test_a_copy_is_not_guided(small_vit: Any) -> None:
 
 def test_errors(small_vit: Any) -> None:
     oracle = evit_ext.Oracle(small_vit())
-    with pytest.raises(ValueError, match="no block that reorganises tokens: call evit_ext.apply first"):
-        with oracle.guide(small_vit()):
-            pass
+    message = "no block that reorganises tokens: call evit_ext.apply first"
+    with pytest.raises(ValueError, match=message), oracle.guide(small_vit()):
+        pass
     student = evit_ext.apply(small_vit(), 0.6, [1, 3])
-    with pytest.raises(ValueError, match="the oracle has 3 stages, the student 2: give Oracle a drop_loc"):
-        with oracle.guide(student):
-            pass
+    message = "the oracle has 3 stages, the student 2: give Oracle a drop_loc"
+    with pytest.raises(ValueError, match=message), oracle.guide(student):
+        pass
     student = evit_ext.apply(small_vit(), 0.6)
     with oracle.guide(student):
         with pytest.raises(ValueError, match="guided by an oracle already"), oracle.guide(student):
@@ -169,9 +169,9 @@ def test_errors(small_vit: Any) -> None:
         with pytest.raises(ValueError, match="the oracle was not asked"):
             student.blocks[1](torch.randn(1, 17, 24))
     finer = evit_ext.apply(small_vit(patch_size=4), 0.6)
-    with oracle.guide(finer):
-        with pytest.raises(
-            ValueError, match=r"the oracle sees \(1, 16\) patches \[B, N\], the student \(1, 64\)"
-        ):
-            finer(images(1, torch.float32))
+    with (
+        oracle.guide(finer),
+        pytest.raises(ValueError, match=r"the oracle sees \(1, 16\) patches \[B, N\], the student \(1, 64\)"),
+    ):
+        finer(images(1, torch.float32))
     assert not student._forward_pre_hooks and not finer._forward_pre_hooks

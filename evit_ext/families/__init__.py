@@ -6,6 +6,8 @@ the blocks. To support other models, add a module and its family to ``FAMILIES``
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import sys
 from typing import Any
 
@@ -28,10 +30,13 @@ __all__ = [
 
 FAMILIES = (vision_transformer.FAMILY, eva.FAMILY, beit.FAMILY)
 
+#: The first release of transformers whose vision models have the layers that evit_ext knows.
+MINIMUM_TRANSFORMERS = (5, 18)
+
 #: Why blocks and attentions of timm cannot be supported, by the name of their class.
 _REASONS = {
-    "ParallelScalingBlock": "its attention and MLP run side by side, so no tokens can be dropped between them",
-    "DiffParallelScalingBlock": "its attention and MLP run side by side, so no tokens can be dropped between them",
+    "ParallelScalingBlock": "its attention and MLP run side by side, with no place between them",
+    "DiffParallelScalingBlock": "its attention and MLP run side by side, with no place between them",
     "ParallelThingsBlock": "it has several attentions, and so no one score for a token",
     "DiffAttention": "its weights are the difference of two softmaxes, which is no score",
     "RelPosBlock": "its relative position embedding is not known to evit_ext",
@@ -42,9 +47,7 @@ _REASONS = {
 def family_of(vit: nn.Module) -> Family:
     """Return the family of `vit`; ValueError that says why if it belongs to none."""
     if _is_of_transformers(vit):
-        from evit_ext.families import huggingface
-
-        return huggingface.family_of(vit)
+        return _huggingface().family_of(vit)  # type: ignore[no-any-return]
     name = type(vit).__name__
     blocks = getattr(vit, "blocks", None)
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
@@ -79,6 +82,17 @@ def _is_of_transformers(vit: Any) -> bool:
     return transformers is not None and isinstance(vit, transformers.PreTrainedModel)
 
 
+def _huggingface() -> Any:
+    """Return the module for transformers' models; ValueError if transformers is too old for it."""
+    version = importlib.metadata.version("transformers")
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TRANSFORMERS:
+        raise ValueError(
+            f"transformers {version} is not supported: its layers are others than those of "
+            f"{'.'.join(map(str, MINIMUM_TRANSFORMERS))} and newer"
+        )
+    return importlib.import_module("evit_ext.families.huggingface")
+
+
 def _hint_of_wrapper(vit: nn.Module) -> str:
     for attribute in ("module", "model", "trunk"):
         if isinstance(getattr(vit, attribute, None), nn.Module):
@@ -110,9 +124,7 @@ def _full_name(cls: type) -> str:
 def find_blocks(vit: Any) -> Blocks | None:
     """Return the blocks of `vit`; None where it has none that are known."""
     if _is_of_transformers(vit):
-        from evit_ext.families import huggingface
-
-        return huggingface.find_blocks(vit)
+        return _huggingface().find_blocks(vit)  # type: ignore[no-any-return]
     blocks = getattr(vit, "blocks", None)
     return blocks if isinstance(blocks, (nn.Sequential, nn.ModuleList)) else None
 

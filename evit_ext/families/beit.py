@@ -75,7 +75,7 @@ class _BeitBlock(AdoptedBlock):
     def mlp_branch(self, x: Tensor, normed: Tensor | None) -> Tensor:
         """See :meth:`ReorganizingBlock.mlp_branch`."""
         out = self.mlp(self.norm2(x) if normed is None else normed)
-        return self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out)  # type: ignore[no-any-return]
+        return self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out)
 
 
 def _trail(shared_rel_pos_bias: Any) -> BiasTrail:

@@ -121,7 +121,7 @@ class ReorganizingEvaBlock(ReorganizingBlock):
     def mlp_branch(self, x: Tensor, normed: Tensor | None) -> Tensor:
         """See :meth:`ReorganizingBlock.mlp_branch`."""
         out = self.mlp(self.norm2(x) if normed is None else normed)
-        return self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out)  # type: ignore[no-any-return]
+        return self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out)
 
 
 class ReorganizingEvaBlockPostNorm(ReorganizingEvaBlock):
@@ -138,7 +138,7 @@ class ReorganizingEvaBlockPostNorm(ReorganizingEvaBlock):
 
     def mlp_branch(self, x: Tensor, normed: Tensor | None) -> Tensor:
         """See :meth:`ReorganizingBlock.mlp_branch`."""
-        return self.drop_path2(self.norm2(self.mlp(x)))  # type: ignore[no-any-return]
+        return self.drop_path2(self.norm2(self.mlp(x)))
 
 
 class StartTrail(Override):

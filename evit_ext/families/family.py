@@ -14,7 +14,7 @@ Blocks = nn.Sequential | nn.ModuleList
 
 
 def _blocks_of_timm(vit: Any) -> Blocks:
-    return vit.blocks  # type: ignore[no-any-return]
+    return vit.blocks
 
 
 def _prefix_tokens_of_timm(vit: Any) -> int:

@@ -83,11 +83,12 @@ class ReorganizingLayer(ReorganizingBlock):
 
     def mlp_norm(self) -> nn.Module | None:
         """See :meth:`ReorganizingBlock.mlp_norm`."""
-        return getattr(self, self.LAYOUT.norm2)  # type: ignore[no-any-return]
+        return getattr(self, self.LAYOUT.norm2)
 
     def mlp_branch(self, x: Tensor, normed: Tensor | None) -> Tensor:
         """See :meth:`ReorganizingBlock.mlp_branch`."""
-        out: Tensor = self.mlp(getattr(self, self.LAYOUT.norm2)(x) if normed is None else normed)
+        mlp: Any = self.mlp
+        out: Tensor = mlp(getattr(self, self.LAYOUT.norm2)(x) if normed is None else normed)
         for name in self.LAYOUT.after_mlp:
             out = getattr(self, name)(out)
         return out

@@ -55,7 +55,7 @@ class ReorganizingViTBlock(ReorganizingBlock):
     def mlp_branch(self, x: Tensor, normed: Tensor | None) -> Tensor:
         """See :meth:`ReorganizingBlock.mlp_branch`."""
         normed = self.norm2(x) if normed is None else normed
-        return self.drop_path2(self.ls2(self.mlp(normed)))  # type: ignore[no-any-return]
+        return self.drop_path2(self.ls2(self.mlp(normed)))
 
 
 class ReorganizingResPostBlock(ReorganizingViTBlock):
@@ -72,7 +72,7 @@ class ReorganizingResPostBlock(ReorganizingViTBlock):
 
     def mlp_branch(self, x: Tensor, normed: Tensor | None) -> Tensor:
         """See :meth:`ReorganizingBlock.mlp_branch`."""
-        return self.drop_path2(self.norm2(self.mlp(x)))  # type: ignore[no-any-return]
+        return self.drop_path2(self.norm2(self.mlp(x)))
 
 
 FAMILY = Family(
