@@ -47,7 +47,7 @@ _REASONS = {
 def family_of(vit: nn.Module) -> Family:
     """Return the family of `vit`; ValueError that says why if it belongs to none."""
     if _is_of_transformers(vit):
-        return _huggingface().family_of(vit)  # type: ignore[no-any-return]
+        return _huggingface().family_of(vit)
     name = type(vit).__name__
     blocks = getattr(vit, "blocks", None)
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
@@ -124,7 +124,7 @@ def _full_name(cls: type) -> str:
 def find_blocks(vit: Any) -> Blocks | None:
     """Return the blocks of `vit`; None where it has none that are known."""
     if _is_of_transformers(vit):
-        return _huggingface().find_blocks(vit)  # type: ignore[no-any-return]
+        return _huggingface().find_blocks(vit)
     blocks = getattr(vit, "blocks", None)
     return blocks if isinstance(blocks, (nn.Sequential, nn.ModuleList)) else None
 

@@ -1,0 +1,134 @@
+"""The command ``evit``: see ``evit --help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import evit_ext
+from evit_ext import _C, models
+from evit_ext.families import reorganizing_blocks
+
+KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status, 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="evit", description="EViT: vision transformers that keep the patches that matter."
+    )
+    parser.add_argument("--version", action="version", version=f"evit_ext {evit_ext.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    info = commands.add_parser(
+        "info",
+        help="parameters and multiply-accumulates of models, and what was built",
+        description="Print what models cost at several keep rates, side by side, and what was built. Nothing "
+        "is computed, downloaded or kept in memory: the models are built on the meta device.",
+        epilog="Example: evit info deit_base dynamicvit_base --keep-rate 0.7 0.5",
+    )
+    info.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        default=["deit_small", "dynamicvit_small"],
+        help="a model of evit_ext.models, or any of timm's that evit_ext.apply supports (default: "
+        "deit_small dynamicvit_small)",
+    )
+    info.add_argument(
+        "--keep-rate",
+        nargs="+",
+        type=float,
+        default=KEEP_RATES,
+        metavar="RATE",
+        help="each in (0, 1] (default: 1 0.9 0.8 0.7 0.6 0.5)",
+    )
+    info.add_argument(
+        "--img-size",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="of square images (default: the model's own)",
+    )
+    info.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    info.set_defaults(run=_info)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, TypeError) as error:
+        print(f"evit: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _info(options: argparse.Namespace) -> None:
+    build = {
+        "evit_ext": evit_ext.__version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+        **{name: value for name, value in _C.build_info().items() if name != "version"},
+    }
+    size = {"img_size": options.img_size} if "img_size" in options else {}
+    costs = [_costs(name, options.keep_rate, size) for name in options.models]
+    if options.json:
+        print(json.dumps({"build": build, "models": costs}, indent=2))
+        return
+    print("\n".join(f"{name}: {_text(value)}" for name, value in build.items()))
+    lines = [["model", "parameters", *(f"{rate:g}" for rate in options.keep_rate)]]
+    for cost in costs:
+        gmacs = (f"{value:.2f}" for value in cost["gmacs"].values())
+        lines.append([cost["model"], f"{cost['parameters'] / 1e6:.2f} M", *gmacs])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    print("\nMultiply-accumulates of one image in 10^9, by keep rate:\n")
+    for line in lines:
+        name, *cells = (
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        print("  ".join([name, *cells]))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value)) or "none"
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def _costs(name: str, keep_rates: Sequence[float], size: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters and, by keep rate, the GMACs of a model."""
+    model = _build(name, size)
+    gmacs = {}
+    for rate in keep_rates:
+        if hasattr(model, "score_predictor"):
+            model.keep_rate = rate
+        else:
+            evit_ext.set_keep_rate(model, rate)
+        gmacs[f"{rate:g}"] = evit_ext.count_macs(model, size.get("img_size")) / 1e9
+    return {
+        "model": name,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "gmacs": gmacs,
+    }
+
+
+def _build(name: str, size: dict[str, Any]) -> nn.Module:
+    """Return the model `name` on the meta device, as an EViT or a DynamicViT, in eval mode."""
+    if name not in models.__all__ and not timm.is_model(name):
+        raise ValueError(
+            f"there is no model {name!r}: expected one of {', '.join(models.__all__)}, or a name of timm's"
+        )
+    with torch.device("meta"):
+        model: Any = (
+            getattr(models, name)(**size) if name in models.__all__ else timm.create_model(name, **size)
+        )
+    if not reorganizing_blocks(model) and not hasattr(model, "score_predictor"):
+        evit_ext.apply(model)
+    return model.eval()
