@@ -108,7 +108,7 @@ def _costs(name: str, keep_rates: Sequence[float], size: dict[str, Any]) -> dict
     gmacs = {}
     for rate in keep_rates:
         if hasattr(model, "score_predictor"):
-            model.keep_rate = rate
+            model.keep_rate = rate  # type: ignore[assignment]
         else:
             evit_ext.set_keep_rate(model, rate)
         gmacs[f"{rate:g}"] = evit_ext.count_macs(model, size.get("img_size")) / 1e9
