@@ -33,14 +33,18 @@ FAMILIES = (vision_transformer.FAMILY, eva.FAMILY, beit.FAMILY)
 #: The first release of transformers whose vision models have the layers that evit_ext knows.
 MINIMUM_TRANSFORMERS = (5, 18)
 
+_PARALLEL = "its attention and MLP run side by side, so no tokens can be dropped between them"
+
 #: Why blocks and attentions of timm cannot be supported, by the name of their class.
 _REASONS = {
-    "ParallelScalingBlock": "its attention and MLP run side by side, with no place between them",
-    "DiffParallelScalingBlock": "its attention and MLP run side by side, with no place between them",
+    "ParallelScalingBlock": _PARALLEL,
+    "DiffParallelScalingBlock": _PARALLEL,
     "ParallelThingsBlock": "it has several attentions, and so no one score for a token",
     "DiffAttention": "its weights are the difference of two softmaxes, which is no score",
     "RelPosBlock": "its relative position embedding is not known to evit_ext",
     "ResPostRelPosBlock": "its relative position embedding is not known to evit_ext",
+    "LayerScaleBlock": "CaiT has no class token in it, and mixes the attention of its heads",
+    "XCABlock": "its attention is between channels, so that tokens get no score",
 }
 
 

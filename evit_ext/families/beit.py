@@ -124,7 +124,9 @@ def _start_trail(module: nn.Module, arguments: tuple[()], bias: Tensor) -> BiasT
 
 def _has_positions(vit: Any) -> bool:
     """Return whether the blocks of a Beit have biases, or are told them."""
-    own = any(block.attn.relative_position_bias_table is not None for block in vit.blocks)
+    # Asked before the blocks are checked, which may be anything.
+    attentions = (getattr(block, "attn", None) for block in vit.blocks)
+    own = any(getattr(attn, "relative_position_bias_table", None) is not None for attn in attentions)
     return own or vit.rel_pos_bias is not None
 
 
@@ -140,6 +142,8 @@ def _uninstall(vit: Any) -> None:
     """Undo :func:`_install`."""
     shared = vit.rel_pos_bias
     if isinstance(shared, StartTrail):
+        # Assigned at once, None would stay among the submodules, and be seen when the model is printed.
+        del vit.rel_pos_bias
         vit.rel_pos_bias = None
     elif shared is not None:
         for handle, hook in list(shared._forward_hooks.items()):
