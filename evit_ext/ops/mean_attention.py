@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -45,10 +46,16 @@ def mean_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     return _MeanAttention.apply(q, k, scale)
 
 
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    # Under it the products would be formed in low precision again, whatever their factors are cast to.
+    if device.type in checks.AUTOCAST_DEVICES:
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Return the softmax [B, H, m, N] of a block of queries, in float32 at least."""
-    products = q @ k.transpose(2, 3)
-    return (products.to(checks.accumulation_dtype(k.dtype)) * scale).softmax(dim=-1)
+    """Return the softmax [B, H, m, N] of a block of queries; in float32 at least, as `q` and `k` are."""
+    return (q @ k.transpose(2, 3) * scale).softmax(dim=-1)
 
 
 class _MeanAttention(torch.autograd.Function):
@@ -56,8 +63,11 @@ class _MeanAttention(torch.autograd.Function):
     def forward(q: Tensor, k: Tensor, scale: float) -> Tensor:
         dtype = checks.accumulation_dtype(k.dtype)
         scores = torch.zeros(k.shape[0], k.shape[2], dtype=dtype, device=k.device)
-        for block in q.split(BLOCK, dim=2):
-            scores = scores + _probabilities(block, k, scale).sum(dim=(1, 2))
+        with _without_autocast(k.device):
+            # Cast before the products, which in float16 may be beyond its largest number.
+            keys = k.to(dtype)
+            for block in q.split(BLOCK, dim=2):
+                scores = scores + _probabilities(block.to(dtype), keys, scale).sum(dim=(1, 2))
         return scores / max(q.shape[1] * q.shape[2], 1)
 
     @staticmethod
@@ -69,12 +79,16 @@ class _MeanAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor, Tensor, None]:
         q, k = ctx.saved_tensors
+        dtype = checks.accumulation_dtype(k.dtype)
         # With p the softmax of one query, d(logit n) = p_n (g_n - Σ_l p_l g_l).
         g = (grad_scores / max(q.shape[1] * q.shape[2], 1))[:, None, None, :]
-        grad_q, grad_k = [], torch.zeros(k.shape, dtype=grad_scores.dtype, device=k.device)
-        for block in q.split(BLOCK, dim=2):
-            p = _probabilities(block, k, ctx.scale)
-            grad_logits = p * (g - (p * g).sum(dim=-1, keepdim=True)) * ctx.scale
-            grad_q.append((grad_logits @ k.to(grad_logits.dtype)).to(q.dtype))
-            grad_k = grad_k + grad_logits.transpose(2, 3) @ block.to(grad_logits.dtype)
+        grad_q, grad_k = [], torch.zeros(k.shape, dtype=dtype, device=k.device)
+        with _without_autocast(k.device):
+            keys = k.to(dtype)
+            for block in q.split(BLOCK, dim=2):
+                queries = block.to(dtype)
+                p = _probabilities(queries, keys, ctx.scale)
+                grad_logits = p * (g - (p * g).sum(dim=-1, keepdim=True)) * ctx.scale
+                grad_q.append((grad_logits @ keys).to(q.dtype))
+                grad_k = grad_k + grad_logits.transpose(2, 3) @ queries
         return torch.cat(grad_q, dim=2), grad_k.to(k.dtype), None

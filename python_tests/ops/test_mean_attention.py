@@ -6,9 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given
 from hypothesis import strategies as st
-from operator_tester import DTYPES, Case, OperatorTester, assert_near, random_examples
+from operator_tester import (
+    DTYPES,
+    Case,
+    OperatorTester,
+    assert_near,
+    awkward_strides,
+    differentiable,
+    random_examples,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,8 +39,7 @@ class TestMeanAttention(OperatorTester):
     operator = staticmethod(ops.mean_attention)
     reference = staticmethod(ops.reference.mean_attention)
     scores_like = True
-    # The gradients of the logits add up to 0, so that terms of size 1 cancel. SLACK
-    gradient_slack = 4
+    # The largest errors seen: 0.04 of TOLERANCE in values, 0.43 in gradients.
 
     @staticmethod
     def cases() -> list[Case]:
@@ -46,6 +54,39 @@ class TestMeanAttention(OperatorTester):
             Case("SigLIP", make(1, 3, 196, 64)),
             Case("several blocks", make(2, 1, 3 * BLOCK + 17, 6)),
         ]
+
+    # Being made of PyTorch's operators, it is theirs to say in which order sums are formed: results are near
+    # where those of the other operators are equal.
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_any_strides(self, device: torch.device, dtype: torch.dtype) -> None:
+        for case in self.cases():
+            args = case.cast(dtype, device)
+            expected = self._expected(case, args)[0]
+            for i, arg in enumerate(args):
+                for _, strided in awkward_strides(arg):
+                    assert_near(self._call(case, [*args[:i], strided, *args[i + 1 :]]), expected)
+
+    def test_compiles_without_graph_break_with_dynamic_batch(self, device: torch.device) -> None:
+        torch._dynamo.reset()
+        (case,) = (case for case in self.cases() if case.name == "one query more than a block")
+
+        def loss(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+            scores = self._call(case, [q, k])
+            return scores, scores.square().sum()
+
+        graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=graphs)
+        for repeat in (3, 5, 7):  # sizes that are alike at first would be taken for one
+            args = self.repeated(case.cast(torch.float64, device), repeat)
+            differentiable(args)
+            (eager, eager_loss), (graph, graph_loss) = loss(*args), compiled(*args)
+            torch.testing.assert_close(graph, eager, rtol=1e-14, atol=1e-16)
+            for a, b in zip(
+                torch.autograd.grad(eager_loss, args), torch.autograd.grad(graph_loss, args), strict=True
+            ):
+                torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-17)
+        assert graphs.frame_count == 1
 
     @pytest.mark.skip(reason="mean_attention is no operator of the library: it is made of PyTorch's")
     def test_opcheck(self, device: torch.device) -> None:
