@@ -14,6 +14,7 @@ from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 
 from evit_ext import ops
+from evit_ext.ops import checks
 
 #: Gives the scores [B, N] of queries and keys [B, H, N, D] and an attention bias, or None.
 Score = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -32,9 +33,12 @@ def class_token_score(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
         return ops.class_attention(q[:, :, 0], k)
     # One row of the biased map. No operator: it is N products a head, and few models have a bias.
-    row = (q[:, :, :1] @ k.transpose(2, 3)).squeeze(2)
-    accumulation = torch.float64 if row.dtype == torch.float64 else torch.float32
-    return (row.to(accumulation) * q.shape[3] ** -0.5 + bias[:, :, 0]).softmax(dim=-1).mean(dim=1)
+    q, k = checks.autocast(q[:, :, 0], k)
+    dtype = checks.accumulation_dtype(k.dtype)
+    with checks.without_autocast(k.device.type):
+        # Cast before the products, as in the operator: in float16 they may be beyond its largest number.
+        row = (k.to(dtype) @ q.to(dtype).unsqueeze(-1)).squeeze(-1)
+        return (row * q.shape[2] ** -0.5 + bias[:, :, 0]).softmax(dim=-1).mean(dim=1)
 
 
 def mean_score(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,6 +6,9 @@ Python because the errors are typed (ValueError, TypeError, IndexError), which a
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,11 @@ AUTOCAST_DEVICES = frozenset(t for t in ("cpu", "cuda", "mps", "xpu") if torch.a
 def autocast_enabled(device_type: str) -> bool:
     """Return whether autocast is on for a device type; False for those that have none."""
     return device_type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Return a context without autocast, in which products of what is cast to float32 are formed in it."""
+    return torch.autocast(device_type, enabled=False) if device_type in AUTOCAST_DEVICES else nullcontext()
 
 
 def autocast(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

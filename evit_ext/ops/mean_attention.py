@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,13 +45,6 @@ def mean_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     return _MeanAttention.apply(q, k, scale)
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    # Under it the products would be formed in low precision again, whatever their factors are cast to.
-    if device.type in checks.AUTOCAST_DEVICES:
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
 def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Return the softmax [B, H, m, N] of a block of queries; in float32 at least, as `q` and `k` are."""
     return (q @ k.transpose(2, 3) * scale).softmax(dim=-1)
@@ -63,7 +55,7 @@ class _MeanAttention(torch.autograd.Function):
     def forward(q: Tensor, k: Tensor, scale: float) -> Tensor:
         dtype = checks.accumulation_dtype(k.dtype)
         scores = torch.zeros(k.shape[0], k.shape[2], dtype=dtype, device=k.device)
-        with _without_autocast(k.device):
+        with checks.without_autocast(k.device.type):
             # Cast before the products, which in float16 may be beyond its largest number.
             keys = k.to(dtype)
             for block in q.split(BLOCK, dim=2):
@@ -83,7 +75,7 @@ class _MeanAttention(torch.autograd.Function):
         # With p the softmax of one query, d(logit n) = p_n (g_n - Σ_l p_l g_l).
         g = (grad_scores / max(q.shape[1] * q.shape[2], 1))[:, None, None, :]
         grad_q, grad_k = [], torch.zeros(k.shape, dtype=dtype, device=k.device)
-        with _without_autocast(k.device):
+        with checks.without_autocast(k.device.type):
             keys = k.to(dtype)
             for block in q.split(BLOCK, dim=2):
                 queries = block.to(dtype)
