@@ -24,15 +24,16 @@ def apply(
     drop_loc: Sequence[int] | None = None,
     fuse_token: bool = True,
 ) -> Model:
-    """Make `vit` drop the patches that its class token attends to least; in place.
+    """Make `vit` drop the patches that are paid the least attention; in place.
 
     Method of Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token
     Reorganizations" (ICLR 2022). Parameters, state-dict keys and all other blocks stay as they are. With
     keep rate 1 the model computes what it did before, to the last bit.
 
     Args:
-        vit: a timm VisionTransformer with a class token (ViT, DeiT, DeiT III, DINO, DINOv2, MAE, CLIP image
-            towers …), distilled or with register tokens or not.
+        vit: a vision transformer of timm (VisionTransformer, Eva, Beit) or of transformers (ViT, DeiT,
+            DINOv2, CLIP, SigLIP). Where it has no class token, the mean of all tokens' attention ranks the
+            patches (:func:`evit_ext.ops.mean_attention`).
         keep_rate: share of the patch tokens that a reorganising block keeps, in (0, 1]; one number, or one
             for each reorganising block. ``ceil(keep_rate * patch tokens)`` are kept.
         drop_loc: numbers of the reorganising blocks, ascending, from 0; by default those at 1/4, 2/4 and 3/4
@@ -43,10 +44,10 @@ def apply(
     Returns:
         `vit`.
 
-    After a reorganising block there is no longer a token for every patch: what wants the full grid, such as
-    ``forward_intermediates`` in NCHW layout, does not work on an EViT (ask for NLC, and `record_tokens` where
-    each token was). Hooks on a replaced block go on running, hooks on its ``attn`` only while it keeps all
-    patches.
+    After a reorganising block there is no longer a token for every patch. Of timm's models,
+    ``forward_intermediates`` returns full grids nevertheless: see
+    :class:`evit_ext.full_grid.FullGridIntermediates`. Hooks on a replaced block go on running, hooks on its
+    ``attn`` only while it keeps all patches.
 
     Raises:
         TypeError: `vit` is no module, a keep rate or block number is not a number, `fuse_token` not a bool.

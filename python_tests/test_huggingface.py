@@ -6,7 +6,9 @@ import copy
 import io
 import math
 import pickle
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -352,3 +354,28 @@ def test_models_that_cannot_be_supported(monkeypatch: pytest.MonkeyPatch) -> Non
         evit_ext.set_keep_rate(build("ViT, pooled"), 0.5)
     monkeypatch.setattr(families, "MINIMUM_TRANSFORMERS", (99, 1))
     refuse(build("ViT"), "transformers [0-9.]+ is not supported: .* those of 99.1 and newer")
+
+
+def documented_classes() -> list[str]:
+    text = (Path(__file__).parents[1] / "docs/supported-models.md").read_text()
+    section = text.split("## Hugging Face transformers")[1].split("\n## ")[0]
+    rows = [row.split("|") for row in section.splitlines() if row.startswith("|")][2:]
+    return [name for row in rows for name in re.findall(r"`(\w+)`", row[2])]
+
+
+@pytest.mark.parametrize("name", documented_classes())
+def test_documented_classes(name: str) -> None:
+    cls = getattr(transformers, name)
+    if name in ("CLIPModel", "CLIPForImageClassification", "SiglipModel", "SiglipForImageClassification"):
+        config = cls.config_class(vision_config=SIZES, text_config=TEXT)
+    else:
+        config = cls.config_class(**SIZES, **({"mlp_ratio": 2} if "Dinov2" in name else {}))
+    model = evit_ext.apply(cls(config).eval(), 0.6)
+    arguments = {"input_ids": torch.tensor([[0, 5, 7, 1]])} if name in ("CLIPModel", "SiglipModel") else {}
+    with evit_ext.record_tokens(model) as record:
+        model(pixel_values=images(1), **arguments)
+    assert [kept.shape[1] for kept in record.kept] == [10, 7, 5]
+
+
+def test_every_tested_class_is_documented() -> None:
+    assert {line[0] for line in LINES.values()} <= set(documented_classes())
