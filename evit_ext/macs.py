@@ -16,8 +16,9 @@ def count_macs(model: nn.Module, img_size: int | tuple[int, int] | None = None) 
 
     Counted are convolutions, linear layers and the two products of attention; not counted are biases, norms,
     activations and softmax, nor EViT's own operators, whose work (a row of the attention map and a weighted
-    sum of tokens) is below a thousandth. Divide by 1e9 for GMACs: DeiT-S has 4.60, at keep rate 0.7 it has
-    3.03.
+    sum of tokens) is below a thousandth. Of a model without a class token, the product that its scores take
+    (see :func:`evit_ext.ops.mean_attention`) is counted. Divide by 1e9 for GMACs: DeiT-S has 4.60, at keep
+    rate 0.7 it has 3.03.
 
     The model runs on meta tensors, in its current mode (a DynamicViT drops tokens in eval mode only): nothing
     is computed, no weight is copied or moved, and the model is not changed.

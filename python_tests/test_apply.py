@@ -8,10 +8,9 @@ import pickle
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch._dynamo.testing
-from timm.models.vision_transformer import Attention, ParallelScalingBlock, ResPostBlock
+from timm.models.vision_transformer import Attention, ParallelScalingBlock, ParallelThingsBlock
 
 import evit_ext
 from evit_ext.block import ReorganizingBlock
@@ -164,23 +163,26 @@ def test_models_that_cannot_be_supported(small_vit: Any) -> None:
     wrapped = torch.nn.Module()
     wrapped.module = small_vit()
     refuse(wrapped, r"pass the model inside the wrapper \(.module\)")
-    without = small_vit(class_token=False, global_pool="avg")
-    refuse(without, "VisionTransformer is not supported: it has no class token")
-    refuse(small_vit(class_token=False, reg_tokens=2, global_pool="avg"), "it has no class token")
-    prefix = "block 1 is a timm.models"
-    expected = "which is not supported: expected timm.models.vision_transformer.Block"
-    refuse(small_vit(block_fn=ResPostBlock), f"{prefix}.vision_transformer.ResPostBlock, {expected}")
-    refuse(small_vit(block_fn=ParallelScalingBlock), f"{prefix}.vision_transformer.ParallelScalingBlock")
-    arguments = {"depth": 4, "embed_dim": 24, "num_heads": 2}
-    refuse(timm.create_model("eva02_tiny_patch14_224", **arguments), f"{prefix}.eva.EvaBlock")
-    refuse(timm.create_model("beit_base_patch16_224", **arguments), f"{prefix}.beit.Block, {expected}")
+    for attribute in ("model", "trunk"):
+        wrapped = torch.nn.Module()
+        setattr(wrapped, attribute, small_vit())
+        refuse(wrapped, rf"pass the model inside the wrapper \(.{attribute}\)")
+    prefix = "block 1 is a timm.models.vision_transformer"
+    refuse(small_vit(block_fn=ParallelScalingBlock), f"{prefix}.ParallelScalingBlock, which is not supported")
+    refuse(small_vit(block_fn=ParallelThingsBlock), f"{prefix}.ParallelThingsBlock, which is not supported")
+    refuse(
+        evit_ext.models.dynamicvit_tiny(weight_init="skip"), "it drops tokens itself, by its score_predictor"
+    )
+    silent = torch.nn.Module()
+    silent.blocks = small_vit().blocks
+    refuse(silent, "does not tell the number of its prefix tokens")
 
     class Scaled(Attention):
         pass
 
     vit = small_vit()
     vit.blocks[3].attn = Scaled(24, 2)
-    refuse(vit, "the attention of block 3 is a test_apply.Scaled, which is not supported: expected timm")
+    refuse(vit, "the attention of block 3 is a test_apply.Scaled, which is not supported: expected timm.lay")
     assert not any(isinstance(block, ReorganizingBlock) for block in vit.blocks)
 
 
