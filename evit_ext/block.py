@@ -124,7 +124,7 @@ class ReorganizingBlock(AdoptedBlock):
         "fuse_token",
         "class_token",
         "recorders",
-        "oracle_scores",
+        "guidance",
     }
 
     def __init__(

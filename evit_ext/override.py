@@ -33,3 +33,18 @@ def remove_overrides(module: nn.Module) -> None:
     for name, value in list(module.__dict__.items()):
         if isinstance(value, Override):
             delattr(module, name)
+
+
+class ReplicateOverrides(Override):
+    """In the place of ``_replicate_for_data_parallel``, which nn.DataParallel makes its replicas by.
+
+    That copies attributes as they are, so that the overrides of a replica would work on the model it is of.
+    """
+
+    def __call__(self) -> nn.Module:
+        """Return a replica with overrides of its own."""
+        replica: nn.Module = self.original()()
+        for name, value in self.module.__dict__.items():
+            if isinstance(value, Override):
+                replica.__dict__[name] = type(value)(replica, value.name)
+        return replica

@@ -525,6 +525,36 @@ def test_exports_with_dynamic_batch(line: Line) -> None:
         torch.testing.assert_close(program.module()(x), vit(x), rtol=1e-4, atol=1e-5)
 
 
+def replica_of(vit: nn.Module) -> nn.Module:
+    """What nn.DataParallel makes of a model for each device: torch.nn.parallel.replicate, without devices."""
+    modules = list(vit.modules())
+    replicas = [module._replicate_for_data_parallel() for module in modules]
+    for module, replica in zip(modules, replicas, strict=True):
+        for name, child in module._modules.items():
+            if child is None:
+                replica._modules[name] = None
+            else:
+                setattr(replica, name, replicas[modules.index(child)])
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+            else:
+                setattr(replica, name, parameter.detach().clone())
+        for name, buffer in module._buffers.items():
+            replica._buffers[name] = None if buffer is None else buffer.clone()
+    return replicas[0]
+
+
+@few
+def test_data_parallel(line: Line) -> None:
+    vit, x = evit_ext.apply(line.build(torch.float64), RATES, DROP_LOC), line.images(2, torch.float64)
+    expected, replica = vit(x), replica_of(vit)
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(replica(x), expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
 @few
 def test_low_precision(line: Line, autocast: bool) -> None:
