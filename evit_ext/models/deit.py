@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import errno
-import logging
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import timm
-import torch
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -17,13 +14,22 @@ from timm.models import (
     get_pretrained_cfg,
     register_model,
 )
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import Tensor, nn
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor
 
 from evit_ext.apply import apply, check_arguments
-from evit_ext.models.position_embedding import resize_position_embedding
+from evit_ext.models.deit_model import DeiT
 
-_logger = logging.getLogger(__name__)
+__all__ = [
+    "DeiT",
+    "build_deit",
+    "deit_arguments",
+    "deit_base",
+    "deit_pretrained_cfg",
+    "deit_small",
+    "deit_tiny",
+    "is_connection_error",
+]
 
 Model = TypeVar("Model", bound="DeiT")
 
@@ -45,71 +51,6 @@ def deit_pretrained_cfg(size: str) -> PretrainedCfg:
 default_cfgs = generate_default_cfgs(
     {f"evit_deit_{size}_patch16_224.fb_in1k": deit_pretrained_cfg(size) for size in _SIZES}
 )
-
-
-class DeiT(VisionTransformer):
-    """timm's VisionTransformer, with position embeddings resized the way the published EViT does.
-
-    They are resized in the forward where ``dynamic_img_size`` is set and an image has another size than the
-    model was built for, and when the weights of a model for another size are loaded. State-dict keys are
-    timm's.
-    """
-
-    def _num_embedded_prefix_tokens(self) -> int:
-        return 0 if self.no_embed_class else self.num_prefix_tokens
-
-    def _pos_embed(self, x: Tensor) -> Tensor:
-        """Add the position embedding to patches [B, height, width, C] (dynamic_img_size) or [B, N, C]."""
-        if not self.dynamic_img_size or self.pos_embed is None:
-            return super()._pos_embed(x)
-        embedding = resize_position_embedding(
-            self.pos_embed,
-            self.patch_embed.grid_size,
-            (x.shape[1], x.shape[2]),
-            self._num_embedded_prefix_tokens(),
-        )
-        x = x.flatten(1, 2)
-        prefix = [
-            token.expand(x.shape[0], -1, -1)
-            for token in (self.cls_token, self.reg_token)
-            if token is not None
-        ]
-        if self.no_embed_class:
-            x = torch.cat([*prefix, x + embedding], dim=1)
-        else:
-            x = torch.cat([*prefix, x], dim=1) + embedding
-        return self.pos_drop(x)
-
-    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """Change the image or patch size the model is built for; see timm's VisionTransformer."""
-        old, old_grid = self.pos_embed, self.patch_embed.grid_size
-        super().set_input_size(*args, **kwargs)
-        if old is not None and self.pos_embed is not old:
-            resized = resize_position_embedding(
-                old.detach(), old_grid, self.patch_embed.grid_size, self._num_embedded_prefix_tokens()
-            )
-            self.pos_embed = nn.Parameter(resized, requires_grad=old.requires_grad)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        key = f"{prefix}pos_embed"
-        loaded = state_dict.get(key)
-        if (
-            loaded is not None
-            and self.pos_embed is not None
-            and loaded.dim() == 3
-            and loaded.shape != self.pos_embed.shape
-        ):
-            num_prefix_tokens = self._num_embedded_prefix_tokens()
-            # A state dict does not tell its grid. What is no square is left to the error about shapes.
-            side = math.isqrt(max(loaded.shape[1] - num_prefix_tokens, 0))
-            if side > 0 and side * side == loaded.shape[1] - num_prefix_tokens:
-                grid = self.patch_embed.grid_size
-                _logger.info("Resizing the position embedding from %s to %s patches.", (side, side), grid)
-                # load_state_dict hands out a copy of its dict to be changed.
-                state_dict[key] = resize_position_embedding(
-                    loaded.detach(), (side, side), grid, num_prefix_tokens
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _filter_checkpoint(state_dict: Mapping[str, Any], model: DeiT) -> dict[str, Tensor]:

@@ -1,35 +1,32 @@
-"""DynamicViT: a DeiT whose predictors decide which patches go on. The model that EViT is compared with.
+"""DynamicViT by name: the tiny, small and base models, and their names in timm's registry.
 
-Method of Rao et al., "DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification" (NeurIPS
-2021, arXiv 2106.02034). State-dict keys are those of the published checkpoints: timm's, and those of the
-predictors, ``score_predictor.<stage>.in_conv.*`` and ``.out_conv.*``.
-
-Notation: B batch, N patches, P prefix tokens, T = P + N tokens, K kept patches, C channels, H heads.
+The model that EViT is compared with, by Rao et al., "DynamicViT: Efficient Vision Transformers with Dynamic
+Token Sparsification" (NeurIPS 2021, arXiv 2106.02034).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any
 
 import timm
-import torch
-import torch.nn.functional as F
-from timm.layers import Attention
 from timm.models import generate_default_cfgs, register_model
-from timm.models.vision_transformer import Block
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from evit_ext import ops
 from evit_ext.apply import check_arguments
-from evit_ext.models.deit import DeiT, build_deit, deit_arguments, deit_pretrained_cfg
-from evit_ext.models.masked_attention import attention_bias, masked_block
-from evit_ext.ops import checks
+from evit_ext.models.deit import build_deit, deit_arguments, deit_pretrained_cfg
+from evit_ext.models.dynamicvit_model import DynamicViT, DynamicViTOutput
+from evit_ext.models.token_predictor import TokenPredictor, gumbel_noise, sample_decisions
 
-if TYPE_CHECKING:
-    from evit_ext.record import TokenRecord
+__all__ = [
+    "DynamicViT",
+    "DynamicViTOutput",
+    "TokenPredictor",
+    "dynamicvit_base",
+    "dynamicvit_small",
+    "dynamicvit_tiny",
+    "gumbel_noise",
+    "sample_decisions",
+]
 
 # The published DynamicViTs start from DeiT's weights, which timm keeps under DeiT's names.
 default_cfgs = generate_default_cfgs(
@@ -38,285 +35,6 @@ default_cfgs = generate_default_cfgs(
         for size in ("tiny", "small", "base")
     }
 )
-
-
-class DynamicViTOutput(NamedTuple):
-    """What a :class:`DynamicViT` returns in training.
-
-    Attributes:
-        logits: [B, classes].
-        tokens: the patches' tokens after the last norm, [B, N, C], dropped ones too.
-        mask: 1 for the patches that are left after the last stage, else 0: [B, N], without gradient.
-        decisions: for each stage the same, [B, N], with a gradient to its predictor and the earlier ones.
-    """
-
-    logits: Tensor
-    tokens: Tensor
-    mask: Tensor
-    decisions: tuple[Tensor, ...]
-
-
-class TokenPredictor(nn.Module):
-    """Predicts for each patch whether it shall be kept, from itself and the mean of those that are left.
-
-    The published ``PredictorLG`` (Rao et al., 2021, section 3.2): half of the channels stay local, the other
-    half is averaged over the patches that are left.
-
-    Args:
-        dim: C.
-        device, dtype: of the parameters.
-    """
-
-    def __init__(
-        self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.in_conv = nn.Sequential(nn.LayerNorm(dim, **options), nn.Linear(dim, dim, **options), nn.GELU())
-        self.out_conv = nn.Sequential(
-            nn.Linear(dim, dim // 2, **options),
-            nn.GELU(),
-            nn.Linear(dim // 2, dim // 4, **options),
-            nn.GELU(),
-            nn.Linear(dim // 4, 2, **options),
-            nn.LogSoftmax(dim=-1),
-        )
-        #: The records that are being taken, each with the stage that this predictor is in it.
-        self.recorders: tuple[tuple[TokenRecord, int], ...] = ()
-
-    def init_weights(self) -> None:
-        """Initialise as the published code does: Linear weights from a normal with deviation 0.02."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-
-    def forward(self, x: Tensor, left: Tensor | None = None) -> Tensor:
-        """Return the log-probabilities to keep and to drop each patch.
-
-        Args:
-            x: the patches' tokens [B, N, C].
-            left: 1 for the patches that are left, else 0: [B, N]; None for all. Where none is left the mean
-                is 0 (published: NaN).
-
-        Returns:
-            [B, N, 2], first to keep, then to drop.
-        """
-        local, shared = self.in_conv(x).tensor_split((x.shape[2] // 2,), dim=2)
-        if left is None:
-            mean = shared.mean(dim=1, keepdim=True)
-        else:
-            left = left.to(shared.dtype).unsqueeze(2)
-            mean = (shared * left).sum(dim=1, keepdim=True) / left.sum(dim=1, keepdim=True).clamp(min=1)
-        return self.out_conv(torch.cat([local, mean.expand_as(shared)], dim=2))
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy or a saved model has no record being taken.
-        return {**self.__dict__, "recorders": ()}
-
-
-class DynamicViT(DeiT):
-    """A DeiT that drops the patches its predictors rate lowest (Rao et al., NeurIPS 2021).
-
-    Before each block of `drop_loc`, a :class:`TokenPredictor` rates the patches that are left.
-
-    In eval mode, the patches most probably to be kept go on, in their order, and the others are gone:
-    ``int(num_patches * keep_ratio)`` of them (at least 1), where stage i's keep ratio is
-    ``keep_rate ** (i + 1)``, of the patches the image had. The forward returns logits [B, classes]. The
-    published code orders the kept tokens by their score; the output does not depend on it.
-
-    In training mode, the forward returns a :class:`DynamicViTOutput` for
-    :class:`evit_ext.training.DynamicViTLoss`. Every patch is kept or dropped by a sample of its predicted
-    probability (Gumbel-softmax of temperature 1, rounded, with the gradient of what was rounded), and no
-    token is removed: the other tokens cannot attend to dropped ones.
-
-    Args:
-        args, kwargs: of timm's VisionTransformer.
-        keep_rate: see :attr:`keep_rate`.
-        drop_loc: numbers of the blocks before which patches are dropped, ascending, from 0; None for those
-            at the quarters of the depth.
-
-    Raises:
-        TypeError: a keep rate or block number is not a number.
-        ValueError: `keep_rate` or `drop_loc` is out of range, the pooling is not the class token's, patch
-            dropout is asked for, or blocks are not timm's ordinary ones.
-    """
-
-    #: Beginnings of the state-dict keys that a DeiT does not have.
-    ADDED = ("score_predictor.",)
-
-    def __init__(
-        self,
-        *args: Any,
-        keep_rate: float | Sequence[float] = 0.7,
-        drop_loc: Sequence[int] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        if self.global_pool != "token":
-            raise ValueError(
-                "global_pool must be 'token', as other poolings would see the patches that are dropped in "
-                f"training only, got {self.global_pool!r}"
-            )
-        if not isinstance(self.patch_drop, nn.Identity):
-            raise ValueError("patch_drop_rate must be 0: the keep ratios are shares of all patches")
-        for number, block in enumerate(self.blocks):
-            if type(block) is not Block or type(block.attn) is not Attention:
-                raise ValueError(
-                    f"block {number} is a {type(block).__name__} with a {type(block.attn).__name__}, which "
-                    "is not supported: expected timm's Block and Attention"
-                )
-        locations, _ = check_arguments(len(self.blocks), keep_rate, drop_loc, fuse_token=False)
-        self.drop_loc = tuple(locations)
-        self.keep_rate = keep_rate
-        like = next(self.parameters())
-        self.score_predictor = nn.ModuleList(
-            TokenPredictor(self.embed_dim, like.device, like.dtype) for _ in locations
-        )
-        if kwargs.get("weight_init") != "skip":
-            for predictor in self.stages():
-                predictor.init_weights()
-
-    @property
-    def keep_rate(self) -> float | tuple[float, ...]:
-        """Share of the patches that a stage keeps of those that enter it, in (0, 1].
-
-        One number, or one for each stage. Can be set; under ``torch.compile`` each value compiles again.
-        """
-        return self._keep_rate
-
-    @keep_rate.setter
-    def keep_rate(self, keep_rate: float | Sequence[float]) -> None:
-        _, rates = check_arguments(len(self.blocks), keep_rate, self.drop_loc, fuse_token=False)
-        if isinstance(keep_rate, (list, tuple)):
-            self._keep_rate: float | tuple[float, ...] = tuple(rates)
-            self._keep_ratios = tuple(math.prod(rates[: stage + 1]) for stage in range(len(rates)))
-        else:
-            self._keep_rate = rates[0]
-            # A power, not a product, as published: the last bit may decide how many patches are kept.
-            self._keep_ratios = tuple(rate ** (stage + 1) for stage, rate in enumerate(rates))
-
-    @property
-    def keep_ratios(self) -> tuple[float, ...]:
-        """Share of all patches that is left after each stage."""
-        return self._keep_ratios
-
-    def stages(self) -> list[TokenPredictor]:
-        """Return the predictors, in order."""
-        return [predictor for predictor in self.score_predictor if isinstance(predictor, TokenPredictor)]
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
-        """Return the logits [B, classes] of images [B, channels, height, width], in training more.
-
-        Raises:
-            NotImplementedError: `attn_mask` or `is_causal` is given.
-        """
-        if not self.training:
-            return self.forward_head(self.forward_features(x, attn_mask, is_causal))
-        _refuse_masks(attn_mask, is_causal)
-        features, decisions = self._masked_features(x)
-        return DynamicViTOutput(
-            self.forward_head(features),
-            features[:, self.num_prefix_tokens :],
-            decisions[-1].detach(),
-            decisions,
-        )
-
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Return the normalised tokens: [B, P + K, C], of the K patches that are left; in training [B, T, C].
-
-        Raises:
-            NotImplementedError: `attn_mask` or `is_causal` is given.
-        """
-        _refuse_masks(attn_mask, is_causal)
-        if self.training:
-            return self._masked_features(x)[0]
-        x = self._embed(x)
-        num_patches = x.shape[1] - self.num_prefix_tokens
-        for number, block in enumerate(self.blocks):
-            if number in self.drop_loc:
-                x = self._drop(x, self.drop_loc.index(number), num_patches)
-            x = self._run(block, x)
-        return self.norm(x)
-
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not supported: there is no token for every patch."""
-        raise NotImplementedError(
-            "a DynamicViT gives no intermediate features: after its first stage there is no token for every "
-            "patch; evit_ext.record_tokens tells which are left"
-        )
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's groups of parameters; predictors go with the head, not with their blocks."""
-        groups = super().group_matcher(coarse)
-        return {**groups, "blocks": [*groups["blocks"], (r"^score_predictor", (99999,))]}
-
-    def _embed(self, x: Tensor) -> Tensor:
-        """Return the tokens [B, T, C] that enter the first block."""
-        return self.norm_pre(self._pos_embed(self.patch_embed(x)))
-
-    def _run(self, function: Any, *args: Any) -> Any:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
-
-    def _masked_features(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the normalised tokens [B, T, C] of images and the decisions [B, N] of each stage."""
-        x = self._embed(x)
-        prefix = self.num_prefix_tokens
-        left: Tensor | None = None
-        bias: Tensor | None = None
-        decisions: list[Tensor] = []
-        for number, block in enumerate(self.blocks):
-            if number in self.drop_loc:
-                predictor = self.stages()[self.drop_loc.index(number)]
-                decided = sample_decisions(predictor(x[:, prefix:], left))
-                # Dropped once is dropped for good.
-                left = decided if left is None else decided * left
-                decisions.append(left)
-                bias = attention_bias(F.pad(left, (prefix, 0), value=1.0))
-            x = self._run(block, x) if bias is None else self._run(masked_block, block, x, bias)
-        return self.norm(x), tuple(decisions)
-
-    def _drop(self, x: Tensor, stage: int, num_patches: int) -> Tensor:
-        """Return the tokens [B, P + K, C] that stage number `stage` leaves of `x` [B, P + K', C]."""
-        predictor = self.stages()[stage]
-        scores = predictor(x[:, self.num_prefix_tokens :])[:, :, 0]
-        num_keep = max(1, int(num_patches * self._keep_ratios[stage]))
-        x, kept = ops.reorganize_tokens(x, scores, num_keep, self.num_prefix_tokens, fuse=False)
-        for record, number in predictor.recorders:
-            record.add(number, kept, scores, fused=False)
-        return x
-
-
-def sample_decisions(log_probabilities: Tensor) -> Tensor:
-    """Decide at random for each patch whether it is kept, with a gradient to the probabilities.
-
-    Gumbel-softmax of temperature 1 (Jang et al., ICLR 2017), rounded; the gradient is that of what was
-    rounded ("straight through").
-
-    Args:
-        log_probabilities: [B, N, 2], to keep and to drop.
-
-    Returns:
-        [B, N], exactly 1 (keep) or 0, float32 (float64 for float64).
-    """
-    log_probabilities = log_probabilities.to(checks.accumulation_dtype(log_probabilities.dtype))
-    perturbed = log_probabilities + gumbel_noise(log_probabilities)
-    keep, drop = perturbed.unbind(2)
-    soft = (keep - drop).sigmoid()  # the softmax of two
-    # The difference is 0, and exactly so, which (hard - soft) + soft is not.
-    return (keep >= drop).to(soft.dtype) + (soft - soft.detach())
-
-
-def gumbel_noise(like: Tensor) -> Tensor:
-    """Return samples of the Gumbel distribution, of torch's generator, in the shape and dtype of `like`."""
-    return -torch.empty_like(like, requires_grad=False).exponential_().log()
-
-
-def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
-    if attn_mask is not None or is_causal:
-        raise NotImplementedError("a DynamicViT takes no attn_mask and no is_causal")
 
 
 def _create(

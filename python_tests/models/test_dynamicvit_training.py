@@ -13,7 +13,7 @@ from torch import Tensor
 
 import evit_ext
 from evit_ext import models
-from evit_ext.models import dynamicvit
+from evit_ext.models import dynamicvit_model, token_predictor
 from evit_ext.models.dynamicvit import DynamicViT, DynamicViTOutput, sample_decisions
 from evit_ext.models.masked_attention import attention_bias
 
@@ -45,7 +45,7 @@ def fix_noise(monkeypatch: pytest.MonkeyPatch, noise: list[Tensor]) -> None:
             yield from noise
 
     iterator = forever()
-    monkeypatch.setattr(dynamicvit, "gumbel_noise", lambda like: next(iterator).to(like))
+    monkeypatch.setattr(token_predictor, "gumbel_noise", lambda like: next(iterator).to(like))
 
 
 def gumbel(stages: int = 3, batch: int = 3, patches: int = 16) -> list[Tensor]:
@@ -243,7 +243,7 @@ def test_low_precision(
                 model, x = model.to(dtype), x.to(dtype)
         leaf = decided.to(x.device).requires_grad_()
         with monkeypatch.context() as patch, torch.autocast(x.device.type, dtype, enabled=low and autocast):
-            patch.setattr(dynamicvit, "sample_decisions", lambda scores, leaf=leaf: leaf)
+            patch.setattr(dynamicvit_model, "sample_decisions", lambda scores, leaf=leaf: leaf)
             output = model(x)
         output.logits.float().square().sum().backward()
         assert output.logits.dtype == (dtype if low else torch.float32)
