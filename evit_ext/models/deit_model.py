@@ -1,4 +1,4 @@
-"""The DeiT model: timm's, with position embeddings resized the way the published EViT does."""
+"""The DeiT models: timm's, with position embeddings resized the way the published EViT does."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -23,6 +24,10 @@ class DeiT(VisionTransformer):
     timm's.
     """
 
+    def _prefix(self) -> list[Tensor]:
+        """Return the tokens before the patches, [1, number, C] each, in order."""
+        return [token for token in (self.cls_token, self.reg_token) if token is not None]
+
     def _num_embedded_prefix_tokens(self) -> int:
         return 0 if self.no_embed_class else self.num_prefix_tokens
 
@@ -37,11 +42,7 @@ class DeiT(VisionTransformer):
             self._num_embedded_prefix_tokens(),
         )
         x = x.flatten(1, 2)
-        prefix = [
-            token.expand(x.shape[0], -1, -1)
-            for token in (self.cls_token, self.reg_token)
-            if token is not None
-        ]
+        prefix = [token.expand(x.shape[0], -1, -1) for token in self._prefix()]
         if self.no_embed_class:
             x = torch.cat([*prefix, x + embedding], dim=1)
         else:
@@ -78,3 +79,33 @@ class DeiT(VisionTransformer):
                     loaded.detach(), (side, side), grid, num_prefix_tokens
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class DistilledDeiT(DeiT, VisionTransformerDistilled):
+    """timm's DeiT with a distillation token and a head for it, with position embeddings as :class:`DeiT`'s.
+
+    The distillation token is a prefix token, as the class token is, so it is never dropped; patches are
+    ranked by the class token's attention. The forward returns the mean of the two heads' logits
+    [B, classes], or, in training after ``set_distilled_training(True)``, both: (class token's, distillation
+    token's). State-dict keys are timm's.
+
+    Args:
+        args, kwargs: of timm's VisionTransformer.
+
+    Raises:
+        ValueError: register tokens, a pooling or an embedding that it has no place for are asked for.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Of these, timm's ignores the first, fails in the forward for the second, and has an assertion.
+        only = {"reg_tokens": 0, "no_embed_class": False, "global_pool": "token"}
+        for name, value in only.items():
+            if kwargs.get(name, value) != value:
+                raise ValueError(
+                    f"a distilled DeiT reads its class and distillation token: no {name}={kwargs[name]!r}"
+                )
+        super().__init__(*args, **kwargs)
+
+    def _prefix(self) -> list[Tensor]:
+        assert self.cls_token is not None
+        return [self.cls_token, self.dist_token]

@@ -45,10 +45,18 @@ def _create(
     **timm_kwargs: Any,
 ) -> DynamicViT:
     """Build the model behind `dynamicvit_<size>` and timm's registry name."""
-    depth = deit_arguments(size, timm_kwargs)["depth"]
-    check_arguments(depth, keep_rate, drop_loc, fuse_token=False)  # before anything is downloaded
-    arguments = {"keep_rate": keep_rate, "drop_loc": drop_loc, **timm_kwargs}
-    return build_deit(DynamicViT, f"dynamicvit_deit_{size}_patch16_224", size, pretrained, arguments)
+    if timm_kwargs.get("features_only"):
+        raise ValueError(
+            "features_only needs a token for every patch, which a DynamicViT does not have: it drops patches "
+            "for good, and an EViT (evit_ext.models.deit_small) does not"
+        )
+    arguments = deit_arguments(size, timm_kwargs)
+    check_arguments(
+        arguments["depth"], keep_rate, drop_loc, fuse_token=False
+    )  # before anything is downloaded
+    arguments = {"keep_rate": keep_rate, "drop_loc": drop_loc, **arguments}
+    name, weights = f"dynamicvit_deit_{size}_patch16_224", f"deit_{size}_patch16_224"
+    return build_deit(DynamicViT, name, weights, pretrained, arguments)
 
 
 @register_model

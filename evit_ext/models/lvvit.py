@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from evit_ext.apply import apply, check_arguments
-from evit_ext.models.deit import is_connection_error
+from evit_ext.apply import check_arguments
+from evit_ext.models.building import explaining_missing_network, feature_settings, reorganizing
 from evit_ext.models.lvvit_model import LVViT, ResidualScale, TokenLabelOutput
 from evit_ext.models.lvvit_stem import ConvStem
 from evit_ext.models.mix_token import draw_exchanged
+from evit_ext.models.named import named_model
 
 __all__ = [
     "ConvStem",
@@ -84,78 +84,56 @@ def _create(
     fuse_token: bool = True,
     drop_loc: Sequence[int] | None = None,
     **timm_kwargs: Any,
-) -> LVViT:
+) -> nn.Module:
     """Build the model behind `lvvit_<size>` and timm's registry name."""
-    if timm_kwargs.get("features_only"):
-        raise ValueError(
-            "features_only needs a token for every patch, which a model that drops tokens does not have"
-        )
     arguments = {"patch_size": 16, "dynamic_img_size": True, **_SIZES[size], **timm_kwargs}
     check_arguments(arguments["depth"], keep_rate, drop_loc, fuse_token)  # before anything is downloaded
-    name = f"evit_lvvit_{size}_patch16_224"
-    try:
-        model = build_model_with_cfg(
-            LVViT, name, pretrained, pretrained_filter_fn=_filter_checkpoint, **arguments
+    what = (
+        f"the published weights of LV-ViT-{size.upper()} could not be fetched from GitHub, nor are they in "
+        "torch's cache"
+    )
+    with explaining_missing_network(pretrained, what):
+        return build_model_with_cfg(
+            reorganizing(LVViT, keep_rate, drop_loc, fuse_token),
+            f"evit_lvvit_{size}_patch16_224",
+            pretrained,
+            pretrained_filter_fn=_filter_checkpoint,
+            feature_cfg=feature_settings(arguments),
+            **arguments,
         )
-    except Exception as error:
-        if pretrained and is_connection_error(error):
-            raise RuntimeError(
-                f"the published weights of LV-ViT-{size.upper()} could not be fetched from GitHub, nor are "
-                f"they in torch's cache ({type(error).__name__}). Without a network, use pretrained=False "
-                "and load a file with evit_ext.load_checkpoint"
-            ) from error
-        raise
-    return apply(model, keep_rate, drop_loc, fuse_token)
 
 
 @register_model
-def evit_lvvit_t_patch16_224(pretrained: bool = False, **kwargs: Any) -> LVViT:
+def evit_lvvit_t_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """EViT-LV-ViT-T: see :func:`lvvit_small`."""
     return _create("t", pretrained, **kwargs)
 
 
 @register_model
-def evit_lvvit_s_patch16_224(pretrained: bool = False, **kwargs: Any) -> LVViT:
+def evit_lvvit_s_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """EViT-LV-ViT-S: see :func:`lvvit_small`."""
     return _create("s", pretrained, **kwargs)
 
 
 @register_model
-def evit_lvvit_m_patch16_224(pretrained: bool = False, **kwargs: Any) -> LVViT:
+def evit_lvvit_m_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """EViT-LV-ViT-M: see :func:`lvvit_small`."""
     return _create("m", pretrained, **kwargs)
 
 
 @register_model
-def evit_lvvit_l_patch16_224(pretrained: bool = False, **kwargs: Any) -> LVViT:
+def evit_lvvit_l_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """EViT-LV-ViT-L: see :func:`lvvit_small`."""
     return _create("l", pretrained, **kwargs)
 
 
-def lvvit_tiny(
-    keep_rate: float | Sequence[float] = 0.7,
-    fuse_token: bool = True,
-    drop_loc: Sequence[int] | None = None,
-    img_size: int | tuple[int, int] = 224,
-    num_classes: int = 1000,
-    pretrained: bool = False,
-    **timm_kwargs: Any,
-) -> LVViT:
+@named_model("evit_lvvit_t_patch16_224", LVViT, drop_loc=None)
+def lvvit_tiny() -> None:
     """Return EViT-LV-ViT-T: 240 channels, 4 heads, 12 blocks. Arguments as of :func:`lvvit_small`."""
-    return _from_registry(
-        "t", keep_rate, fuse_token, drop_loc, img_size, num_classes, pretrained, timm_kwargs
-    )
 
 
-def lvvit_small(
-    keep_rate: float | Sequence[float] = 0.7,
-    fuse_token: bool = True,
-    drop_loc: Sequence[int] | None = None,
-    img_size: int | tuple[int, int] = 224,
-    num_classes: int = 1000,
-    pretrained: bool = False,
-    **timm_kwargs: Any,
-) -> LVViT:
+@named_model("evit_lvvit_s_patch16_224", LVViT, drop_loc=None)
+def lvvit_small() -> None:
     """Return EViT-LV-ViT-S: 384 channels, 6 heads, 16 blocks, of which 4, 8 and 12 (from 0) reorganise.
 
     The same as ``timm.create_model("evit_lvvit_s_patch16_224", ...)``. At keep rate 1 it computes what the
@@ -175,70 +153,25 @@ def lvvit_small(
         pretrained: load the published ImageNet-1k weights from GitHub (small and medium). They were trained
             without token reorganisation; at low keep rates the model needs fine-tuning.
         timm_kwargs: any other argument of ``timm.create_model`` and :class:`LVViT`, such as ``mix_token``,
-            ``return_dense``, ``drop_path_rate``, ``in_chans``, ``depth``, ``checkpoint_path``.
+            ``return_dense``, ``drop_path_rate``, ``in_chans``, ``depth``, ``checkpoint_path``. With
+            ``features_only=True``, timm's FeatureGetterNet around the model is returned, as
+            :func:`evit_ext.models.deit_small` does; MixToken is not in it.
 
     Raises:
         TypeError: an argument has a wrong type or is not known to timm.
         ValueError: an argument is out of range.
         RuntimeError: the pretrained weights could not be fetched, or there are none.
     """
-    return _from_registry(
-        "s", keep_rate, fuse_token, drop_loc, img_size, num_classes, pretrained, timm_kwargs
-    )
 
 
-def lvvit_medium(
-    keep_rate: float | Sequence[float] = 0.7,
-    fuse_token: bool = True,
-    drop_loc: Sequence[int] | None = None,
-    img_size: int | tuple[int, int] = 224,
-    num_classes: int = 1000,
-    pretrained: bool = False,
-    **timm_kwargs: Any,
-) -> LVViT:
+@named_model("evit_lvvit_m_patch16_224", LVViT, drop_loc=None)
+def lvvit_medium() -> None:
     """Return EViT-LV-ViT-M: 512 channels, 8 heads, 20 blocks. Arguments as of :func:`lvvit_small`."""
-    return _from_registry(
-        "m", keep_rate, fuse_token, drop_loc, img_size, num_classes, pretrained, timm_kwargs
-    )
 
 
-def lvvit_large(
-    keep_rate: float | Sequence[float] = 0.7,
-    fuse_token: bool = True,
-    drop_loc: Sequence[int] | None = None,
-    img_size: int | tuple[int, int] = 224,
-    num_classes: int = 1000,
-    pretrained: bool = False,
-    **timm_kwargs: Any,
-) -> LVViT:
+@named_model("evit_lvvit_l_patch16_224", LVViT, drop_loc=None)
+def lvvit_large() -> None:
     """Return EViT-LV-ViT-L: 768 channels, 12 heads, 24 blocks, a stem of 128 channels instead of 64.
 
     Arguments as of :func:`lvvit_small`.
     """
-    return _from_registry(
-        "l", keep_rate, fuse_token, drop_loc, img_size, num_classes, pretrained, timm_kwargs
-    )
-
-
-def _from_registry(
-    size: str,
-    keep_rate: float | Sequence[float],
-    fuse_token: bool,
-    drop_loc: Sequence[int] | None,
-    img_size: int | tuple[int, int],
-    num_classes: int,
-    pretrained: bool,
-    timm_kwargs: dict[str, Any],
-) -> LVViT:
-    model = timm.create_model(
-        f"evit_lvvit_{size}_patch16_224",
-        pretrained=pretrained,
-        keep_rate=keep_rate,
-        fuse_token=fuse_token,
-        drop_loc=drop_loc,
-        img_size=img_size,
-        num_classes=num_classes,
-        **timm_kwargs,
-    )
-    assert isinstance(model, LVViT)
-    return model

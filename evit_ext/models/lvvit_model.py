@@ -158,7 +158,8 @@ class LVViT(DeiT):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace both heads by new ones for `num_classes`; ValueError for any pooling but the token's."""
-        if global_pool not in (None, "token"):
+        # timm's features_only says "", the features as they are, with no classes.
+        if global_pool not in (None, "token") and (global_pool != "" or num_classes > 0):
             raise ValueError(f"LV-ViT's heads are for tokens: no global_pool={global_pool!r}")
         super().reset_classifier(num_classes)
         if self.return_dense:

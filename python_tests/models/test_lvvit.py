@@ -118,7 +118,6 @@ def test_arguments_pass_through() -> None:
         ({"init_values": 1e-5}, "LV-ViT scales its residuals with skip_lam"),
         ({"global_pool": "avg"}, "no global_pool='avg'"),
         ({"patch_drop_rate": 0.1}, "patch_drop_rate would drop patches without telling which"),
-        ({"features_only": True}, "features_only needs a token for every patch"),
         ({"keep_rate": 2}, r"keep_rate must be in \(0, 1\], got 2"),
     ],
 )
