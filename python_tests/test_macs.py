@@ -42,6 +42,22 @@ def test_published_figures_of_lvvit(keep_rate: float, gmacs: str) -> None:
 def test_published_figures_at_higher_resolution(img_size: int, keep_rate: float, gmacs: str) -> None:
     model = models.deit_small(keep_rate=keep_rate, weight_init="skip")
     assert f"{count_macs(model, img_size) / 1e9:.2f}" == gmacs
+    # Under their own names, the sizes and keep rates are the defaults.
+    with torch.device("meta"):
+        named = getattr(models, f"deit_small_{img_size}")(weight_init="skip")
+        registered = timm.create_model(f"evit_deit_small_patch16_{img_size}", weight_init="skip")
+    assert [f"{count_macs(model) / 1e9:.2f}" for model in (named, registered)] == [gmacs] * 2
+
+
+def test_distillation_token() -> None:
+    """One token more in every layer, and a head: DeiT-S distilled at keep rate 1, counted by hand."""
+    with torch.device("meta"):
+        macs = [
+            count_macs(build(keep_rate=1.0, weight_init="skip"))
+            for build in (models.deit_small, models.deit_small_distilled)
+        ]
+    attention = 2 * (198**2 - 197**2) * 384
+    assert macs[1] - macs[0] == 12 * (12 * 384**2 + attention) + 384 * 1000
 
 
 def test_hand_count(small_vit: Any) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import timm
+import timm.data
 import torch
+from PIL import Image
 from slow_evit import slow_bicubic, slow_evit
 from timm.models.vision_transformer import VisionTransformer
 
@@ -101,8 +103,6 @@ def test_timm_arguments_pass_through(tmp_path: Path) -> None:
     assert torch.equal(micro(checkpoint_path=tmp_path / "weights.pth")(images()), model(images()))
     with pytest.raises(TypeError, match="no_such_argument"):
         micro(no_such_argument=1)
-    with pytest.raises(ValueError, match="features_only needs a token for every patch"):
-        micro(features_only=True)
     with pytest.raises(ValueError, match=r"keep_rate must be in \(0, 1\], got 2"):
         micro(keep_rate=2)
 
@@ -115,6 +115,30 @@ def test_pretrained_configuration_is_that_of_timm(size: str) -> None:
     assert {key: value for key, value in ours.items() if key != "architecture"} == {
         key: value for key, value in timms.items() if key != "architecture"
     }
+
+
+@pytest.mark.parametrize("img_size", [256, 272, 288, 304])
+def test_larger_images_at_equal_cost(tmp_path: Path, img_size: int) -> None:
+    """Their weights are DeiT-S's, with the embedding resized; timm's transforms make images of their size."""
+    name = f"evit_deit_small_patch16_{img_size}"
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg.hf_hub_id == "timm/deit_small_patch16_224.fb_in1k"
+    assert cfg.input_size == (3, img_size, img_size)
+    source = timm.create_model("deit_small_patch16_224", depth=1)
+    torch.save({"model": source.state_dict()}, tmp_path / "weights.pth")
+    overlay = {"file": str(tmp_path / "weights.pth")}
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, depth=1, drop_loc=[0])
+    config = timm.data.resolve_model_data_config(model)
+    assert config["input_size"] == (3, img_size, img_size)
+    picture = Image.new("RGB", (500, 400))
+    transformed = timm.data.create_transform(**config)(picture)
+    assert model.eval()(transformed.unsqueeze(0)).shape == (1, 1000)
+    side = img_size // 16
+    embedding = source.pos_embed.detach().double()
+    expected = slow_bicubic(embedding[0, 1:], side, side)
+    torch.testing.assert_close(model.pos_embed[0, 1:].double(), expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(model.pos_embed[:, :1], source.pos_embed[:, :1])
+    assert torch.equal(model.head.weight, source.head.weight)
 
 
 @pytest.mark.parametrize("nesting", ["model", "state_dict"])
