@@ -48,6 +48,9 @@ def test_sizes_are_the_published_ones() -> None:
         assert block.mlp.fc1.out_features == 3 * width and block.attn.qkv.bias is None
         assert getattr(block.ls1, "skip_lam", 1.0) == getattr(block.ls2, "skip_lam", 1.0) == skip_lam
         assert model.patch_embed.conv1.out_channels == stem
+        assert block.attn.head_dim == width // heads and block.attn.scale == (width // heads) ** -0.5
+        assert isinstance(block.mlp.act, torch.nn.GELU) and block.mlp.act.approximate == "none"
+        assert model.mix_token and model.return_dense and model.num_prefix_tokens == 1
         assert {module.eps for module in model.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-5}
         assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" == millions
         stages = [i for i, block in enumerate(model.blocks) if isinstance(block, ReorganizingBlock)]
@@ -184,6 +187,21 @@ def test_agrees_with_the_slow_implementation(
         torch.testing.assert_close(
             gradient.cpu(), other, rtol=1e-9, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize(("size", "skip_lam"), [("tiny", 1.0), ("medium", 2.0), ("large", 3.0)])
+@pytest.mark.parametrize("keep_rate", [0.7, 1.0])
+def test_sizes_agree_with_the_slow_implementation(size: str, skip_lam: float, keep_rate: float) -> None:
+    """With the published channels, heads, stem and scaling, which no argument overrides."""
+    model = getattr(models, f"lvvit_{size}")(keep_rate, depth=4, img_size=64, num_classes=9).double().eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
+            parameter.normal_(mean=float(parameter.dim() == 1), std=fan_in**-0.5, generator=generator)
+        x = images(2, 64, 64, dtype=torch.float64)
+        expected, *_ = slow_lvvit(model, x, (keep_rate,) * 3, (1, 2, 3), skip_lam=skip_lam)
+        torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-12)
 
 
 def test_an_earlier_fused_token_is_left_out() -> None:
