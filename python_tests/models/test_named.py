@@ -70,8 +70,8 @@ def test_is_shown_as_if_it_were_written_out(name: str) -> None:
 def test_defaults_arrive(name: str) -> None:
     registered, model_class, keep_rate, drop_loc, img_size = NAMED[name]
     with torch.device("meta"):
-        by_function = getattr(models, name)(weight_init="skip")
-        by_timm = timm.create_model(registered, weight_init="skip")
+        by_function = getattr(models, name)()
+        by_timm = timm.create_model(registered)
     for model in (by_function, by_timm):
         assert type(model) is model_class
         depth = len(model.blocks)
