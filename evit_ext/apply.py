@@ -11,9 +11,9 @@ from typing import TypeVar
 from torch import nn
 
 from evit_ext.block import AdoptedBlock
-from evit_ext.families import applied_blocks, check_block, family_of, find_blocks, reorganizing_blocks
+from evit_ext.families import FAMILIES, applied_blocks, check_block, family_of, find_blocks
 from evit_ext.full_grid import FullGridIntermediates
-from evit_ext.override import remove_overrides
+from evit_ext.override import ReplicateOverrides, overrides, remove_overrides
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -61,7 +61,11 @@ def apply(
     """
     if not isinstance(vit, nn.Module):
         raise TypeError(f"vit must be a vision transformer, a torch module, got {type(vit).__name__}")
-    if reorganizing_blocks(vit):
+    if hasattr(vit, "_orig_mod"):
+        raise ValueError(
+            "the model is compiled: pass the one inside (._orig_mod), and compile it after evit_ext.apply"
+        )
+    if _is_changed(vit):
         raise ValueError(
             "the model reorganises tokens already: change its keep rate with evit_ext.set_keep_rate, or "
             "call evit_ext.remove first"
@@ -84,9 +88,16 @@ def apply(
             blocks[number] = following(block, stage)
     if following is not None:
         family.install(vit)
-    if hasattr(vit, "forward_intermediates"):
-        vit.forward_intermediates = FullGridIntermediates(vit, "forward_intermediates")  # type: ignore[assignment]
+    if FullGridIntermediates.fits(vit):
+        FullGridIntermediates(vit, "forward_intermediates").install()
+    if overrides(vit):
+        ReplicateOverrides(vit, "_replicate_for_data_parallel").install()
     return vit
+
+
+def _is_changed(vit: nn.Module) -> bool:
+    """Return whether anything of :func:`apply` is in `vit`, be it that its reorganising blocks are gone."""
+    return bool(overrides(vit)) or any(isinstance(b, AdoptedBlock) for b in find_blocks(vit) or ())
 
 
 def check_arguments(
@@ -114,15 +125,25 @@ def remove(vit: Model) -> Model:
 
     Returns:
         `vit`.
+
+    Raises:
+        RuntimeError: a block was made another class in the meantime, as by ``fully_shard``.
     """
-    if reorganizing_blocks(vit):
-        blocks = find_blocks(vit)
-        assert blocks is not None
-        for number, block in enumerate(blocks):
-            if isinstance(block, AdoptedBlock):
-                blocks[number] = block.original()
-        remove_overrides(vit)
-        family_of(vit).uninstall(vit)
+    inner: nn.Module = getattr(vit, "_orig_mod", vit)  # torch.compile's wrapper hands attributes on
+    blocks = find_blocks(inner) or nn.ModuleList()
+    for number, block in enumerate(blocks):
+        if isinstance(block, AdoptedBlock) and not type(block).__module__.startswith("evit_ext."):
+            raise RuntimeError(
+                f"block {number} became a {type(block).__name__} after evit_ext.apply, as by fully_shard or "
+                "a parametrization of the block: undo that first"
+            )
+    for number, block in enumerate(blocks):
+        if isinstance(block, AdoptedBlock):
+            blocks[number] = block.original()
+    remove_overrides(inner)
+    for family in FAMILIES:
+        if family.model is not None and isinstance(inner, family.model):
+            family.uninstall(inner)
     return vit
 
 

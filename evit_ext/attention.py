@@ -104,9 +104,13 @@ def attend(
     if q_norm is not None and k_norm is not None:
         q, k = q_norm(q), k_norm(k)
     if rope is not None:
-        prefix, half = attention.num_prefix_tokens, getattr(attention, "rotate_half", False)
+        prefix = attention.num_prefix_tokens
+        # An older timm knows no halves.
+        half = (True,) if getattr(attention, "rotate_half", False) else ()
         q, k = (
-            torch.cat([t[:, :, :prefix], apply_rot_embed_cat(t[:, :, prefix:], rope, half)], dim=2).type_as(v)
+            torch.cat([t[:, :, :prefix], apply_rot_embed_cat(t[:, :, prefix:], rope, *half)], dim=2).type_as(
+                v
+            )
             for t in (q, k)
         )
     groups = q.shape[1] // k.shape[1]

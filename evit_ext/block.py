@@ -34,6 +34,9 @@ _HOOKS = (
 )
 
 
+#: What belongs to one object and is not shared: a forward put in place of the class's, and a compiled call.
+_BOUND = frozenset({"forward", "_compiled_call_impl"})
+
 #: Norms that compute F.layer_norm of their weight, bias and eps. Compared exactly, because a subclass is free
 #: to compute something else.
 _LAYER_NORMS = (nn.LayerNorm, LayerNorm)
@@ -62,8 +65,9 @@ class AdoptedBlock(nn.Module):
     """A block that stands in the place of another and shares all that it has.
 
     Submodules, parameters, buffers, hooks and attributes are those of the replaced block, under their names:
-    the keys of the state dict stay the same, handles of hooks remove them still, and what is changed on one
-    is changed on the other.
+    the keys of the state dict stay the same, handles of hooks remove them still, and what is changed here is
+    what the replaced block has when it comes back. A block that was compiled (``block.compile()``) has to be
+    compiled again.
 
     Args:
         block: the block to replace.
@@ -75,9 +79,8 @@ class AdoptedBlock(nn.Module):
 
     def __init__(self, block: nn.Module, stage: int) -> None:
         nn.Module.__init__(self)
-        # The dictionaries of parameters, submodules and hooks are shared, not copied. A forward that was put
-        # in place of the class's runs the replaced block, which is no longer what is wanted.
-        self.__dict__.update({name: value for name, value in block.__dict__.items() if name != "forward"})
+        # The dictionaries of parameters, submodules and hooks are shared, not copied.
+        self.__dict__.update({name: value for name, value in block.__dict__.items() if name not in _BOUND})
         # In a tuple, so that it is not registered as a submodule and its parameters are not named twice.
         self._replaced = (block,)
         self.stage = stage
@@ -85,7 +88,10 @@ class AdoptedBlock(nn.Module):
     def original(self) -> nn.Module:
         """Return the replaced block with all that this one has, and its mode."""
         (block,) = self._replaced
-        block.__dict__.update({k: v for k, v in self.__dict__.items() if k not in {*self._OWN, "forward"}})
+        shared = {k: v for k, v in self.__dict__.items() if k not in self._OWN and k not in _BOUND}
+        for name in set(block.__dict__) - set(shared) - _BOUND:
+            del block.__dict__[name]  # deleted here in the meantime
+        block.__dict__.update(shared)
         return block
 
     def as_before(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
@@ -240,4 +246,5 @@ class ReorganizingBlock(AdoptedBlock):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a saved model has no record being taken, and no oracle.
-        return {**self.__dict__, "recorders": (), "guidance": None}
+        # nn.Module's takes away what was compiled, which is bound to this object.
+        return {**super().__getstate__(), "recorders": (), "guidance": None}

@@ -35,6 +35,13 @@ class FullGridIntermediates(Override):
         ValueError: `fill` is none of these, or it is "fused" and tokens are not fused.
     """
 
+    @staticmethod
+    def fits(vit: nn.Module) -> bool:
+        """Return whether `vit` has timm's ``forward_intermediates``."""
+        method = getattr(vit, "forward_intermediates", None)
+        names = {"indices", "norm", "output_fmt", "intermediates_only"}
+        return method is not None and names <= set(inspect.signature(method).parameters)
+
     def __call__(
         self,
         x: Tensor,
@@ -59,7 +66,7 @@ class FullGridIntermediates(Override):
             sum(isinstance(block, ReorganizingBlock) for block in vit.blocks[: index + 1])
             for index in sorted(taken)
         ]
-        with recording(blocks, TokenRecord(keep_tokens=fill == "before")) as record:
+        with recording(blocks, TokenRecord(keep_tokens=fill == "before", private=True)) as record:
             out = self.original()(*bound.args, **bound.kwargs)
         norm = vit.norm if bound.arguments["norm"] else None
         grid = vit.patch_embed.dynamic_feat_size(tuple(x.shape[2:])) if output_fmt == "NCHW" else None
@@ -102,6 +109,11 @@ def _restore(
         filling: str | Tensor = fill
         if fill == "before":
             before = record.tokens[stage]
+            if patches.requires_grad and not before.requires_grad:
+                raise RuntimeError(
+                    "fill='before' has no gradient under reentrant gradient checkpointing: use the other "
+                    "kind (timm.layers.set_reentrant_ckpt(False)), or another fill"
+                )
             filling = (before if norm is None else norm(before))[:, -num_patches:]
         patches = ops.restore_tokens(patches, kept, num_patches, num_prefix_tokens=0, fill=filling)
     return patches

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from evit_ext import ops
 from evit_ext.apply import apply
-from evit_ext.families import applied_blocks
-from evit_ext.record import TokenRecord, in_backward, recording
+from evit_ext.families import applied_blocks, vision_tower
+from evit_ext.full_grid import FullGridIntermediates
+from evit_ext.ops import checks
+from evit_ext.record import TokenRecord, graph_task, recording
 from evit_ext.trail import TokenTrail
 
 
@@ -51,35 +53,50 @@ class Oracle(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, **arguments: Any) -> list[Tensor]:
         """Return what the class token thinks of each patch, stage by stage.
 
         Args:
-            images: [B, channels, height, width].
+            images: [B, channels, height, width], dtype and device of the oracle's weights.
+            arguments: what else its forward takes. Of a model of transformers with a text model, only the
+                vision model is asked.
 
         Returns:
             A list, a stage each: the scores [B, patches] of all patches at that block, float32 (float64 for
             float64).
         """
-        blocks = applied_blocks(self.vit)
-        with recording(blocks, TokenRecord()) as record:
-            if hasattr(self.vit, "forward_intermediates"):
+        vit = vision_tower(self.vit)
+        weight = next(vit.parameters())
+        if images.dtype != weight.dtype and not checks.autocast_enabled(images.device.type):
+            raise ValueError(f"the oracle is {weight.dtype}, the images are {images.dtype}: oracle.to(dtype)")
+        blocks = applied_blocks(vit)
+        with recording(blocks, TokenRecord(private=True)) as record:
+            if FullGridIntermediates.fits(vit):
                 # What comes after the last stage is not asked for.
-                last = max(i for i, block in enumerate(self.vit.blocks) if block in blocks)
-                self.vit.forward_intermediates(
+                last = max(i for i, block in enumerate(vit.blocks) if block in blocks)
+                vit.forward_intermediates(
                     images, indices=[last], stop_early=True, output_fmt="NLC", intermediates_only=True
                 )
             else:
-                self.vit(images)
+                vit(images, **arguments)
         return record.scores
 
     def initialize(self, student: nn.Module) -> None:
         """Give `student` the oracle's weights.
 
         Raises:
-            RuntimeError: they do not fit.
+            ValueError: they do not fit, and the student is as it was.
         """
-        student.load_state_dict(self.vit.state_dict())
+        weights, own = self.vit.state_dict(), student.state_dict()
+        wrong = [
+            f"{name}: {_shape(weights, name)} in the oracle, {_shape(own, name)} in the student"
+            for name in {**weights, **own}
+            if _shape(weights, name) != _shape(own, name)
+        ]
+        if wrong:
+            more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise ValueError(f"the oracle's weights do not fit the student: {'; '.join(wrong[:3])}{more}")
+        student.load_state_dict(weights)
 
     @contextmanager
     def guide(self, student: nn.Module) -> Iterator[None]:
@@ -101,6 +118,9 @@ class Oracle(nn.Module):
             ValueError: the student reorganises no tokens, has another number of stages or, in its forward,
                 of patches, or is guided already.
             RuntimeError: in the backward, with gradient checkpointing: another forward came in between.
+
+        The oracle is asked when `student` itself is called. Its methods, such as ``forward_features``, and
+        its parts raise ValueError meanwhile. One thread at a time may run the student.
         """
         blocks = applied_blocks(student)
         stages = len(applied_blocks(self.vit))
@@ -114,18 +134,41 @@ class Oracle(nn.Module):
         guidance = Guidance()
 
         def ask(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            images = arguments[0] if arguments else next(iter(named.values()))
-            guidance.begin(self(images))
+            images, others = _images(arguments, named)
+            guidance.begin(self(images, **others))
 
-        handle = student.register_forward_pre_hook(ask, with_kwargs=True)
+        def end(module: nn.Module, arguments: Any, output: Any) -> None:
+            guidance.end()
+
+        handles = (
+            student.register_forward_pre_hook(ask, with_kwargs=True),
+            student.register_forward_hook(end, always_call=True),
+        )
         for block in blocks:
             block.guidance = guidance
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
             for block in blocks:
                 block.guidance = None
+
+
+def _shape(state: dict[str, Tensor], name: str) -> str:
+    return str(tuple(state[name].shape)) if name in state else "none"
+
+
+def _images(arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Return the images that a model is called with, and what else the oracle has to know of them."""
+    others = {name: named[name] for name in ("interpolate_pos_encoding",) if name in named}
+    if "pixel_values" in named:  # transformers
+        return named["pixel_values"], others
+    values = (*arguments, *named.values())
+    images = next((v for v in values if isinstance(v, Tensor) and v.dim() == 4), None)
+    if images is None:
+        raise ValueError("the student was called without images [B, channels, height, width] for the oracle")
+    return images, others
 
 
 class Guidance:
@@ -135,18 +178,26 @@ class Guidance:
         self._scores: list[Tensor] = []
         self._trail = TokenTrail()
         self._inputs: dict[int, int] = {}
+        self._running = False
+        self._graph_task = -1
 
     def begin(self, scores: list[Tensor]) -> None:
         """Begin a forward for which the oracle says `scores`, [B, patches] a stage."""
         self._scores, self._trail, self._inputs = scores, TokenTrail(), {}
+        self._running, self._graph_task = True, graph_task()
+
+    def end(self) -> None:
+        """End the forward."""
+        self._running = False
 
     def scores(self, stage: int, x: Tensor, num_patches: int) -> Tensor:
         """Return the scores [B, num_patches] of the patch tokens in `x` [B, N, C] that enter a stage."""
-        if not self._scores:
+        again = graph_task() != self._graph_task
+        if not self._scores or not (self._running or again):
             raise ValueError("the oracle was not asked: call the whole model, not a part of it")
         # A block that is computed again for the gradient is given the input that it had. If that is not the
         # last forward's, the patches of its forward are no longer known.
-        if in_backward():
+        if again:
             if self._inputs.get(stage) != x.data_ptr():
                 raise RuntimeError(
                     "with an oracle and gradient checkpointing, every forward needs its backward before the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,24 +16,51 @@ class Override:
     own, with the copy in the place of the module.
 
     Args:
-        module: the module.
+        module: the module; referred to weakly, so that it goes when nobody else wants it.
         name: of the method.
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
-        self.module = module
+        self._module = weakref.ref(module)
         self.name = name
+        #: What the module had of its own under that name, as some libraries put there.
+        self.replaced: Callable[..., Any] | None = module.__dict__.get(name)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose method this is."""
+        module = self._module()
+        assert module is not None  # it is what calls this
+        return module
 
     def original(self) -> Callable[..., Any]:
-        """Return the method of the class, bound to the module."""
+        """Return the method that is overridden, bound to the module."""
+        if self.replaced is not None:
+            return self.replaced
         return getattr(type(self.module), self.name).__get__(self.module)
+
+    def install(self) -> None:
+        """Put this in the place of the method."""
+        setattr(self.module, self.name, self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_module": self._module()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({**state, "_module": weakref.ref(state["_module"])})
+
+
+def overrides(module: nn.Module) -> list[Override]:
+    """Return the overrides of `module`."""
+    return [value for value in module.__dict__.values() if isinstance(value, Override)]
 
 
 def remove_overrides(module: nn.Module) -> None:
     """Take all overrides of `module` away."""
-    for name, value in list(module.__dict__.items()):
-        if isinstance(value, Override):
-            delattr(module, name)
+    for override in overrides(module):
+        delattr(module, override.name)
+        if override.replaced is not None:
+            setattr(module, override.name, override.replaced)
 
 
 class ReplicateOverrides(Override):
@@ -44,7 +72,8 @@ class ReplicateOverrides(Override):
     def __call__(self) -> nn.Module:
         """Return a replica with overrides of its own."""
         replica: nn.Module = self.original()()
-        for name, value in self.module.__dict__.items():
-            if isinstance(value, Override):
-                replica.__dict__[name] = type(value)(replica, value.name)
+        for override in overrides(self.module):
+            of_replica = type(override)(replica, override.name)
+            of_replica.replaced = override.replaced
+            replica.__dict__[override.name] = of_replica
         return replica

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -24,10 +25,14 @@ class TokenRecord:
 
     Args:
         keep_tokens: keep the tokens that stages chose from, too, with their gradient, in :attr:`tokens`.
+        private: record only forwards of this thread, and those on meta tensors too.
     """
 
-    def __init__(self, keep_tokens: bool = False) -> None:
+    def __init__(self, keep_tokens: bool = False, private: bool = False) -> None:
         self.keep_tokens = keep_tokens
+        self._private = private
+        self._thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
+        self._graph_task = graph_task()
         self.trail = TokenTrail()
         #: For each stage, the tokens [B, N, C] that it chose from, if `keep_tokens`.
         self.tokens: dict[int, Tensor] = {}
@@ -55,8 +60,13 @@ class TokenRecord:
         self, stage: int, kept: Tensor, scores: Tensor, fused: bool, tokens: Tensor | None = None
     ) -> None:
         """Take note of a stage: `kept` [B, K] among its `scores` [B, N - P], and whether it fused."""
-        if kept.is_meta or in_backward():
-            return  # the model is being counted, or recomputed for the gradient
+        if graph_task() != self._graph_task:
+            return  # a block is computed again for the gradient
+        if self._private:
+            if not torch.compiler.is_compiling() and threading.get_ident() != self._thread:
+                return
+        elif kept.is_meta:
+            return  # the model is being counted
         if stage == 0:
             self.trail, self.tokens, self._scores = TokenTrail(), {}, {}
         self.trail.add(stage, kept, scores.shape[1], fused)
@@ -65,9 +75,13 @@ class TokenRecord:
             self.tokens[stage] = tokens
 
 
-def in_backward() -> bool:
-    """Return whether autograd is running a backward in this thread, and a block so computed again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def graph_task() -> int:
+    """Return the number of the backward that autograd is running in this thread, -1 if it is running none.
+
+    What is computed in a backward is computed again, for the gradient; unless it all is, because a checkpoint
+    is around the whole.
+    """
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 def _stages(vit: Any) -> Sequence[Stage]:
@@ -78,13 +92,23 @@ def _stages(vit: Any) -> Sequence[Stage]:
 @contextmanager
 def recording(stages: Sequence[Stage], record: TokenRecord) -> Iterator[TokenRecord]:
     """Have `stages` report to `record` while the context is open."""
-    for number, stage in enumerate(stages):
-        stage.recorders = (*stage.recorders, (record, number))
+    with _changing_recorders():
+        for number, stage in enumerate(stages):
+            stage.recorders = (*stage.recorders, (record, number))
     try:
         yield record
     finally:
-        for stage in stages:
-            stage.recorders = tuple(entry for entry in stage.recorders if entry[0] is not record)
+        with _changing_recorders():
+            for stage in stages:
+                stage.recorders = tuple(entry for entry in stage.recorders if entry[0] is not record)
+
+
+_lock = threading.Lock()
+
+
+def _changing_recorders() -> AbstractContextManager[Any]:
+    """Return a context for one thread at a time. A traced program has one."""
+    return nullcontext() if torch.compiler.is_compiling() else _lock
 
 
 @contextmanager
@@ -93,8 +117,10 @@ def record_tokens(vit: nn.Module) -> Iterator[TokenRecord]:
 
     Every forward replaces the record of the one before it; one that stops on its way leaves a record of the
     stages it passed. The record stays readable after the context, and the model does not keep it.
-    Contexts may be nested. Patches are numbered as they enter the first block; patch dropout, which timm
-    applies in training only, is not seen.
+    Contexts may be nested; forwards of all threads are seen. Patches are numbered as they enter the first
+    block; patch dropout, which timm applies in training only, is not seen. While the context is open, blocks
+    that keep all patches run their attention as the others do: the same to rounding, and hooks on ``attn``
+    are not called.
 
     Args:
         vit: a model that :func:`evit_ext.apply` changed, or a DynamicViT. In training a DynamicViT removes no

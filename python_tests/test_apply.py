@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch._dynamo.testing
 from timm.models.vision_transformer import Attention, ParallelScalingBlock, ParallelThingsBlock
@@ -207,3 +210,87 @@ def test_copies_are_independent(small_vit: Any) -> None:
         assert not any(isinstance(module, ReorganizingBlock) for module in other.modules())
         assert torch.equal(other(images()), full)
         assert full.abs().sum() > 0
+
+
+def test_blocks_that_are_compiled(small_vit: Any) -> None:
+    """A compiled call is bound to one object: it must not go along to another."""
+    x = images()
+    vit = small_vit()
+    expected = vit(x)
+    reduced = evit_ext.apply(copy.deepcopy(vit), 0.5)(x)
+    for block in vit.blocks:
+        block.compile(backend="eager")
+    torch.testing.assert_close(evit_ext.apply(vit, 0.5)(x), reduced)
+    for block in vit.blocks:
+        block.compile(backend="eager")
+    torch.testing.assert_close(vit(x), reduced)
+    copied = copy.deepcopy(vit)
+    pickle.dumps(vit)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert copied(x).abs().sum() == 0
+    torch.testing.assert_close(evit_ext.remove(vit)(x), expected)
+
+
+def test_a_compiled_model(small_vit: Any) -> None:
+    vit = small_vit()
+    with pytest.raises(ValueError, match=r"the model is compiled: pass the one inside \(._orig_mod\)"):
+        evit_ext.apply(torch.compile(vit))
+    compiled = torch.compile(evit_ext.apply(vit, 0.5), backend="eager")
+    evit_ext.set_keep_rate(compiled, 0.6)
+    assert vit.blocks[1].keep_rate == 0.6
+    evit_ext.remove(compiled)
+    assert not any(isinstance(block, ReorganizingBlock) for block in vit.blocks)
+    assert "forward_intermediates" not in vit.__dict__
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224"])
+def test_remove_where_the_reorganising_blocks_are_gone(name: str) -> None:
+    vit = timm.create_model(name, depth=4, embed_dim=24, num_heads=2)
+    attributes = set(vit.__dict__) | set(vit._modules)
+    evit_ext.apply(vit, 0.6, [2])
+    vit.prune_intermediate_layers([0])
+    with pytest.raises(ValueError, match="or call evit_ext.remove first"):
+        evit_ext.apply(vit, 0.6, [0])
+    evit_ext.remove(vit)
+    assert set(vit.__dict__) | set(vit._modules) <= attributes | {"norm", "fc_norm", "head"}
+    evit_ext.remove(evit_ext.apply(vit, 0.6, [0]))
+
+
+def test_attributes_deleted_and_added_in_between(small_vit: Any) -> None:
+    vit = small_vit()
+    vit.blocks[1].note = "old"
+    evit_ext.apply(vit, 0.6)
+    del vit.blocks[1].note
+    vit.blocks[2].note = "new"
+    evit_ext.remove(vit)
+    assert not hasattr(vit.blocks[1], "note") and vit.blocks[2].note == "new"
+
+
+def test_blocks_with_a_forward_or_a_class_of_their_own(small_vit: Any) -> None:
+    vit = small_vit()
+    vit.blocks[1].forward = lambda x: x
+    with pytest.raises(ValueError, match="block 1 has a forward of its own"):
+        evit_ext.apply(vit, 0.6)
+    vit = evit_ext.apply(small_vit(), 0.6)
+
+    class Sharded(type(vit.blocks[1])):  # type: ignore[misc]
+        pass
+
+    vit.blocks[1].__class__ = Sharded
+    with pytest.raises(RuntimeError, match="block 1 became a Sharded after evit_ext.apply"):
+        evit_ext.remove(vit)
+
+
+def test_a_model_goes_when_nobody_wants_it(small_vit: Any) -> None:
+    vit = evit_ext.apply(small_vit(), 0.6)
+    vit(images())
+    gone = weakref.ref(vit)
+    gc.collect()
+    gc.disable()
+    try:
+        del vit
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -14,6 +14,7 @@ import threading
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -674,16 +675,17 @@ def test_two_urls_with_the_same_name(server: Any, cache: Path) -> None:
 def test_hash_in_the_name(server: Any, cache: Path) -> None:
     file = saved(server.folder, deit_file())
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    right, wrong = f"deit-{digest[:8]}.pth", "deit-01234567.pth"
+    right, wrong = f"deit-{digest[:8]}.pth", "deit-0123456a.pth"
     shutil.copy(file, server.folder / right)
     shutil.copy(file, server.folder / wrong)
     load_checkpoint(evit(), server(right), progress=False)
     assert (cache / right).exists()  # where torch and timm would look for it
     said = refused(evit(), server(wrong))
-    assert "its SHA-256 does not begin with 01234567" in said
-    # "-83.3" is no hash.
-    shutil.copy(file, server.folder / "lvvit_s-26M-224-83.3.pth.tar")
-    load_checkpoint(evit(), server("lvvit_s-26M-224-83.3.pth.tar"), progress=False)
+    assert "its SHA-256 does not begin with 0123456a" in said
+    # "-83.3" is no hash, nor is a date.
+    for name in ("lvvit_s-26M-224-83.3.pth.tar", "deit-20210101.pth"):
+        shutil.copy(file, server.folder / name)
+        load_checkpoint(evit(), server(name), progress=False)
     assert not list(cache.rglob("*.partial"))
     assert not list(cache.rglob(wrong))
 
@@ -767,7 +769,7 @@ def test_another_architecture_is_said_in_a_sentence(tmp_path: Path) -> None:
             said = refused(model, lv, strict=strict)
             assert "those of an LV-ViT, whose stem of convolutions" in said and "\n" not in said
             said = refused(model, distilled, strict=strict)
-            assert "those of a distilled DeiT" in said and "deit_small_distilled_patch16_224" in said
+            assert "those of a distilled DeiT" in said and "deit_small_distilled()" in said
         assert "LVViT is an LV-ViT, and the weights, those of a ViT, have no stem" in refused(
             lvvit(), deit, strict=strict
         )
@@ -1036,3 +1038,33 @@ def test_checkpoint_path_goes_on_working(tmp_path: Path) -> None:
 
 def test_in_memory_files_are_no_paths() -> None:
     assert "got BytesIO" in refused(evit(), io.BytesIO(b""), TypeError)
+
+
+def test_dicts_in_themselves_and_in_many_places(tmp_path: Path) -> None:
+    """A small file must not keep anyone busy for long."""
+    itself: dict[str, Any] = {"epoch": 3}
+    itself["model"] = itself
+    refused(evit(), saved(tmp_path, itself))
+    itself["weight"] = torch.zeros(1)
+    assert "more than 8 deep" in refused(evit(), saved(tmp_path, itself))
+    wide: dict[str, Any] = {"nothing": 1}
+    for _ in range(60):
+        wide = {"model": wide, "state_dict": wide}
+    assert "found no weights" in refused(evit(), saved(tmp_path, wide))
+
+
+def test_many_threads(tmp_path: Path) -> None:
+    file = saved(tmp_path, training_file())
+    before = torch.serialization.get_safe_globals()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: load_checkpoint(evit(), file), range(24)))
+    assert torch.serialization.get_safe_globals() == before
+
+
+def test_parameters_made_in_inference_mode(tmp_path: Path) -> None:
+    model = evit()
+    with torch.inference_mode():
+        model.norm.weight = nn.Parameter(torch.ones(24))
+    expected = model.cls_token.clone()
+    assert "was made in inference mode" in refused(model, saved(tmp_path, deit_file()))
+    assert torch.equal(model.cls_token, expected)

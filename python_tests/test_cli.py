@@ -51,6 +51,7 @@ def test_other_models_and_sizes_as_json(capsys: pytest.CaptureFixture[str]) -> N
     [
         (["nothing"], "there is no model 'nothing': expected one of deit_base,"),
         (["resnet18"], "ResNet is not supported"),
+        (["beit_base_patch16_224", "--img-size", "8"], "Calculated padded input size"),
         (["deit_tiny", "--keep-rate", "1.5"], r"keep_rate must be in (0, 1], got 1.5"),
     ],
 )

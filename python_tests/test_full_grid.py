@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import timm
 import torch
 from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import evit_ext
 
@@ -298,3 +302,70 @@ def test_errors(small_vit: Any) -> None:
     with pytest.raises(ValueError, match="output_fmt must be 'NCHW' or 'NLC', got 'NHWC'"):
         vit.forward_intermediates(x, output_fmt="NHWC")
     assert isinstance(timm.create_model("eva02_tiny_patch14_224", depth=1), Eva)
+
+
+def test_many_threads(small_vit: Any) -> None:
+    vit = evit_ext.apply(small_vit(), 0.6)
+    inputs = [torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(60)]
+
+    def grids(x: torch.Tensor) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return vit.forward_intermediates(x, intermediates_only=True)
+
+    expected = [grids(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for got, alone in zip(pool.map(grids, inputs), expected, strict=True):
+            compare(got, alone)
+    assert all(block.recorders == () for block in vit.blocks[1:])
+
+
+def test_inside_of_a_checkpoint(small_vit: Any) -> None:
+    """Detectors put checkpoints around whole backbones."""
+    vit, x, gradients = evit_ext.apply(small_vit(dtype=torch.float64), 0.6).train(), images(), []
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return sum(grid.square().sum() for grid in vit.forward_intermediates(x, intermediates_only=True))
+
+    for checkpointing in (False, True):
+        vit.zero_grad()
+        (checkpoint(loss, x, use_reentrant=False) if checkpointing else loss(x)).backward()
+        gradients.append([p.grad.clone() for p in vit.blocks.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_reentrant_checkpointing_has_no_gradient_of_what_was_before(small_vit: Any) -> None:
+    vit, x = evit_ext.apply(small_vit(), 0.6).train(), images(dtype=torch.float32)
+    vit.set_grad_checkpointing()
+    was = timm.layers.use_reentrant_ckpt()
+    timm.layers.set_reentrant_ckpt(True)
+    try:
+        vit.forward_intermediates(x, intermediates_only=True)
+        with pytest.raises(RuntimeError, match="no gradient under reentrant gradient checkpointing"):
+            vit.forward_intermediates(x, fill="before")
+    finally:
+        timm.layers.set_reentrant_ckpt(was)
+
+
+def test_on_meta_tensors(small_vit: Any) -> None:
+    vit = evit_ext.apply(small_vit(), 0.6).to("meta")
+    grids = vit.forward_intermediates(images(dtype=torch.float32).to("meta"), intermediates_only=True)
+    assert [tuple(grid.shape) for grid in grids] == [(2, 24, 4, 4)] * 4
+
+
+def test_a_method_of_another_kind_is_left_alone(small_vit: Any) -> None:
+    class Other(VisionTransformer):
+        def forward_intermediates(self, x: torch.Tensor) -> str:  # type: ignore[override]
+            return "mine"
+
+    vit = evit_ext.apply(small_vit(cls=Other), 0.6)
+    assert vit.forward_intermediates(images()) == "mine"
+    vit = small_vit()
+    calls: list[int] = []
+    own = vit.forward_intermediates
+    wrapped = functools.wraps(own)(lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
+    vit.forward_intermediates = wrapped
+    evit_ext.apply(vit, 0.6)
+    vit.forward_intermediates(images(dtype=torch.float32))
+    assert calls == [1]
+    assert evit_ext.remove(vit).forward_intermediates is wrapped

@@ -307,6 +307,24 @@ def test_an_oracle_guides_it() -> None:
     assert torch.equal(record.scores[0], oracle(images())[0])
 
 
+def test_an_oracle_finds_the_images_among_the_arguments() -> None:
+    student, oracle = evit_ext.apply(build("ViT"), 0.6), evit_ext.Oracle(build("ViT"))
+    x = torch.randn(2, 3, 48, 40)
+    with oracle.guide(student), evit_ext.record_tokens(student) as record:
+        student(labels=torch.tensor([0, 1]), pixel_values=x, interpolate_pos_encoding=True)
+    assert torch.equal(record.scores[0], oracle(x, interpolate_pos_encoding=True)[0])
+
+
+def test_an_oracle_with_a_text_model() -> None:
+    config = transformers.CLIPConfig(vision_config=SIZES, text_config=TEXT, projection_dim=12)
+    clip = transformers.CLIPModel(config).eval()
+    student, oracle = evit_ext.apply(copy.deepcopy(clip), 0.6), evit_ext.Oracle(clip)
+    oracle.initialize(student)
+    with oracle.guide(student), evit_ext.record_tokens(student) as record:
+        student(input_ids=torch.tensor([[0, 5, 7, 1]]), pixel_values=images())
+    assert torch.equal(record.scores[0], oracle(images())[0])
+
+
 def test_bfloat16_and_autocast() -> None:
     assert (
         output(evit_ext.apply(build("ViT", torch.bfloat16), 0.6), images(dtype=torch.bfloat16))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from slow_oracle import attention_maps, slow_guided
+from torch.utils.checkpoint import checkpoint
 
 import evit_ext
 
@@ -100,8 +101,13 @@ def test_initialize(small_vit: Any) -> None:
     oracle.initialize(student)
     for (name, a), b in zip(student.named_parameters(), vit.parameters(), strict=True):
         assert torch.equal(a, b), name
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        oracle.initialize(evit_ext.apply(small_vit(num_classes=7)))
+    unlike = evit_ext.apply(small_vit(num_classes=7, dtype=torch.float64))
+    expected = {name: value.clone() for name, value in unlike.state_dict().items()}
+    message = r"head.weight: \(5, 24\) in the oracle, \(7, 24\) in the student"
+    with pytest.raises(ValueError, match=message):
+        oracle.initialize(unlike)
+    for name, value in unlike.state_dict().items():
+        assert torch.equal(value, expected[name])
 
 
 def test_at_keep_rate_one_nothing_changes(small_vit: Any) -> None:
@@ -126,6 +132,37 @@ def test_gradient_checkpointing(small_vit: Any) -> None:
         first, _ = student(x), student(images(seed=1))
         with pytest.raises(RuntimeError, match="every forward needs its backward before the next forward"):
             first.sum().backward()
+
+
+def test_inside_of_a_checkpoint(small_vit: Any) -> None:
+    student = evit_ext.apply(small_vit(dtype=torch.float64), 0.6, DROP_LOC).train()
+    gradients = []
+    with evit_ext.Oracle(other(small_vit), DROP_LOC).guide(student):
+        for checkpointing in (False, True):
+            student.zero_grad()
+            x = images()
+            out = checkpoint(student, x, use_reentrant=False) if checkpointing else student(x)
+            out.square().sum().backward()
+            gradients.append([p.grad.clone() for p in student.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_the_oracle_said_of_other_images_is_not_used(small_vit: Any) -> None:
+    student = evit_ext.apply(small_vit(), 0.6)
+    x = images(dtype=torch.float32)
+    with evit_ext.Oracle(small_vit()).guide(student):
+        student(x)
+        for call in (student.forward_features, student.forward_intermediates):
+            with pytest.raises(ValueError, match="the oracle was not asked: call the whole model"):
+                call(x)
+        with pytest.raises(ValueError, match="called without images"):
+            student("images")
+
+
+def test_another_dtype_is_named(small_vit: Any) -> None:
+    with pytest.raises(ValueError, match=r"the oracle is torch.float32, the images are torch.float64"):
+        evit_ext.Oracle(small_vit())(images())
 
 
 def test_compile(small_vit: Any) -> None:

@@ -103,8 +103,8 @@ def _check_architecture(
     if theirs.is_distilled and not ours.is_distilled:
         raise ValueError(
             f"the weights are those of a distilled DeiT, whose distillation token and second head {name} "
-            'does not have: build the model as timm.create_model("deit_small_distilled_patch16_224"), or the '
-            "size that they are of, and make it an EViT with evit_ext.apply"
+            "does not have: build the model with evit_ext.models.deit_small_distilled(), or the size that "
+            "they are of"
         )
     if ours.is_distilled and not theirs.is_distilled:
         raise ValueError(

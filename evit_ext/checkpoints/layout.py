@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+#: How many dicts in dicts are looked into.
+_DEEPEST = 8
 _PLAIN = ("model", "state_dict", "model_state_dict")
 _AVERAGED = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
 # Of DistributedDataParallel, torch.compile, and modules that training frameworks put around a model.
@@ -90,7 +92,7 @@ def find_weights(content: Any, use_ema: bool | None, own_keys: Collection[str], 
     state, is_ema = content, False
     path: list[str] = []
     unused: list[str] = []
-    while True:
+    for _ in range(_DEEPEST):
         plain = [entry for entry in _PLAIN if _has_weights(state.get(entry))]
         averaged = [entry for entry in _AVERAGED if _has_weights(state.get(entry))]
         if not plain and not averaged:
@@ -106,6 +108,8 @@ def find_weights(content: Any, use_ema: bool | None, own_keys: Collection[str], 
         unused += [".".join([*path, other]) for other in (*rest, *(plain if take_ema else averaged))]
         path.append(entry)
         state = state[entry]
+    else:
+        raise ValueError(f"{name} has dicts in dicts, more than {_DEEPEST} deep, and no weights")
     if not any(isinstance(value, Tensor) for value in state.values()):
         entries = ", ".join(map(repr, list(state)[:10])) or "nothing"
         raise ValueError(
@@ -134,11 +138,15 @@ def find_weights(content: Any, use_ema: bool | None, own_keys: Collection[str], 
     )
 
 
-def _has_weights(value: Any) -> bool:
-    if not isinstance(value, Mapping):
+def _has_weights(value: Any, seen: set[int] | None = None) -> bool:
+    # Each dict is looked at once: a file may hold one in many places, or in itself.
+    seen = set() if seen is None else seen
+    if not isinstance(value, Mapping) or id(value) in seen or len(seen) > 100:
         return False
-    inside = (value.get(entry) for entry in _PLAIN + _AVERAGED)
-    return any(isinstance(v, Tensor) for v in value.values()) or any(map(_has_weights, inside))
+    seen.add(id(value))
+    if any(isinstance(v, Tensor) for v in value.values()):
+        return True
+    return any(_has_weights(value.get(entry), seen) for entry in _PLAIN + _AVERAGED)
 
 
 def _without_prefixes(state: dict[str, Tensor], own_keys: Collection[str]) -> dict[str, Tensor]:

@@ -179,6 +179,11 @@ def _loadable(model: nn.Module) -> nn.Module:
                 f"{type(inner).__name__}'s {key} is on the meta device, which holds no weights: build the "
                 "model on another device, or call its to_empty(device=...) first"
             )
+        if value.is_inference():
+            raise ValueError(
+                f"{type(inner).__name__}'s {key} was made in inference mode, and cannot be changed out of "
+                "it: build the model outside"
+            )
         # A shard, or what a quantisation keeps in its place: copying into it may fail halfway.
         if type(value) is not torch.Tensor:
             raise ValueError(

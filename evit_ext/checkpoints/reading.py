@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import threading
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +101,17 @@ def _zip_format(path: Path, name: str, size: int) -> str:
     return "zip"
 
 
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def _allowing(entries: list[Any]) -> Iterator[None]:
+    # Leaving torch's context takes away what the caller has allowed himself, too.
+    allowed = torch.serialization.get_safe_globals()
+    with torch.serialization.safe_globals([entry for entry in entries if entry not in allowed]):
+        yield
+
+
 def read_file(path: Path, name: str) -> Any:
     """Return what is in the file at `path`, on the CPU.
 
@@ -115,9 +129,8 @@ def read_file(path: Path, name: str) -> Any:
             return load_file(path, device="cpu")
         except SafetensorError as error:
             raise ValueError(f"{name} is not complete, or damaged: {error}") from error
-    # Leaving the context takes away what the caller has allowed himself, too.
-    allowed = torch.serialization.get_safe_globals()
-    with torch.serialization.safe_globals([entry for entry in _SAFE if entry not in allowed]):
+    # What is allowed, torch keeps for the whole process: one thread at a time.
+    with _LOCK, _allowing(_SAFE):
         try:
             # Mapped, so that an optimizer's state, which nobody asks for, is not read at all.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=form == "zip")

@@ -18,8 +18,8 @@ from evit_ext.models.deit import is_connection_error
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
-# As torch.hub, but for the 8 digits: "lvvit_s-26M-224-83.3.pth.tar" has no hash.
-_HASH = re.compile(r"-([a-f0-9]{8,64})\.")
+# As torch.hub, but for the 8 digits, "lvvit_s-26M-224-83.3.pth.tar" has no hash, nor has a date.
+_HASH = re.compile(r"-(?!\d{8}\.)([a-f0-9]{8,64})\.")
 _OFFLINE = "Without a network, bring the file here another way and give its path"
 
 

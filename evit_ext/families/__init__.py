@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import re
 import sys
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = [
     "family_of",
     "find_blocks",
     "reorganizing_blocks",
+    "vision_tower",
 ]
 
 FAMILIES = (vision_transformer.FAMILY, eva.FAMILY, beit.FAMILY)
@@ -89,7 +91,8 @@ def _is_of_transformers(vit: Any) -> bool:
 def _huggingface() -> Any:
     """Return the module for transformers' models; ValueError if transformers is too old for it."""
     version = importlib.metadata.version("transformers")
-    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TRANSFORMERS:
+    release = re.match(r"(\d+)\.(\d+)", version)
+    if release is None or tuple(map(int, release.groups())) < MINIMUM_TRANSFORMERS:
         raise ValueError(
             f"transformers {version} is not supported: its layers are others than those of "
             f"{'.'.join(map(str, MINIMUM_TRANSFORMERS))} and newer"
@@ -106,6 +109,11 @@ def _hint_of_wrapper(vit: nn.Module) -> str:
 
 def check_block(family: Family, block: nn.Module, location: int) -> None:
     """Raise ValueError unless `block` is one that a reorganising block of `family` can replace."""
+    if "forward" in block.__dict__:
+        raise ValueError(
+            f"block {location} has a forward of its own, in the place of its class's, as accelerate's hooks "
+            "put there: call evit_ext.apply before that"
+        )
     for kind, found, expected in (
         ("block", block, family.blocks),
         ("attention", getattr(block, family.attention, None), family.attentions),
@@ -131,6 +139,11 @@ def find_blocks(vit: Any) -> Blocks | None:
         return _huggingface().find_blocks(vit)
     blocks = getattr(vit, "blocks", None)
     return blocks if isinstance(blocks, (nn.Sequential, nn.ModuleList)) else None
+
+
+def vision_tower(vit: Any) -> Any:
+    """Return the vision model in a model of transformers; of others, `vit` itself."""
+    return _huggingface().vision_tower(vit) if _is_of_transformers(vit) else vit
 
 
 def reorganizing_blocks(vit: nn.Module) -> list[ReorganizingBlock]:

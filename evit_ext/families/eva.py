@@ -21,7 +21,7 @@ from evit_ext.attention import Score, attend
 from evit_ext.block import AdoptedBlock, ReorganizingBlock
 from evit_ext.families.family import Family
 from evit_ext.families.vision_transformer import mask_arguments
-from evit_ext.override import Override, ReplicateOverrides
+from evit_ext.override import Override
 from evit_ext.trail import TokenTrail
 
 _ATTENTIONS: tuple[type[nn.Module], ...] = (EvaAttention,)
@@ -157,8 +157,7 @@ def _has_positions(vit: Any) -> bool:
 
 def _install(vit: Any) -> None:
     """Make an Eva hand trails to its blocks."""
-    vit._pos_embed = StartTrail(vit, "_pos_embed")
-    vit._replicate_for_data_parallel = ReplicateOverrides(vit, "_replicate_for_data_parallel")
+    StartTrail(vit, "_pos_embed").install()
 
 
 FAMILY = Family(

@@ -2,8 +2,8 @@
 
 Imported only when such a model is given, as transformers is not needed for anything else.
 
-A reorganising layer is also an instance of the layer class that it replaces: transformers looks for layers by
-their class, to record hidden states, to checkpoint gradients and to place layers on devices.
+A reorganising layer is also an instance of the layer class that it replaces: transformers finds layers by
+their class to record hidden states, and that class brings gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -224,6 +224,12 @@ def find_blocks(model: nn.Module) -> Blocks | None:
     """Return the layers of the vision model in `model`; None where there is none that is known."""
     found = _find_tower(model)
     return None if found is None else found[0].layers(found[1])
+
+
+def vision_tower(model: nn.Module) -> nn.Module:
+    """Return the vision model in `model`; `model` itself where there is none that is known."""
+    found = _find_tower(model)
+    return model if found is None else found[1]
 
 
 def family_of(model: nn.Module) -> Family:

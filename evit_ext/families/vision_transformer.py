@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import Attention
-from timm.models.vision_transformer import Block, ResPostBlock
+# Not from timm.layers, where its oldest versions do not have Attention.
+from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import Tensor, nn
 
 from evit_ext.attention import Score, attend
