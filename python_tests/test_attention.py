@@ -1,4 +1,4 @@
-"""The scores that rank patches, in every dtype; what models make of them is tested in test_families."""
+"""The scores that rank patches, in every dtype; what models make of them is in families/."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from evit_ext.attention import Score, attend
 from evit_ext.block import AdoptedBlock, ReorganizingBlock
 from evit_ext.families.family import Family
+from evit_ext.families.gamma import GammaBranches
 from evit_ext.trail import TokenTrail
 
 
@@ -42,17 +43,8 @@ class BiasTrail(TokenTrail):
         return bias[0, :, tokens[:, :, None], tokens[:, None, :]].transpose(0, 1)
 
 
-class _BeitBlock(AdoptedBlock):
+class _BeitBlock(GammaBranches, AdoptedBlock):
     """What the blocks of a Beit that reorganises tokens have in common."""
-
-    norm1: nn.Module
-    attn: nn.Module
-    norm2: nn.Module
-    mlp: nn.Module
-    gamma_1: Tensor | None
-    gamma_2: Tensor | None
-    drop_path1: nn.Module
-    drop_path2: nn.Module
 
     def follow(self, x: Tensor, trail: BiasTrail) -> Tensor:
         """Return what the replaced block computes, of the tokens that are left."""
@@ -65,17 +57,7 @@ class _BeitBlock(AdoptedBlock):
         """See :meth:`ReorganizingBlock.attention_branch`."""
         bias = positions.bias(self.attn, self.stage)
         attended, scores = attend(self.attn, self.norm1(x), score, bias=bias)
-        attended = attended if self.gamma_1 is None else self.gamma_1 * attended
-        return self.drop_path1(attended), scores
-
-    def mlp_norm(self) -> nn.Module | None:
-        """See :meth:`ReorganizingBlock.mlp_norm`."""
-        return self.norm2
-
-    def mlp_branch(self, x: Tensor, normed: Tensor | None) -> Tensor:
-        """See :meth:`ReorganizingBlock.mlp_branch`."""
-        out = self.mlp(self.norm2(x) if normed is None else normed)
-        return self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out)
+        return self.scaled_attention(attended), scores
 
 
 def _trail(shared_rel_pos_bias: Any) -> BiasTrail:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from evit_ext.attention import Score, attend
 from evit_ext.block import AdoptedBlock, ReorganizingBlock
 from evit_ext.families.family import Family
+from evit_ext.families.gamma import GammaBranches
 from evit_ext.families.vision_transformer import mask_arguments
 from evit_ext.override import Override
 from evit_ext.trail import TokenTrail
@@ -85,17 +86,8 @@ class FollowingEvaBlock(AdoptedBlock):
         return self.as_before(x, rope=_rope(rope, self.stage), **masks)
 
 
-class ReorganizingEvaBlock(ReorganizingBlock):
+class ReorganizingEvaBlock(GammaBranches, ReorganizingBlock):
     """timm's ``EvaBlock`` with token reorganisation."""
-
-    norm1: nn.Module
-    attn: nn.Module
-    norm2: nn.Module
-    mlp: nn.Module
-    gamma_1: Tensor | None
-    gamma_2: Tensor | None
-    drop_path1: nn.Module
-    drop_path2: nn.Module
 
     def forward(
         self, x: Tensor, rope: Any = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -111,17 +103,7 @@ class ReorganizingEvaBlock(ReorganizingBlock):
     def attention_branch(self, x: Tensor, score: Score, positions: Any) -> tuple[Tensor, Tensor]:
         """See :meth:`ReorganizingBlock.attention_branch`."""
         attended, scores = attend(self.attn, self.norm1(x), score, rope=positions)
-        attended = attended if self.gamma_1 is None else self.gamma_1 * attended
-        return self.drop_path1(attended), scores
-
-    def mlp_norm(self) -> nn.Module | None:
-        """See :meth:`ReorganizingBlock.mlp_norm`."""
-        return self.norm2
-
-    def mlp_branch(self, x: Tensor, normed: Tensor | None) -> Tensor:
-        """See :meth:`ReorganizingBlock.mlp_branch`."""
-        out = self.mlp(self.norm2(x) if normed is None else normed)
-        return self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out)
+        return self.scaled_attention(attended), scores
 
 
 class ReorganizingEvaBlockPostNorm(ReorganizingEvaBlock):

@@ -104,15 +104,19 @@ def _number(name: str, value: object, expected: str) -> float:
     return float(value)
 
 
-def class_attention(q: Tensor, k: Tensor, scale: float | None, logsumexp: Tensor | None = None) -> float:
-    """Check `q` [B, H, D], `k` [B, H, N, D] and `logsumexp` [B, H]; return the scale (default D ** -0.5)."""
-    _tensor("q", q, 3, "[B, H, D]")
-    _tensor("k", k, 4, "[B, H, N, D]")
+def _queries_and_keys(q: Tensor, k: Tensor) -> None:
     _floating("q", q)
     _floating("k", k)
     if q.dtype != k.dtype:
         raise TypeError(f"q and k must have one dtype, got {q.dtype} and {k.dtype}")
     same_device("q", q, "k", k)
+
+
+def class_attention(q: Tensor, k: Tensor, scale: float | None, logsumexp: Tensor | None = None) -> float:
+    """Check `q` [B, H, D], `k` [B, H, N, D] and `logsumexp` [B, H]; return the scale (default D ** -0.5)."""
+    _tensor("q", q, 3, "[B, H, D]")
+    _tensor("k", k, 4, "[B, H, N, D]")
+    _queries_and_keys(q, k)
     if (q.shape[0], q.shape[1], q.shape[2]) != (k.shape[0], k.shape[1], k.shape[3]):
         raise ValueError(
             f"q [B, H, D] and k [B, H, N, D] must agree in B, H and D, "
@@ -138,11 +142,7 @@ def mean_attention(q: Tensor, k: Tensor, scale: float | None) -> float:
     """Check `q` [B, H, M, D] and `k` [B, H, N, D]; return the scale (default D ** -0.5)."""
     _tensor("q", q, 4, "[B, H, M, D]")
     _tensor("k", k, 4, "[B, H, N, D]")
-    _floating("q", q)
-    _floating("k", k)
-    if q.dtype != k.dtype:
-        raise TypeError(f"q and k must have one dtype, got {q.dtype} and {k.dtype}")
-    same_device("q", q, "k", k)
+    _queries_and_keys(q, k)
     if (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
         raise ValueError(
             f"q [B, H, M, D] and k [B, H, N, D] must agree in B, H and D, "

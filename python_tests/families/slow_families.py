@@ -1,4 +1,4 @@
-"""Every supported family of models as an EViT, a second time, slowly: the oracle of test_families.py.
+"""Every supported family of models as an EViT, a second time, slowly: the oracle of the tests in this folder.
 
 It shares no code with the package, forms the attention map, and takes what it needs from the plain model's
 parameters: projections, rotations and biases are written out. Tokens stand in the order of their scores, as
