@@ -5,6 +5,7 @@ from evit_ext.training.engine import EpochResult, Evaluation, Trainer, evaluate
 from evit_ext.training.precision import Precision, autocast, choose_precision
 from evit_ext.training.progress import Progress
 from evit_ext.training.recipe import FINE_TUNE, FROM_SCRATCH, Recipe
+from evit_ext.training.run_checkpoints import RunCheckpoints
 from evit_ext.training.throughput import measure_throughput
 from evit_ext.training.token_labels import TokenLabelLoss
 
@@ -17,6 +18,7 @@ __all__ = [
     "Precision",
     "Progress",
     "Recipe",
+    "RunCheckpoints",
     "TokenLabelLoss",
     "Trainer",
     "autocast",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import timm.loss
@@ -24,6 +24,7 @@ from evit_ext.training.modes import eval_mode
 from evit_ext.training.precision import Precision, autocast, choose_precision
 from evit_ext.training.progress import Progress
 from evit_ext.training.recipe import Recipe
+from evit_ext.training.run_checkpoints import random_state, set_random_state
 
 
 class EpochResult(NamedTuple):
@@ -108,6 +109,7 @@ class Trainer:
             ModelEmaV3(self._unwrapped, decay=recipe.ema_decay) if recipe.ema_decay is not None else None
         )
         self._step = 0
+        self._seen = _Seen(self.device)
         self._reorganizes = bool(reorganizing_blocks(self._unwrapped)) and recipe.keep_rate is not None
         self._mixup, self._loss = self._targets(num_classes)
         self._custom_loss = loss
@@ -128,55 +130,115 @@ class Trainer:
             return None, timm.loss.LabelSmoothingCrossEntropy(recipe.label_smoothing)
         return None, nn.CrossEntropyLoss()
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps done since the start of training."""
+        return self._step
+
+    @property
+    def step_in_epoch(self) -> int:
+        """Steps done of the epoch that is under way; 0 between epochs."""
+        return self._step % self.steps_per_epoch
+
     def train_one_epoch(
-        self, batches: Iterable[Any], description: str = "train", progress: bool = True
+        self,
+        batches: Iterable[Any],
+        description: str = "train",
+        progress: bool = True,
+        after_step: Callable[[], None] | None = None,
     ) -> EpochResult:
         """Train on the batches of an epoch: `steps_per_epoch` tuples that begin with images and labels.
 
         Args:
             batches: of images float [B, C, H, W] and labels int64 [B]; what else a tuple holds is ignored.
+                Where the epoch is under way already (:attr:`step_in_epoch`), those that are left of it.
             description: what the progress says.
             progress: show it.
+            after_step: called after every step, to write a checkpoint for instance.
+
+        Returns:
+            Means over the whole epoch, but for the images per second, which are those of this call.
 
         Raises:
-            ValueError: there are fewer or more batches than `steps_per_epoch`.
+            ValueError: there are fewer or more batches than are left of `steps_per_epoch`.
             FloatingPointError: the loss is not finite any more.
         """
         self.model.train(not self.recipe.eval_mode)
-        total_loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        images_seen, steps, keep_rate = 0, 0, 1.0
+        if self.step_in_epoch == 0:
+            self._seen = _Seen(self.device)
+        seen, done, keep_rate = self._seen, self.step_in_epoch, 1.0
+        before = seen.images
         start = time.perf_counter()
-        with Progress(description, self.steps_per_epoch, progress) as bar:
+
+        def images_per_second() -> float:
+            return (seen.images - before) / (time.perf_counter() - start)
+
+        with Progress(description, self.steps_per_epoch - done, progress) as bar:
             for images, labels, *_ in batches:
-                if steps == self.steps_per_epoch:
+                if done == self.steps_per_epoch:
                     raise ValueError(f"the epoch has more than the {self.steps_per_epoch} batches announced")
                 images, labels = images.to(self.device), labels.to(self.device)
                 keep_rate = self._set_keep_rate()
                 loss, logits = self._optimize(images, labels)
-                total_loss += loss.double() * len(labels)
-                correct += (logits.argmax(dim=1) == labels).sum()
-                images_seen += len(labels)
-                steps += 1
+                seen.add(loss, logits, labels)
+                done += 1
                 # Reading the loss waits for a GPU: do it now and then.
-                if steps % 10 == 0 or steps == self.steps_per_epoch or self.device.type == "cpu":
+                if done % 10 == 0 or done == self.steps_per_epoch or self.device.type == "cpu":
                     self._check_finite(loss)
                     bar.step(
-                        loss=f"{total_loss.item() / images_seen:.3f}",
-                        accuracy=f"{100 * correct.item() / images_seen:.1f}%",
+                        loss=f"{seen.mean_loss:.3f}",
+                        accuracy=f"{seen.accuracy:.1f}%",
                         keep_rate=f"{keep_rate:.2f}",
-                        images_per_second=f"{images_seen / (time.perf_counter() - start):.0f}",
+                        images_per_second=f"{images_per_second():.0f}",
                     )
                 else:
                     bar.step()
-        if steps < self.steps_per_epoch:
-            raise ValueError(f"the epoch has {steps} batches, {self.steps_per_epoch} were announced")
-        return EpochResult(
-            total_loss.item() / images_seen,
-            100 * correct.item() / images_seen,
-            keep_rate,
-            images_seen / (time.perf_counter() - start),
-        )
+                if after_step is not None:
+                    after_step()
+        if done < self.steps_per_epoch:
+            raise ValueError(f"the epoch has {done} batches, {self.steps_per_epoch} were announced")
+        return EpochResult(seen.mean_loss, seen.accuracy, keep_rate, images_per_second())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that training goes on from: weights, average, optimizer, schedules, random generators.
+
+        Of tensors and plain Python values, so that what :class:`RunCheckpoints` writes is read without
+        executing anything. What the data loader's own generators and workers hold is not among it.
+        """
+        return {
+            "model": self._unwrapped.state_dict(),
+            "model_ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self._step,
+            "seen": self._seen.state_dict(),
+            "recipe": asdict(self.recipe),
+            "steps_per_epoch": self.steps_per_epoch,
+            "random": random_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: it is of a run with another recipe or another number of steps in an epoch.
+            RuntimeError: the weights do not fit the model.
+        """
+        expected = {**asdict(self.recipe), "steps_per_epoch": self.steps_per_epoch}
+        came = {**state["recipe"], "steps_per_epoch": state["steps_per_epoch"]}
+        different = [name for name in {**expected, **came} if expected.get(name) != came.get(name)]
+        if different:
+            said = ", ".join(
+                f"{name} {came.get(name)!r} instead of {expected.get(name)!r}" for name in different
+            )
+            raise ValueError(f"the checkpoint is of another run: it has {said}")
+        self._unwrapped.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["model_ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._step = state["step"]  # all that the scheduler knows; the optimizer has its learning rates
+        self._seen = _Seen(self.device)
+        self._seen.load_state_dict(state["seen"])
+        set_random_state(state["random"])
 
     def _set_keep_rate(self) -> float:
         recipe = self.recipe
@@ -222,6 +284,39 @@ class Trainer:
                 f"the loss is {loss.item()} at step {self._step}: try a smaller learning rate than "
                 f"{self.recipe.lr}"
             )
+
+
+class _Seen:
+    """What was seen of an epoch: sums of losses and of right answers, on the device, and the images."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.images = 0
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch with its mean `loss`."""
+        self._loss += loss.double() * len(labels)
+        self._correct += (logits.argmax(dim=1) == labels).sum()
+        self.images += len(labels)
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean over the images; waits for a GPU."""
+        return self._loss.item() / self.images
+
+    @property
+    def accuracy(self) -> float:
+        """In percent; waits for a GPU."""
+        return 100 * self._correct.item() / self.images
+
+    def state_dict(self) -> dict[str, float]:
+        return {"loss": self._loss.item(), "correct": self._correct.item(), "images": self.images}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self._loss.fill_(state["loss"])
+        self._correct.fill_(state["correct"])
+        self.images = int(state["images"])
 
 
 def evaluate(

@@ -1,0 +1,146 @@
+"""The checkpoints of a training run: written whole or not at all, rotated, read without executing them."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import random
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+_logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"checkpoint-(\d{9})\.pth")
+_UNFINISHED = ".unfinished"
+
+
+class RunCheckpoints:
+    """The checkpoints in a folder, named by their step, ``checkpoint-000001200.pth``.
+
+    A checkpoint is first written under another name, brought to the disk, and then renamed: whenever the
+    process is killed, the folder holds complete checkpoints only, besides an unfinished file that the next
+    save takes away. Files are torch's, of tensors and plain Python values, so that reading one executes
+    nothing.
+
+    Args:
+        folder: made if it is not there.
+        keep: how many to keep, at least 1; older ones are deleted once a newer one is complete.
+
+    Raises:
+        ValueError: `keep` is less than 1.
+        OSError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int = 2) -> None:
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self.folder = Path(folder)
+        self.keep = keep
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def steps(self) -> list[int]:
+        """Return the steps of the checkpoints in the folder, ascending."""
+        matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def path(self, step: int) -> Path:
+        """Return the path of the checkpoint of a step."""
+        return self.folder / f"checkpoint-{step:09d}.pth"
+
+    def save(self, state: Mapping[str, Any], step: int) -> Path:
+        """Write the checkpoint of a step, and delete those that are too old.
+
+        Raises:
+            OSError: it could not be written, for want of space for instance; what was there before still is.
+        """
+        path = self.path(step)
+        unfinished = path.with_name(path.name + _UNFINISHED)
+        for leftover in self.folder.glob(f"*{_UNFINISHED}"):
+            leftover.unlink()
+        try:
+            with unfinished.open("wb") as file:
+                torch.save(dict(state), file)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+            _sync_folder(self.folder)
+        except (OSError, RuntimeError) as error:
+            unfinished.unlink(missing_ok=True)
+            # torch reports a failed write as a RuntimeError.
+            cause = error if isinstance(error, OSError) else error.__context__
+            number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
+            raise OSError(
+                number,
+                f"the checkpoint of step {step} could not be written ({error}); older ones are intact",
+                str(path),
+            ) from error
+        for old in self.steps()[: -self.keep]:
+            self.path(old).unlink()
+        return path
+
+    def load_latest(self) -> tuple[dict[str, Any], int] | None:
+        """Return the state and step of the newest checkpoint that is whole; None where there is none.
+
+        One that is damaged, as a failing disk may leave it, is passed over with a warning.
+        """
+        for step in reversed(self.steps()):
+            try:
+                return self.load(step), step
+            except ValueError as error:
+                _logger.warning("%s; trying the one before it", error)
+        return None
+
+    def load(self, step: int) -> dict[str, Any]:
+        """Return the state of a checkpoint, on the CPU.
+
+        Raises:
+            FileNotFoundError: there is none of this step.
+            ValueError: it is damaged.
+        """
+        path = self.path(step)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # by the sum that every part has with it
+            if damaged is not None:
+                raise ValueError(f"{path} is damaged (in {damaged})")
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path} is not complete, or damaged") from error
+        return state
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def random_state() -> dict[str, Any]:
+    """Return the states of all random generators of this process: torch's, NumPy's and Python's."""
+    name, keys, position, has_gauss, gauss = cast(Any, np.random.get_state(legacy=True))
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (str(name), keys.tolist(), int(position), int(has_gauss), float(gauss)),
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Set the random generators to what :func:`random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
