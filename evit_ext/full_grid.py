@@ -16,6 +16,17 @@ from evit_ext.record import TokenRecord, recording
 
 _FILLS = ("fused", "before", "zero")
 
+#: With which timm's method begins.
+_PARAMETERS = (
+    "x",
+    "indices",
+    "return_prefix_tokens",
+    "norm",
+    "stop_early",
+    "output_fmt",
+    "intermediates_only",
+)
+
 
 class FullGridIntermediates(Override):
     """In the place of a timm model's ``forward_intermediates``: its features are full grids again.
@@ -39,26 +50,27 @@ class FullGridIntermediates(Override):
     def fits(vit: nn.Module) -> bool:
         """Return whether `vit` has timm's ``forward_intermediates``."""
         method = getattr(vit, "forward_intermediates", None)
-        names = {"indices", "norm", "output_fmt", "intermediates_only"}
-        return method is not None and names <= set(inspect.signature(method).parameters)
+        if method is None:
+            return False
+        return tuple(inspect.signature(method).parameters)[: len(_PARAMETERS)] == _PARAMETERS
 
     def __call__(
         self,
         x: Tensor,
         indices: int | list[int] | None = None,
-        *args: Any,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        *,
         fill: str | None = None,
-        **kwargs: Any,
+        **others: Any,
     ) -> Any:
         """Return the features of images `x` [B, channels, height, width]; see timm's, and above."""
         vit: Any = self.module
-        # Through the signature, because timm takes most of it by position as well.
-        bound = inspect.signature(self.original()).bind(x, indices, *args, **kwargs)
-        bound.apply_defaults()
-        output_fmt = bound.arguments["output_fmt"]
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        bound.arguments["output_fmt"] = "NLC"
         blocks = reorganizing_blocks(vit)
         fill = _check_fill(fill, fused=all(block.fuse_token for block in blocks))
         taken, _ = feature_take_indices(len(vit.blocks), indices)
@@ -67,15 +79,17 @@ class FullGridIntermediates(Override):
             for index in sorted(taken)
         ]
         with recording(blocks, TokenRecord(keep_tokens=fill == "before", private=True)) as record:
-            out = self.original()(*bound.args, **bound.kwargs)
-        norm = vit.norm if bound.arguments["norm"] else None
+            out = self.original()(
+                x, indices, return_prefix_tokens, norm, stop_early, "NLC", intermediates_only, **others
+            )
+        norm_layer = vit.norm if norm else None
         grid = vit.patch_embed.dynamic_feat_size(tuple(x.shape[2:])) if output_fmt == "NCHW" else None
 
         def restore(features: list[Any]) -> list[Any]:
             restored = []
             for tokens, number in zip(features, stages, strict=True):
                 with_prefix = isinstance(tokens, tuple)
-                patches = _restore(tokens[0] if with_prefix else tokens, number, record, fill, norm)
+                patches = _restore(tokens[0] if with_prefix else tokens, number, record, fill, norm_layer)
                 if grid is not None:
                     patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
                 restored.append((patches, tokens[1]) if with_prefix else patches)
@@ -83,7 +97,7 @@ class FullGridIntermediates(Override):
 
         if isinstance(out, dict):
             return {**out, "image_intermediates": restore(out["image_intermediates"])}
-        if bound.arguments["intermediates_only"]:
+        if intermediates_only:
             return restore(out)
         return out[0], restore(out[1])
 

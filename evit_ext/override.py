@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -37,7 +38,7 @@ class Override:
         """Return the method that is overridden, bound to the module."""
         if self.replaced is not None:
             return self.replaced
-        return getattr(type(self.module), self.name).__get__(self.module)
+        return partial(getattr(type(self.module), self.name), self.module)
 
     def install(self) -> None:
         """Put this in the place of the method."""

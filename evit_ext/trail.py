@@ -19,13 +19,14 @@ class TokenTrail:
     Args:
         positions: what the model gives to all its blocks about the positions of all patches, such as rotary
             embeddings, for the blocks to take their tokens' part of.
+        same_way: a trail of the same forward with other positions; both know what is added to either.
     """
 
-    def __init__(self, positions: Any = None) -> None:
+    def __init__(self, positions: Any = None, same_way: TokenTrail | None = None) -> None:
         self.positions = positions
-        self._kept: dict[int, Tensor] = {}
-        self._sizes: dict[int, tuple[int, bool]] = {}
-        self._patches: dict[int, Tensor] = {}
+        self._kept: dict[int, Tensor] = {} if same_way is None else same_way._kept
+        self._sizes: dict[int, tuple[int, bool]] = {} if same_way is None else same_way._sizes
+        self._patches: dict[int, Tensor] = {} if same_way is None else same_way._patches
 
     def add(self, stage: int, kept: Tensor, num_patches: int, fused: bool) -> None:
         """Take note of a stage.

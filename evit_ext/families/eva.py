@@ -45,9 +45,7 @@ class RotaryTrail(TokenTrail):
 
     def __getitem__(self, block: int) -> RotaryTrail:
         """Return the trail with the rotary embeddings of one block."""
-        of_block = RotaryTrail(self.positions[block])
-        of_block.__dict__.update({k: v for k, v in self.__dict__.items() if k != "positions"})
-        return of_block
+        return RotaryTrail(self.positions[block], same_way=self)
 
     def rope(self, stage: int) -> Tensor:
         """Return the rotary embeddings of the patch tokens that enter stage `stage`."""
