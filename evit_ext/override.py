@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,22 +16,16 @@ class Override:
     own, with the copy in the place of the module.
 
     Args:
-        module: the module; referred to weakly, so that it goes when nobody else wants it.
+        module: the module. It is kept, as a bound method keeps its object; so a module with overrides goes by
+            Python's garbage collector, not at once.
         name: of the method.
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
-        self._module = weakref.ref(module)
+        self.module = module
         self.name = name
         #: What the module had of its own under that name, as some libraries put there.
         self.replaced: Callable[..., Any] | None = module.__dict__.get(name)
-
-    @property
-    def module(self) -> nn.Module:
-        """The module whose method this is."""
-        module = self._module()
-        assert module is not None  # it is what calls this
-        return module
 
     def original(self) -> Callable[..., Any]:
         """Return the method that is overridden, bound to the module."""
@@ -43,12 +36,6 @@ class Override:
     def install(self) -> None:
         """Put this in the place of the method."""
         setattr(self.module, self.name, self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_module": self._module()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({**state, "_module": weakref.ref(state["_module"])})
 
 
 def overrides(module: nn.Module) -> list[Override]:
