@@ -1,17 +1,17 @@
 """Training: a thin loop around timm's parts. Its own is the keep rate; `evit_ext.demo` shows it at work."""
 
+from evit_ext.training.config import TrainConfig, load_config, recipe_names
 from evit_ext.training.dynamicvit_loss import DynamicViTLoss
-from evit_ext.training.engine import EpochResult, Evaluation, Trainer, evaluate
+from evit_ext.training.evaluation import Evaluation, evaluate
 from evit_ext.training.precision import Precision, autocast, choose_precision
 from evit_ext.training.progress import Progress
-from evit_ext.training.recipe import FINE_TUNE, FROM_SCRATCH, Recipe
+from evit_ext.training.recipe import Recipe
 from evit_ext.training.run_checkpoints import RunCheckpoints
 from evit_ext.training.throughput import measure_throughput
 from evit_ext.training.token_labels import TokenLabelLoss
+from evit_ext.training.trainer import EpochResult, Trainer
 
 __all__ = [
-    "FINE_TUNE",
-    "FROM_SCRATCH",
     "DynamicViTLoss",
     "EpochResult",
     "Evaluation",
@@ -20,9 +20,12 @@ __all__ = [
     "Recipe",
     "RunCheckpoints",
     "TokenLabelLoss",
+    "TrainConfig",
     "Trainer",
     "autocast",
     "choose_precision",
     "evaluate",
+    "load_config",
     "measure_throughput",
+    "recipe_names",
 ]

@@ -1,55 +1,58 @@
-"""A training recipe: every number of a training run, in one place, named as in timm."""
+"""A training recipe: every number of the optimisation, in one place, named as in timm."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 
-@dataclass(frozen=True)
+def option(default: Any, description: str) -> Any:
+    """Return a dataclass field with its default and what it means, which ``evit train --help`` prints."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": description})
+    return field(default=default, metadata={"help": description})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to train.
-
-    Attributes:
-        epochs: passes over the training data.
-        batch_size: images a step.
-        lr: peak learning rate, for this batch size; falls to `min_lr` along a half cosine, step by step.
-        min_lr: learning rate at the end.
-        warmup_epochs: epochs, or a part of one, over which it rises linearly from `warmup_lr`.
-        warmup_lr: learning rate of the first step, where there is a warm-up.
-        optimizer: any of timm's, by name.
-        weight_decay: as timm applies it, not to biases, norms and embeddings.
-        clip_grad: largest norm of the gradient; None does not clip.
-        label_smoothing: share of the target spread over all classes.
-        mixup: alpha of mixup; 0 is none.
-        cutmix: alpha of CutMix; 0 is none.
-        ema_decay: decay of an exponential moving average of the weights; None keeps none.
-        keep_rate: keep rate of an EViT at the end; ignored for a model that does not reorganise tokens. None
-            leaves the model's own.
-        keep_rate_start_epoch: up to here the keep rate is 1,
-        keep_rate_end_epoch: from here on it is `keep_rate`; between them a half cosine.
-        eval_mode: train in eval mode, that is without dropout and drop path, as published for fine-tuning.
+    """How to optimise; ``evit train --help`` says what each field is, as does its ``metadata["help"]``.
 
     Raises:
         ValueError: a number out of its range.
     """
 
-    epochs: int = 300
-    batch_size: int = 1024
-    lr: float = 1e-3
-    min_lr: float = 1e-5
-    warmup_epochs: float = 5
-    warmup_lr: float = 1e-6
-    optimizer: str = "adamw"
-    weight_decay: float = 0.05
-    clip_grad: float | None = None
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    ema_decay: float | None = None
-    keep_rate: float | None = None
-    keep_rate_start_epoch: float = 0
-    keep_rate_end_epoch: float = 0
-    eval_mode: bool = False
+    epochs: int = option(300, "passes over the training data")
+    batch_size: int = option(1024, "images an optimizer step, over all processes")
+    lr: float = option(
+        1e-3, "peak learning rate for this batch size; falls to min_lr along a half cosine, step by step"
+    )
+    min_lr: float = option(1e-5, "learning rate at the end")
+    warmup_epochs: float = option(
+        5, "epochs, or a part of one, over which the learning rate rises from warmup_lr in a straight line"
+    )
+    warmup_lr: float = option(1e-6, "learning rate of the first step, where there is a warm-up")
+    optimizer: str = option("adamw", "any of timm's, by name")
+    weight_decay: float = option(0.05, "as timm applies it: not to biases, norms and embeddings")
+    clip_grad: float | None = option(None, "largest norm of the gradient; none does not clip")
+    label_smoothing: float = option(0.0, "share of the target that is spread over all classes")
+    mixup: float = option(0.0, "alpha of mixup; 0 is none")
+    cutmix: float = option(0.0, "alpha of CutMix; 0 is none")
+    mix_prob: float = option(1.0, "share of the batches that are mixed, where mixup or cutmix is above 0")
+    cutmix_share: float = option(0.5, "share of CutMix among the mixed batches, where both are above 0")
+    ema_decay: float | None = option(
+        None, "decay of an exponential moving average of the weights; none keeps none"
+    )
+    keep_rate: float | None = option(None, "keep rate of an EViT at the end; none leaves the model's own")
+    keep_rate_start_epoch: float = option(0, "up to here the keep rate is 1,")
+    keep_rate_end_epoch: float = option(0, "from here on it is keep_rate; between them a half cosine")
+    keep_rate_token_step: int | None = option(
+        None,
+        "the keep rate falls in steps of this many tokens of the first stage, so that torch.compile compiles "
+        "a bounded number of times; none falls a little at every optimizer step, as published",
+    )
+    eval_mode: bool = option(
+        False, "train in eval mode, without dropout and drop path, as published for fine-tuning"
+    )
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -58,6 +61,9 @@ class Recipe:
         for name in ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "mixup", "cutmix"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("mix_prob", "cutmix_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         if self.warmup_epochs >= self.epochs:
@@ -68,6 +74,8 @@ class Recipe:
             raise ValueError(f"clip_grad must be positive, got {self.clip_grad}")
         if self.keep_rate is not None and not 0 < self.keep_rate <= 1:
             raise ValueError(f"keep_rate must be in (0, 1], got {self.keep_rate}")
+        if self.keep_rate_token_step is not None and self.keep_rate_token_step < 1:
+            raise ValueError(f"keep_rate_token_step must be at least 1, got {self.keep_rate_token_step}")
         if not 0 <= self.keep_rate_start_epoch <= self.keep_rate_end_epoch:
             raise ValueError(
                 "expected 0 <= keep_rate_start_epoch <= keep_rate_end_epoch, got "
@@ -85,36 +93,6 @@ class Recipe:
             warmup_lr=self.warmup_lr * factor,
         )
 
-
-#: Training from scratch on ImageNet-1k as published (Liang et al., ICLR 2022, section 4), with DeiT's label
-#: smoothing, first and last learning rate. What it does to the images (RandAugment m9, random erasing 0.25,
-#: repeated augmentation) is the loader's part, drop path 0.1 the model's.
-FROM_SCRATCH = Recipe(
-    epochs=300,
-    batch_size=2048,
-    lr=5e-4 * 2048 / 512,
-    min_lr=1e-5,
-    warmup_epochs=5,
-    weight_decay=0.05,
-    label_smoothing=0.1,
-    mixup=0.8,
-    cutmix=1.0,
-    ema_decay=0.99996,
-    keep_rate=0.7,
-    keep_rate_start_epoch=10,
-    keep_rate_end_epoch=110,
-)
-
-#: Fine-tuning an EViT from a trained dense model on ImageNet-1k. Published are the 30 epochs, the learning
-#: rates, the weight decay, eval mode and that the keep rate does not warm up; the batch size, and that labels
-#: are neither mixed nor smoothed, are choices here.
-FINE_TUNE = Recipe(
-    epochs=30,
-    batch_size=1024,
-    lr=2e-5,
-    min_lr=2e-6,
-    warmup_epochs=0,
-    weight_decay=1e-6,
-    keep_rate=0.7,
-    eval_mode=True,
-)
+    def optimisation(self) -> dict[str, Any]:
+        """Return the fields that are a :class:`Recipe`'s own, whatever else a subclass has."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(Recipe)}

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
-from evit_ext.training import FINE_TUNE, FROM_SCRATCH, Recipe
+from evit_ext.training import Recipe, load_config
+
+FROM_SCRATCH = load_config("imagenet-300")
+FINE_TUNE = load_config("imagenet-finetune-30")
 
 
 def test_published_recipes() -> None:

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import evit_ext
+from evit_ext.randomness import random_state, set_random_state
 from evit_ext.training import Precision, Recipe, RunCheckpoints, Trainer
-from evit_ext.training.run_checkpoints import random_state, set_random_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

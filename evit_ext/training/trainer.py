@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import timm.loss
@@ -19,12 +18,11 @@ from torch import Tensor, nn
 
 from evit_ext.apply import set_keep_rate
 from evit_ext.families import reorganizing_blocks
+from evit_ext.randomness import random_state, set_random_state
 from evit_ext.schedule import keep_rate_schedule
-from evit_ext.training.modes import eval_mode
 from evit_ext.training.precision import Precision, autocast, choose_precision
 from evit_ext.training.progress import Progress
 from evit_ext.training.recipe import Recipe
-from evit_ext.training.run_checkpoints import random_state, set_random_state
 
 
 class EpochResult(NamedTuple):
@@ -34,15 +32,6 @@ class EpochResult(NamedTuple):
     accuracy: float
     keep_rate: float
     images_per_second: float
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """`top1` in percent, `loss` the mean cross-entropy, `images` how many there were."""
-
-    top1: float
-    loss: float
-    images: int
 
 
 class Trainer:
@@ -211,7 +200,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "step": self._step,
             "seen": self._seen.state_dict(),
-            "recipe": asdict(self.recipe),
+            "recipe": self.recipe.optimisation(),
             "steps_per_epoch": self.steps_per_epoch,
             "random": random_state(),
         }
@@ -223,7 +212,7 @@ class Trainer:
             ValueError: it is of a run with another recipe or another number of steps in an epoch.
             RuntimeError: the weights do not fit the model.
         """
-        expected = {**asdict(self.recipe), "steps_per_epoch": self.steps_per_epoch}
+        expected = {**self.recipe.optimisation(), "steps_per_epoch": self.steps_per_epoch}
         came = {**state["recipe"], "steps_per_epoch": state["steps_per_epoch"]}
         different = [name for name in {**expected, **came} if expected.get(name) != came.get(name)]
         if different:
@@ -317,35 +306,3 @@ class _Seen:
         self._loss.fill_(state["loss"])
         self._correct.fill_(state["correct"])
         self.images = int(state["images"])
-
-
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[Any],
-    precision: Precision | None = None,
-) -> Evaluation:
-    """Accuracy and loss on the batches, in eval mode; the model's mode is put back.
-
-    Args:
-        model: returns logits [B, classes].
-        batches: tuples that begin with images float [B, C, H, W] and labels int64 [B].
-        precision: by default chosen for the model's device.
-
-    Raises:
-        ValueError: there is no image.
-    """
-    device = next(model.parameters()).device
-    precision = precision or choose_precision(device)
-    correct, images_seen = 0, 0
-    total_loss = 0.0
-    with eval_mode(model), torch.inference_mode():
-        for images, labels, *_ in batches:
-            labels = labels.to(device)
-            with autocast(device, precision):
-                logits = model(images.to(device))
-            total_loss += nn.functional.cross_entropy(logits.float(), labels, reduction="sum").item()
-            correct += int((logits.argmax(dim=1) == labels).sum())
-            images_seen += len(labels)
-    if not images_seen:
-        raise ValueError("there is no image to evaluate on")
-    return Evaluation(100 * correct / images_seen, total_loss / images_seen, images_seen)

@@ -1,11 +1,10 @@
-"""The command ``evit``: see ``evit --help``."""
+"""``evit info``: what models cost, and what was built."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import platform
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,21 +19,16 @@ from evit_ext.families import reorganizing_blocks
 KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status, 2 for bad input."""
-    parser = argparse.ArgumentParser(
-        prog="evit", description="EViT: vision transformers that keep the patches that matter."
-    )
-    parser.add_argument("--version", action="version", version=f"evit_ext {evit_ext.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    info = commands.add_parser(
+def add_parser(commands: Any) -> None:
+    """Add ``evit info`` to the commands."""
+    parser = commands.add_parser(
         "info",
         help="parameters and multiply-accumulates of models, and what was built",
         description="Print what models cost at several keep rates, side by side, and what was built. Nothing "
         "is computed, downloaded or kept in memory: the models are built on the meta device.",
         epilog="Example: evit info deit_base dynamicvit_base --keep-rate 0.7 0.5",
     )
-    info.add_argument(
+    parser.add_argument(
         "models",
         nargs="*",
         metavar="MODEL",
@@ -42,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a model of evit_ext.models, or any of timm's that evit_ext.apply supports (default: "
         "deit_small dynamicvit_small)",
     )
-    info.add_argument(
+    parser.add_argument(
         "--keep-rate",
         nargs="+",
         type=float,
@@ -50,22 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="RATE",
         help="each in (0, 1] (default: 1 0.9 0.8 0.7 0.6 0.5)",
     )
-    info.add_argument(
+    parser.add_argument(
         "--img-size",
         type=int,
         default=argparse.SUPPRESS,
         metavar="N",
         help="of square images (default: the model's own)",
     )
-    info.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    info.set_defaults(run=_info)
-    options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
-        print(f"evit: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=_info)
 
 
 def _info(options: argparse.Namespace) -> None:

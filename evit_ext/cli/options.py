@@ -1,0 +1,96 @@
+"""The fields of a configuration as options of a command."""
+
+from __future__ import annotations
+
+import argparse
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import MISSING, fields
+from typing import Any
+
+import yaml
+
+from evit_ext.training.config import TrainConfig
+
+
+def add_options(parser: Any, names: Iterable[str] | None = None) -> None:
+    """Add ``--field VALUE`` for the fields of :class:`TrainConfig`; absent ones are not in the namespace.
+
+    Args:
+        parser: an ArgumentParser, or a group of one.
+        names: of the fields; None is all.
+    """
+    hints = typing.get_type_hints(TrainConfig)
+    for entry in fields(TrainConfig):
+        if names is not None and entry.name not in names:
+            continue
+        hint = hints[entry.name]
+        default = {} if entry.default is MISSING else entry.default
+        arguments: dict[str, Any] = {
+            "dest": entry.name,
+            "default": argparse.SUPPRESS,
+            # argparse formats help texts with %.
+            "help": entry.metadata["help"].replace("%", "%%") + f" (default: {_shown(default)})",
+        }
+        if hint is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(hint) is dict:
+            arguments.update(nargs="*", metavar="NAME=VALUE")
+        elif _is_tuple(hint):
+            arguments.update(nargs="+", metavar="N")
+        else:
+            arguments["metavar"] = "TEXT" if _is_text(hint) else "N"
+        parser.add_argument(f"--{entry.name.replace('_', '-')}", **arguments)
+
+
+def overrides(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields that were given on the command line, as :func:`load_config` takes them.
+
+    Raises:
+        ValueError: an argument that is not name=value where one is wanted, or that is not readable.
+    """
+    hints = typing.get_type_hints(TrainConfig)
+    given = vars(options)
+    return {name: _parse(name, given[name], hint) for name, hint in hints.items() if name in given}
+
+
+def _parse(name: str, value: Any, hint: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    if typing.get_origin(hint) is dict:
+        pairs = [item.partition("=") for item in value]
+        for key, equals, _ in pairs:
+            if not equals or not key.isidentifier():
+                raise ValueError(f"--{name.replace('_', '-')} takes name=value, got {key + equals!r}")
+        return {key: _scalar(text) for key, _, text in pairs}
+    if isinstance(value, list):
+        return None if value == ["none"] else [_scalar(item) for item in value]
+    if value.lower() == "none" and type(None) in typing.get_args(hint):
+        return None
+    return value if _is_text(hint) else _scalar(value)
+
+
+def _scalar(text: str) -> Any:
+    """Return what YAML reads in `text`: a number, a boolean, a list of them; nothing is executed."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{text!r} is not a number, a word or a list of them") from None
+
+
+def _is_text(hint: Any) -> bool:
+    return hint is str or (isinstance(hint, types.UnionType) and str in typing.get_args(hint))
+
+
+def _is_tuple(hint: Any) -> bool:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return any(typing.get_origin(kind) is tuple for kind in kinds)
+
+
+def _shown(default: Any) -> str:
+    if default is None or default in ({}, ""):
+        return "none"
+    if isinstance(default, tuple):
+        return " ".join(f"{item:g}" for item in default)
+    return f"{default:g}" if isinstance(default, float) else str(default)
