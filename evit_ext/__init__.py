@@ -14,7 +14,7 @@ from evit_ext.costs import compare_costs
 from evit_ext.macs import count_macs
 from evit_ext.oracle import Oracle
 from evit_ext.record import record_tokens
-from evit_ext.schedule import keep_rate_schedule
+from evit_ext.schedule import keep_rate_levels, keep_rate_schedule
 
 try:
     __version__ = version("evit_ext")
@@ -27,6 +27,7 @@ __all__ = [
     "apply",
     "compare_costs",
     "count_macs",
+    "keep_rate_levels",
     "keep_rate_schedule",
     "load_checkpoint",
     "models",

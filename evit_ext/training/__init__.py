@@ -1,5 +1,6 @@
 """Training: a thin loop around timm's parts. Its own is the keep rate; `evit_ext.demo` shows it at work."""
 
+from evit_ext.training.compiling import allow_recompiles
 from evit_ext.training.config import TrainConfig, load_config, recipe_names
 from evit_ext.training.dynamicvit_loss import DynamicViTLoss
 from evit_ext.training.evaluation import Evaluation, evaluate
@@ -22,6 +23,7 @@ __all__ = [
     "TokenLabelLoss",
     "TrainConfig",
     "Trainer",
+    "allow_recompiles",
     "autocast",
     "choose_precision",
     "evaluate",

@@ -1,0 +1,40 @@
+"""torch.compile in a training whose keep rate falls: as many compilations as there are keep rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch._dynamo
+
+
+@contextmanager
+def allow_recompiles(count: int) -> Iterator[None]:
+    """Let ``torch.compile`` compile a function `count` times more than it would, while the context is open.
+
+    A reorganising block keeps a number of patches that is part of the compiled program, so every keep rate is
+    compiled by itself. torch stops after ``torch._dynamo.config.recompile_limit`` (8) programs of a function,
+    or ``accumulated_recompile_limit`` (256): it logs a warning, and what would be the next program runs
+    uncompiled from then on, the earlier ones being used where they fit. With ``fullgraph=True`` it raises
+    ``torch._dynamo.exc.FailOnRecompileLimitHit`` instead.
+
+    Training along :func:`evit_ext.keep_rate_schedule` with a token_step has
+    ``len(evit_ext.keep_rate_levels(...))`` programs. Evaluation in between, being in eval mode and without
+    gradients, has as many again, and so has each further model of the same class, such as a moving average,
+    if it is compiled, too. Compile with ``dynamic=False``: otherwise torch first tries to have one program
+    for several keep rates, in vain, and compiles once more for that.
+
+    Args:
+        count: programs, over all that is compiled of one function.
+
+    Raises:
+        ValueError: `count` is negative.
+    """
+    if count < 0:
+        raise ValueError(f"count must not be negative, got {count}")
+    config = torch._dynamo.config
+    with config.patch(
+        recompile_limit=config.recompile_limit + count,
+        accumulated_recompile_limit=config.accumulated_recompile_limit + count,
+    ):
+        yield
