@@ -21,8 +21,8 @@ def keep_rate_schedule(
 
     Under ``torch.compile`` every new keep rate compiles the model again, and torch stops compiling after a
     few (``torch._dynamo.config.recompile_limit``). With a `token_step`, the keep rate is rounded up to the
-    next of the few of :func:`keep_rate_levels`: the first stage never keeps fewer patches than it would by
-    the published schedule, nor `token_step` more than it would. At later stages it may be one fewer, where the first stage
+    next of the few of :func:`keep_rate_levels`: the first stage never keeps fewer patches than by the
+    published schedule, and less than `token_step` more. Later stages may keep one fewer, where the first
     keeps as many as it does in the end but the published keep rate is not there yet.
 
     Args:
