@@ -10,11 +10,10 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
 
 import evit_ext
-from evit_ext import _C, models
-from evit_ext.families import reorganizing_blocks
+from evit_ext import _C
+from evit_ext.models.by_name import create_evit
 
 KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
@@ -91,7 +90,8 @@ def _text(value: Any) -> str:
 
 def _costs(name: str, keep_rates: Sequence[float], size: dict[str, Any]) -> dict[str, Any]:
     """Return the parameters and, by keep rate, the GMACs of a model."""
-    model = _build(name, size)
+    with torch.device("meta"):
+        model = create_evit(name, **size).eval()
     gmacs = {}
     for rate in keep_rates:
         if hasattr(model, "score_predictor"):
@@ -104,18 +104,3 @@ def _costs(name: str, keep_rates: Sequence[float], size: dict[str, Any]) -> dict
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "gmacs": gmacs,
     }
-
-
-def _build(name: str, size: dict[str, Any]) -> nn.Module:
-    """Return the model `name` on the meta device, as an EViT or a DynamicViT, in eval mode."""
-    if name not in models.__all__ and not timm.is_model(name):
-        raise ValueError(
-            f"there is no model {name!r}: expected one of {', '.join(models.__all__)}, or a name of timm's"
-        )
-    with torch.device("meta"):
-        model: Any = (
-            getattr(models, name)(**size) if name in models.__all__ else timm.create_model(name, **size)
-        )
-    if not reorganizing_blocks(model) and not hasattr(model, "score_predictor"):
-        evit_ext.apply(model)
-    return model.eval()

@@ -1,0 +1,95 @@
+"""Models by any name that is known: of this package or of timm, as an EViT or dense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import timm
+from timm.models import model_entrypoint
+from torch import nn
+
+import evit_ext.models as models
+from evit_ext.apply import apply, remove
+from evit_ext.families import reorganizing_blocks
+from evit_ext.models.building import explaining_missing_network
+
+
+def create_evit(
+    name: str,
+    keep_rate: float | Sequence[float] | None = None,
+    drop_loc: Sequence[int] | None = None,
+    fuse_token: bool = True,
+    **arguments: Any,
+) -> nn.Module:
+    """Build a model that drops patches: an EViT or a DynamicViT.
+
+    Args:
+        name: of :mod:`evit_ext.models`, or of timm's registry, whose models :func:`evit_ext.apply` changes.
+        keep_rate: share of the patches that a stage keeps, in (0, 1]; one number, or one for each stage. None
+            is the model's own.
+        drop_loc: numbers of the blocks where patches are dropped; None is those at the quarters of the depth.
+        fuse_token: fuse the patches that are not kept into one token; of no meaning for a DynamicViT.
+        arguments: of the model, such as ``img_size``, ``num_classes`` and ``pretrained``.
+
+    Raises:
+        TypeError: an argument that the model does not take, or of another type.
+        ValueError: there is no such model, it cannot be an EViT, or an argument is out of range.
+        RuntimeError: the pretrained weights could not be fetched.
+    """
+    settings: dict[str, Any] = {"drop_loc": drop_loc}
+    if keep_rate is not None:
+        settings["keep_rate"] = keep_rate
+    if not _is_ours(name):
+        return apply(create(name, **arguments), fuse_token=fuse_token, **settings)
+    if not name.startswith("dynamicvit_"):
+        settings["fuse_token"] = fuse_token
+    return create(name, **settings, **arguments)
+
+
+def create_dense(name: str, **arguments: Any) -> nn.Module:
+    """Build a model that keeps all patches; of an EViT the ViT that it was made of.
+
+    Arguments and errors as of :func:`create_evit`; any model of timm's will do, and a DynamicViT stays one.
+    """
+    if _is_ours(name):
+        arguments["drop_loc"] = None  # which fits any depth
+    model = create(name, **arguments)
+    return remove(model) if reorganizing_blocks(model) else model
+
+
+def create(name: str, **arguments: Any) -> nn.Module:
+    """Build a model as it is; arguments and errors as of :func:`create_evit`."""
+    if name not in models.__all__ and not timm.is_model(name):
+        raise ValueError(
+            f"there is no model {name!r}: expected one of {', '.join(models.__all__)}, or a name of timm's"
+        )
+    what = (
+        f"the pretrained weights of {name} could not be fetched from the Hugging Face hub, nor are they in "
+        "its cache"
+    )
+    # Our own models say so themselves, and better: some weights come from elsewhere.
+    explaining = (
+        nullcontext()
+        if _is_ours(name)
+        else explaining_missing_network(bool(arguments.get("pretrained")), what)
+    )
+    with explaining:
+        if name in models.__all__:
+            return getattr(models, name)(**arguments)
+        return timm.create_model(name, **arguments)
+
+
+def takes_img_size(name: str) -> bool:
+    """Return whether a model is built for a size of images, as vision transformers are and CNNs are not."""
+    if _is_ours(name):
+        return True
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=False) if timm.is_model(name) else None
+    return cfg is None or cfg.fixed_input_size
+
+
+def _is_ours(name: str) -> bool:
+    if name in models.__all__:
+        return True
+    return timm.is_model(name) and model_entrypoint(name).__module__.startswith("evit_ext.")
