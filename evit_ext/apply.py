@@ -151,7 +151,8 @@ def set_keep_rate(vit: Model, keep_rate: float | Sequence[float]) -> Model:
     """Change the keep rate of an EViT; in place, from the next forward on.
 
     Under ``torch.compile`` every new keep rate compiles the model again, and after
-    ``torch._dynamo.config.recompile_limit`` of them (8 unless changed) torch stops compiling.
+    ``torch._dynamo.config.recompile_limit`` of them (8 unless changed) torch stops compiling:
+    :func:`evit_ext.training.allow_recompiles` lets it go on.
 
     Args:
         vit: a model that :func:`apply` changed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import timm
@@ -76,9 +77,11 @@ def create(name: str, **arguments: Any) -> nn.Module:
         else explaining_missing_network(bool(arguments.get("pretrained")), what)
     )
     with explaining:
-        if name in models.__all__:
-            return getattr(models, name)(**arguments)
-        return timm.create_model(name, **arguments)
+        build = getattr(models, name) if name in models.__all__ else partial(timm.create_model, name)
+        try:
+            return build(**arguments)
+        except TypeError as error:
+            raise TypeError(f"{name} cannot be built with {', '.join(arguments)}: {error}") from error
 
 
 def takes_img_size(name: str) -> bool:

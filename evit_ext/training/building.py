@@ -21,7 +21,6 @@ from evit_ext.training.config import TrainConfig
 from evit_ext.training.dynamicvit_loss import DynamicViTLoss
 from evit_ext.training.objectives import (
     Classification,
-    Criterion,
     Distillation,
     DynamicViTTraining,
     Guided,
@@ -85,6 +84,11 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
         **arguments,
         **config.model_args,
     )
+    if getattr(model, "num_classes", None) != num_classes:
+        raise ValueError(
+            f"{config.model} with {config.model_args} is a {type(model).__name__}, which has no logits of "
+            f"{num_classes} classes to train on"
+        )
     if config.initial_checkpoint is not None:
         load_checkpoint(model, config.initial_checkpoint, resize_pos_embed=True, resize_head=True)
     if config.grad_checkpointing:
@@ -92,7 +96,7 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     return model.train()
 
 
-def build_criterion(recipe: Recipe) -> Criterion:
+def build_criterion(recipe: Recipe) -> nn.Module:
     """Return the cross-entropy for the targets that a recipe makes: of probabilities, smoothed, or plain.
 
     With mixup or CutMix, timm's Mixup makes probabilities, and smooths them.
@@ -108,7 +112,8 @@ def build_objective(config: TrainConfig, model: nn.Module, device: torch.device 
     """Return what a configuration minimises, with its teacher and oracle.
 
     At the start of a run call its :meth:`Objective.initialize`, which gives a model with an oracle the
-    oracle's weights; a resumed run has its own.
+    oracle's weights; a resumed run has its own. Call it before the model is sharded and a moving average of
+    it is made.
 
     Args:
         config: its fields of losses, of the recipe's targets and of the model.
@@ -148,7 +153,7 @@ def _unguided(config: TrainConfig, student: Any, device: torch.device) -> Object
         loss = DynamicViTLoss(
             student.keep_ratios,
             teacher,
-            cast(nn.Module, criterion),
+            criterion,
             ratio_weight=config.ratio_weight,
             distill_weight=config.distill_weight,
         )

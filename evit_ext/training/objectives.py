@@ -69,7 +69,10 @@ class Objective(ABC):
         return nullcontext()
 
     def initialize(self, model: nn.Module) -> None:  # noqa: B027  # most have none
-        """Give `model` the weights to start from, if the objective has any; at the start of a run only."""
+        """Give `model` the weights to start from, if the objective has any.
+
+        At the start of a run only, before the model is sharded and a moving average of it is made.
+        """
 
 
 class Classification(Objective):

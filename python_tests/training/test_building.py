@@ -178,6 +178,8 @@ def test_teacher(name: str, dense: str) -> None:
     vit.load_state_dict(torch.load(dense))
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(objective.teacher(images), vit(images))
+    elsewhere = build_objective(settings, model, "meta")
+    assert isinstance(elsewhere, Distillation) and all(p.is_meta for p in elsewhere.teacher.parameters())
 
 
 def test_a_teacher_without_a_size_of_images(tmp_path: Path) -> None:
@@ -216,6 +218,8 @@ def test_oracle(dense: str) -> None:
     before = model.head.weight.clone()
     objective = build_objective(settings, torch.compile(model, backend="eager"), "cpu")
     assert isinstance(objective, Guided) and isinstance(objective.objective, Classification)
+    elsewhere = build_objective(settings, model, "meta")
+    assert isinstance(elsewhere, Guided) and all(p.is_meta for p in elsewhere.oracle.parameters())
     vit = objective.oracle.vit
     assert [number for number, block in enumerate(vit.blocks) if block in reorganizing_blocks(vit)] == [0, 3]
     assert torch.equal(model.head.weight, before)
@@ -302,6 +306,7 @@ def test_create_by_name() -> None:
             "model_args: drop_path_rate is a field of its own, drop_path",
         ),
         ({"pretrained": True, "initial_checkpoint": "x.pth"}, "not from both, got pretrained and x.pth"),
+        ({"model_args": {"features_only": True}}, "is a FeatureGetterNet, which has no logits of 5 classes"),
         ({"drop_loc": (1, 12)}, r"drop_loc must be in \[0, 12\)"),
     ],
 )
@@ -311,8 +316,10 @@ def test_errors_of_models(settings: dict[str, Any], message: str) -> None:
 
 
 def test_other_errors_of_models() -> None:
-    with pytest.raises(TypeError, match="bred"), torch.device("meta"):
+    with pytest.raises(TypeError, match="deit_small cannot be built with .*bred"), torch.device("meta"):
         build_model(TrainConfig(model_args={"bred": 1}), 5)
+    with pytest.raises(TypeError, match="resnet18 cannot be built with .* argument 'img_size'"):
+        build_model(TrainConfig(model="resnet18", img_size=32), 5)
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         build_model(TrainConfig(), 0)
     with pytest.raises(FileNotFoundError):
