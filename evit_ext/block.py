@@ -152,6 +152,10 @@ class ReorganizingBlock(AdoptedBlock):
         #: What an oracle says, while one decides which patches to keep.
         self.guidance: Guidance | None = None
 
+    def num_keep(self, num_patches: int) -> int:
+        """Return K, how many of the patch tokens that enter the block it keeps."""
+        return math.ceil(self.keep_rate * num_patches)
+
     # What a subclass says about its block class.
 
     def attention_branch(self, x: Tensor, score: Score, positions: Any) -> tuple[Tensor, Tensor]:
@@ -191,7 +195,7 @@ class ReorganizingBlock(AdoptedBlock):
         """
         prefix = self.num_prefix_tokens
         num_patches = x.shape[1] - prefix
-        num_keep = math.ceil(self.keep_rate * num_patches)
+        num_keep = self.num_keep(num_patches)
         reorganizes = num_keep < num_patches
         if masked and reorganizes:
             raise NotImplementedError(

@@ -128,6 +128,10 @@ class DynamicViT(DeiT):
         """Share of all patches that is left after each stage."""
         return self._keep_ratios
 
+    def num_keep(self, stage: int, num_patches: int) -> int:
+        """Return K, how many patches stage number `stage` leaves in eval mode of those that the image had."""
+        return max(1, int(num_patches * self._keep_ratios[stage]))
+
     def stages(self) -> list[TokenPredictor]:
         """Return the predictors, in order."""
         return [predictor for predictor in self.score_predictor if isinstance(predictor, TokenPredictor)]
@@ -209,7 +213,7 @@ class DynamicViT(DeiT):
         """Return the tokens [B, P + K, C] that stage number `stage` leaves of `x` [B, P + K', C]."""
         predictor = self.stages()[stage]
         scores = predictor(x[:, self.num_prefix_tokens :])[:, :, 0]
-        num_keep = max(1, int(num_patches * self._keep_ratios[stage]))
+        num_keep = self.num_keep(stage, num_patches)
         x, kept = ops.reorganize_tokens(x, scores, num_keep, self.num_prefix_tokens, fuse=False)
         for record, number in predictor.recorders:
             record.add(number, kept, scores, fused=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -13,38 +14,47 @@ class Progress:
     """Progress over `total` steps, with the latest values of some figures.
 
     On a terminal with tqdm installed it is tqdm's bar; otherwise lines on stdout, at most one every 15
-    seconds and one at the end, so that a log file stays readable.
+    seconds and one at the end, so that a log file stays readable. A line says how much time is left, as the
+    steps so far took; the last one how long they took.
 
     Args:
         description: what is in progress.
-        total: number of steps.
+        total: number of steps, those before `start` included; None where it is not known.
         enabled: False prints nothing.
+        start: steps that were done before, as of an epoch that is resumed.
+
+    Raises:
+        ValueError: `start` is not in [0, total].
     """
 
-    def __init__(self, description: str, total: int, enabled: bool = True) -> None:
+    def __init__(self, description: str, total: int | None, enabled: bool = True, start: int = 0) -> None:
+        if start < 0 or (total is not None and start > total):
+            raise ValueError(f"start must be in [0, {total}], the steps in all, got {start}")
         self._description = description
         self._total = total
         self._enabled = enabled
-        self._done = 0
+        self._start = self._done = start
         self._figures: dict[str, str] = {}
         self._bar: Any = None
-        self._printed = time.perf_counter()
+        self._began = self._printed = time.perf_counter()
         if enabled and sys.stdout.isatty():
             try:
                 from tqdm import tqdm
             except ImportError:
                 return
-            self._bar = tqdm(desc=description, total=total, file=sys.stdout, dynamic_ncols=True)
+            self._bar = tqdm(
+                desc=description, total=total, initial=start, file=sys.stdout, dynamic_ncols=True
+            )
 
     def step(self, **figures: str) -> None:
-        """One step is done; show the figures, as they are written."""
+        """One step is done; show the figures, as they are written, or the last ones where none are given."""
         self._done += 1
-        self._figures = figures
+        self._figures = figures or self._figures
         if self._bar is not None:
-            self._bar.set_postfix(figures, refresh=False)
+            self._bar.set_postfix(self._figures, refresh=False)
             self._bar.update()
         elif self._enabled and time.perf_counter() - self._printed >= _SECONDS_BETWEEN_LINES:
-            self._line()
+            self._line(f"{_clock(self._seconds_left())} left" if self._total is not None else "")
 
     def __enter__(self) -> Progress:
         return self
@@ -52,10 +62,21 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._enabled and self._done:
-            self._line()
+        elif self._enabled and self._done > self._start:
+            self._line(f"in {_clock(time.perf_counter() - self._began)}")
 
-    def _line(self) -> None:
+    def _seconds_left(self) -> float:
+        assert self._total is not None
+        a_step = (time.perf_counter() - self._began) / (self._done - self._start)
+        return a_step * max(0, self._total - self._done)
+
+    def _line(self, times: str) -> None:
         self._printed = time.perf_counter()
-        figures = "".join(f"  {name} {value}" for name, value in self._figures.items())
-        print(f"{self._description}: {self._done}/{self._total}{figures}", flush=True)
+        steps = f"{self._done}" if self._total is None else f"{self._done}/{self._total}"
+        figures = (f"{name} {value}" for name, value in self._figures.items())
+        print(f"{self._description}: " + "  ".join(filter(None, [steps, times, *figures])), flush=True)
+
+
+def _clock(seconds: float) -> str:
+    """Return h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))

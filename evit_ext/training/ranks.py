@@ -44,11 +44,16 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Return the sums over all processes, in float64; every process must call it."""
+        """Return the sums over all processes, in float64; every process must call it, with as many values.
+
+        Raises:
+            ConnectionError: another process is gone, or did not come in time; as the other methods do.
+        """
         if self.control is None:
             return [float(value) for value in values]
         sums = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(sums, group=self.control)
+        with _talking(self.rank, self.world_size):
+            dist.all_reduce(sums, group=self.control)
         return sums.tolist()
 
     def gather(self, value: Any) -> list[Any]:
@@ -59,13 +64,15 @@ class Ranks:
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control)
+        with _talking(self.rank, self.world_size):
+            dist.all_gather_object(values, value, group=self.control)
         return values
 
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.control is not None:
-            dist.barrier(group=self.control)
+            with _talking(self.rank, self.world_size):
+                dist.barrier(group=self.control)
 
 
 ALONE = Ranks()
@@ -75,21 +82,27 @@ def launched(environment: Mapping[str, str] | None = None) -> tuple[int, int, in
     """Return rank, world size and local rank as the launcher said; None where there was none.
 
     Raises:
-        ValueError: only some of a launcher's variables are set, or one is not a number.
+        ValueError: only some of a launcher's variables are set, or they are no numbers that make sense.
     """
     environment = os.environ if environment is None else environment
     for names in _VARIABLES:
         values = [environment.get(name) for name in names]
         # A shell inside a Slurm allocation has these variables, too, without having been launched by srun.
-        if values[1] is None or (names[1].startswith("SLURM") and "SLURM_STEP_ID" not in environment):
+        if values[:2] == [None, None] or (
+            names[1].startswith("SLURM") and "SLURM_STEP_ID" not in environment
+        ):
             continue
         if None in values:
             missing = ", ".join(name for name, value in zip(names, values, strict=True) if value is None)
-            raise ValueError(f"{names[1]} is set but not {missing}: expected all of {', '.join(names)}")
+            raise ValueError(f"{missing} is not set: expected all of {', '.join(names)}, or none")
         try:
             rank, world_size, local_rank = (int(str(value)) for value in values)
         except ValueError:
             raise ValueError(f"expected numbers in {', '.join(names)}, got {values}") from None
+        if not (0 <= rank < world_size and 0 <= local_rank < world_size):
+            raise ValueError(
+                f"expected {names[0]} and {names[2]} in [0, {names[1]}), got {rank}, {local_rank} and {world_size}"
+            )
         return rank, world_size, local_rank
     return None
 
@@ -104,6 +117,7 @@ def join(device: str = "auto", timeout: float = 1800.0) -> Iterator[Ranks]:
 
     Raises:
         ValueError: the launcher's variables make no sense, or there is no such device.
+        ConnectionError: the processes did not meet.
     """
     place = launched()
     rank, world_size, local_rank = place or (0, 1, 0)
@@ -111,18 +125,45 @@ def join(device: str = "auto", timeout: float = 1800.0) -> Iterator[Ranks]:
     if place is None or world_size == 1:
         yield Ranks(device=chosen)
         return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"{' and '.join(missing)} must say where the {world_size} processes meet, the machine of rank 0 and "
+            "a free port of it; torchrun sets them, srun does not"
+        )
     limit = datetime.timedelta(seconds=timeout)
-    if chosen.type == "cuda":
+    on_gpu = chosen.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(chosen)
-        dist.init_process_group("nccl", rank=rank, world_size=world_size, timeout=limit, device_id=chosen)
-        control = dist.new_group(backend="gloo", timeout=limit)
-    else:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=limit)
+    with _talking(rank, world_size):
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            rank=rank,
+            world_size=world_size,
+            timeout=limit,
+            device_id=chosen if on_gpu else None,
+        )
         control = dist.new_group(backend="gloo", timeout=limit)
     try:
         yield Ranks(rank, world_size, local_rank, chosen, control)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # NCCL's group would wait for work that the others may never do their part of; the process ends anyway.
+        if not on_gpu:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _talking(rank: int, world_size: int) -> Iterator[None]:
+    """Say what torch's errors mean where another process does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"rank {rank} of {world_size} lost another process of the run, which stopped or did not answer in "
+            f"time: {error}"
+        ) from error
 
 
 def _device(name: str, local_rank: int) -> torch.device:
@@ -133,6 +174,7 @@ def _device(name: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if local_rank >= count:
         raise ValueError(
-            f"local rank {local_rank} has no GPU: this machine has {count}; expected one process for each"
+            f"local rank {local_rank} has no GPU: this process sees {count}, and each needs its own; "
+            "under Slurm, ask for GPUs by node, not by task"
         )
     return torch.device("cuda", local_rank)

@@ -10,6 +10,14 @@ from evit_ext.training import Progress
 from evit_ext.training import progress as module
 
 
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds, which pass only where a test lets them."""
+    now = [100.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    return now
+
+
 def run(enabled: bool = True) -> None:
     with Progress("train", 3, enabled) as bar:
         for step in range(3):
@@ -18,15 +26,29 @@ def run(enabled: bool = True) -> None:
 
 def test_a_log_gets_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
     run()
-    assert capsys.readouterr().out == "train: 3/3  loss 2.5\n"
+    assert capsys.readouterr().out == "train: 3/3  in 0:00:00  loss 2.5\n"
 
 
-def test_a_log_gets_lines_in_between(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_log_gets_a_line_now_and_then_with_the_time_left(
+    capsys: pytest.CaptureFixture[str], clock: list[float]
 ) -> None:
-    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LINES", 0.0)
-    run()
-    assert capsys.readouterr().out.splitlines()[:2] == ["train: 1/3  loss 0.5", "train: 2/3  loss 1.5"]
+    with Progress("train", 1000, start=400) as bar:
+        for step in range(4):
+            clock[0] += 10.0
+            bar.step(**({"loss": "1.5"} if step == 0 else {}))
+    assert capsys.readouterr().out.splitlines() == [
+        # The 2 steps since the start took 20 seconds; figures stay until there are newer ones.
+        "train: 402/1000  1:39:40 left  loss 1.5",
+        "train: 404/1000  1:39:20 left  loss 1.5",
+        "train: 404/1000  in 0:00:40  loss 1.5",
+    ]
+
+
+def test_where_the_end_is_not_known(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
+    with Progress("read", None) as bar:
+        clock[0] += 20.0
+        bar.step()
+    assert capsys.readouterr().out == "read: 1\nread: 1  in 0:00:20\n"
 
 
 def test_nothing_where_not_wanted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,11 +60,13 @@ def test_nothing_where_not_wanted(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    run()
+    with Progress("train", 10, start=7) as bar:
+        for step in range(3):
+            bar.step(**({"loss": "2.5"} if step == 0 else {}))
     out = capsys.readouterr().out
     assert "\r" in out
-    assert "3/3" in out
-    assert "loss=2.5" in out
+    assert "7/10" in out and "10/10" in out
+    assert "loss=2.5" in out.rsplit("\r", 1)[1]
 
 
 def test_a_terminal_without_tqdm_gets_lines(
@@ -51,4 +75,9 @@ def test_a_terminal_without_tqdm_gets_lines(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setitem(sys.modules, "tqdm", None)
     run()
-    assert capsys.readouterr().out == "train: 3/3  loss 2.5\n"
+    assert capsys.readouterr().out == "train: 3/3  in 0:00:00  loss 2.5\n"
+
+
+def test_a_start_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"start must be in \[0, 3\], the steps in all, got 4"):
+        Progress("train", 3, start=4)
