@@ -101,7 +101,8 @@ def launched(environment: Mapping[str, str] | None = None) -> tuple[int, int, in
             raise ValueError(f"expected numbers in {', '.join(names)}, got {values}") from None
         if not (0 <= rank < world_size and 0 <= local_rank < world_size):
             raise ValueError(
-                f"expected {names[0]} and {names[2]} in [0, {names[1]}), got {rank}, {local_rank} and {world_size}"
+                f"expected {names[0]} and {names[2]} in [0, {names[1]}), got {rank}, {local_rank} and "
+                f"{world_size}"
             )
         return rank, world_size, local_rank
     return None
@@ -128,8 +129,8 @@ def join(device: str = "auto", timeout: float = 1800.0) -> Iterator[Ranks]:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(
-            f"{' and '.join(missing)} must say where the {world_size} processes meet, the machine of rank 0 and "
-            "a free port of it; torchrun sets them, srun does not"
+            f"{' and '.join(missing)} must say where the {world_size} processes meet, the machine of rank 0 "
+            "and a free port of it; torchrun sets them, srun does not"
         )
     limit = datetime.timedelta(seconds=timeout)
     on_gpu = chosen.type == "cuda"
@@ -147,7 +148,7 @@ def join(device: str = "auto", timeout: float = 1800.0) -> Iterator[Ranks]:
     try:
         yield Ranks(rank, world_size, local_rank, chosen, control)
     except BaseException:
-        # NCCL's group would wait for work that the others may never do their part of; the process ends anyway.
+        # NCCL's would wait for work that the others may never do their part of; the process ends anyway.
         if not on_gpu:
             dist.destroy_process_group()
         raise
@@ -161,8 +162,8 @@ def _talking(rank: int, world_size: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise ConnectionError(
-            f"rank {rank} of {world_size} lost another process of the run, which stopped or did not answer in "
-            f"time: {error}"
+            f"rank {rank} of {world_size} lost another process of the run, which stopped or did not answer "
+            f"in time: {error}"
         ) from error
 
 

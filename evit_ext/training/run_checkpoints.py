@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from evit_ext.training.whole_files import UNFINISHED, replacing
+
 _logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"checkpoint-(\d{9})\.pth")
-_UNFINISHED = ".unfinished"
 
 
 class RunCheckpoints:
@@ -59,18 +60,12 @@ class RunCheckpoints:
             OSError: it could not be written, for want of space for instance; what was there before still is.
         """
         path = self.path(step)
-        unfinished = path.with_name(path.name + _UNFINISHED)
-        for leftover in self.folder.glob(f"*{_UNFINISHED}"):
+        for leftover in self.folder.glob(f"*{UNFINISHED}"):
             leftover.unlink()
         try:
-            with unfinished.open("wb") as file:
+            with replacing(path, "wb") as file:
                 torch.save(dict(state), file)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-            _sync_folder(self.folder)
         except (OSError, RuntimeError) as error:
-            unfinished.unlink(missing_ok=True)
             # torch reports a failed write as a RuntimeError.
             cause = error if isinstance(error, OSError) else error.__context__
             number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
@@ -112,11 +107,3 @@ class RunCheckpoints:
         except zipfile.BadZipFile as error:
             raise ValueError(f"{path} is not complete, or damaged") from error
         return state
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

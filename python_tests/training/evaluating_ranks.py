@@ -1,4 +1,4 @@
-"""Evaluation in each of several processes: ``python evaluating_ranks.py``; prints what each found, as JSON."""
+"""Evaluation in each of several processes: ``python evaluating_ranks.py``; prints what each found."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_several_processes_find_what_one_finds(world_size: int) -> None:
         assert result["tokens_kept_by_stage"] == list(alone["tokens_kept_by_stage"])
         for name in ("top1", "top5", "images", "tokens_kept"):
             assert result[name] == alone[name], (kind, name)
-        # Equal to the last bit where it was measured; batches of other sizes may be multiplied in other orders.
+        # Measured equal to the last bit; batches of other sizes may be multiplied in other orders.
         assert result["loss"] == pytest.approx(alone["loss"], rel=1e-6), kind
     assert 0 < alone["top1"] < alone["top5"] < 100
     # Of three, the first has no batch.
