@@ -13,6 +13,7 @@ import torch
 
 import evit_ext
 from evit_ext import _C
+from evit_ext.cli.shared import aligned, set_keep_rate
 from evit_ext.models.by_name import create_evit
 
 KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -72,14 +73,7 @@ def _info(options: argparse.Namespace) -> None:
     for cost in costs:
         gmacs = (f"{value:.2f}" for value in cost["gmacs"].values())
         lines.append([cost["model"], f"{cost['parameters'] / 1e6:.2f} M", *gmacs])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    print("\nMultiply-accumulates of one image in 10^9, by keep rate:\n")
-    for line in lines:
-        name, *cells = (
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        print("  ".join([name, *cells]))
+    print(f"\nMultiply-accumulates of one image in 10^9, by keep rate:\n\n{aligned(lines)}")
 
 
 def _text(value: Any) -> str:
@@ -94,10 +88,7 @@ def _costs(name: str, keep_rates: Sequence[float], size: dict[str, Any]) -> dict
         model = create_evit(name, **size).eval()
     gmacs = {}
     for rate in keep_rates:
-        if hasattr(model, "score_predictor"):
-            model.keep_rate = rate  # type: ignore[assignment]
-        else:
-            evit_ext.set_keep_rate(model, rate)
+        set_keep_rate(model, rate)
         gmacs[f"{rate:g}"] = evit_ext.count_macs(model, size.get("img_size")) / 1e9
     return {
         "model": name,

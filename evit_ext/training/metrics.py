@@ -23,8 +23,8 @@ FIGURES = (
     "unreadable",
 )
 
-#: Of training, of an evaluation, and of an evaluation of the weights' moving average.
-KINDS = ("train", "val", "ema")
+#: Of a step of training, the means of an epoch, of an evaluation, and of one of the weights' moving average.
+KINDS = ("train", "epoch", "val", "ema")
 
 _COLUMNS = ("step", "epoch", "kind", *FIGURES)
 
@@ -155,7 +155,7 @@ def _is_up_to(cell: str, step: int) -> bool:
 
 
 def _events(folder: Path, purge_step: int, tensorboard: bool | str) -> Any:
-    """Return TensorBoard's writer, which hides events from `purge_step` on; None without it, if it may be so."""
+    """Return TensorBoard's writer, which hides events from `purge_step` on; None where it may be missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

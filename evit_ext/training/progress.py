@@ -53,7 +53,11 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix(self._figures, refresh=False)
             self._bar.update()
-        elif self._enabled and time.perf_counter() - self._printed >= _SECONDS_BETWEEN_LINES:
+        elif (
+            self._enabled
+            and self._done != self._total  # the last line follows at once
+            and time.perf_counter() - self._printed >= _SECONDS_BETWEEN_LINES
+        ):
             self._line(f"{_clock(self._seconds_left())} left" if self._total is not None else "")
 
     def __enter__(self) -> Progress:

@@ -85,8 +85,14 @@ class RunSummary:
             "last": _score(self.last),
             "best, moving average": _score(self.best_ema),
             "last, moving average": _score(self.last_ema),
-            "trained": f"{self.epochs:,} epochs, {self.steps:,} steps, {self.images:,} images, "
-            f"{self.processes} {'process' if self.processes == 1 else 'processes'}",
+            "trained": ", ".join(
+                (
+                    _counted(self.epochs, "epoch"),
+                    _counted(self.steps, "step"),
+                    _counted(self.images, "image"),
+                    _counted(self.processes, "process", "processes"),
+                )
+            ),
             "time": f"{timedelta(seconds=round(self.seconds))}, {self.images_per_second:.4g} images/s",
             "peak memory": f"{self.peak_memory / 2**30:.2f} GiB" if self.peak_memory is not None else None,
             "unreadable images": f"{self.unreadable:,}",
@@ -116,6 +122,10 @@ def _score(score: Score | None) -> str | None:
     return (
         f"top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f} (epoch {score.epoch + 1})"
     )
+
+
+def _counted(number: int, one: str, many: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def _finite(value: Any) -> Any:

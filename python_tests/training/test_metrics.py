@@ -118,7 +118,7 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tensorboard must be True, False or 'auto', got 'yes'"):
         Metrics(tmp_path, tensorboard=wanted)
     with Metrics(tmp_path, tensorboard=False) as metrics:
-        with pytest.raises(ValueError, match="kind must be one of train, val, ema, got 'test'"):
+        with pytest.raises(ValueError, match="kind must be one of train, epoch, val, ema, got 'test'"):
             metrics.write(1, 0, "test")
         with pytest.raises(ValueError, match="figures are loss, .*, got accuracy"):
             metrics.write(1, 0, "train", accuracy=1.0)

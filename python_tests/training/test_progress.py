@@ -32,15 +32,15 @@ def test_a_log_gets_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_log_gets_a_line_now_and_then_with_the_time_left(
     capsys: pytest.CaptureFixture[str], clock: list[float]
 ) -> None:
-    with Progress("train", 1000, start=400) as bar:
-        for step in range(4):
-            clock[0] += 10.0
+    with Progress("train", 405, start=400) as bar:
+        for step in range(5):
+            clock[0] += 10.0 + 10.0 * (step == 4)
             bar.step(**({"loss": "1.5"} if step == 0 else {}))
     assert capsys.readouterr().out.splitlines() == [
-        # The 2 steps since the start took 20 seconds; figures stay until there are newer ones.
-        "train: 402/1000  1:39:40 left  loss 1.5",
-        "train: 404/1000  1:39:20 left  loss 1.5",
-        "train: 404/1000  in 0:00:40  loss 1.5",
+        # Two steps since the start took 20 seconds; figures stay until there are newer ones.
+        "train: 402/405  0:00:30 left  loss 1.5",
+        "train: 404/405  0:00:10 left  loss 1.5",
+        "train: 405/405  in 0:01:00  loss 1.5",
     ]
 
 

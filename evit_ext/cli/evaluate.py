@@ -1,0 +1,239 @@
+"""``evit eval``: how good a trained model is, and how fast, at one keep rate or several."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from torch import nn
+
+import evit_ext
+from evit_ext.cli.options import add_options, overrides
+from evit_ext.cli.shared import aligned, keep_rates, set_keep_rate
+from evit_ext.training.config import TrainConfig, load_config
+from evit_ext.training.evaluation import Evaluation, evaluate
+from evit_ext.training.precision import Precision, choose_precision
+from evit_ext.training.ranks import Ranks, join
+from evit_ext.training.run_checkpoints import RunCheckpoints
+from evit_ext.training.throughput import measure_throughput
+
+#: The fields of a configuration that matter for an evaluation; the keep rate is an option of its own.
+_FIELDS = (
+    "model",
+    "model_args",
+    "img_size",
+    "num_classes",
+    "drop_loc",
+    "fuse_token",
+    "pretrained",
+    "dataset",
+    "data",
+    "val_split",
+    "difficulty",
+    "workers",
+    "max_image_pixels",
+    "max_unreadable",
+    "crop_pct",
+    "seed",
+    "precision",
+)
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``evit eval`` to the commands."""
+    parser = commands.add_parser(
+        "eval",
+        help="accuracy, speed and cost of a trained model, at several keep rates",
+        description="Evaluate what a run has trained, or a model with the weights of a file, on the "
+        "validation split. Under torchrun or srun, the processes share the images, and each counts once.",
+        epilog="Example: evit eval runs/small --keep-rate 1 0.7 0.5; or evit eval --model deit_small "
+        "--checkpoint evit.pth --data imagenet",
+    )
+    parser.add_argument(
+        "run_folder", nargs="?", metavar="RUN", help="folder of a run: its config.yaml and newest checkpoint"
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="weights: whatever evit_ext.load_checkpoint reads"
+    )
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="take the moving average of the weights (default: of a run where it has one, of a file not)",
+    )
+    parser.add_argument(
+        "--keep-rate",
+        dest="keep_rates",
+        nargs="+",
+        type=float,
+        metavar="RATE",
+        help="each in (0, 1], a row each (default: the configured one)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        dest="at_once",
+        type=int,
+        default=64,
+        metavar="N",
+        help="images that a process takes at once (default: 64)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        metavar="N",
+        help="timed batches a row, for the images/s of the model alone; 0 leaves it out (default: 5)",
+    )
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_options(parser.add_argument_group("model and data, as in a run's configuration"), _FIELDS)
+    parser.set_defaults(run=_eval)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The model at one keep rate; `alone` is the images per second of the model without loading data."""
+
+    keep_rate: list[float]
+    gmacs: float
+    alone: float | None
+    found: Evaluation
+
+    def cells(self) -> list[str]:
+        found = self.found
+        return [
+            " ".join(f"{rate:g}" for rate in self.keep_rate),
+            f"{found.top1:.2f}",
+            f"{found.top5:.2f}",
+            f"{found.loss:.4f}",
+            f"{found.images}",
+            f"{found.images_per_second:.0f}",
+            "–" if self.alone is None else f"{self.alone:.0f}",
+            f"{self.gmacs:.4g}",
+            f"{100 * found.tokens_kept:.1f}",
+        ]
+
+    def plain(self) -> dict[str, Any]:
+        values = asdict(self.found)
+        del values["unreadable"]
+        return {
+            "keep_rate": self.keep_rate,
+            "gmacs": self.gmacs,
+            "model_images_per_second": self.alone,
+            **values,
+        }
+
+
+_HEADINGS = (
+    "keep rate", "top-1 %", "top-5 %", "loss", "images", "images/s", "model's", "GMACs", "tokens left %",
+)  # fmt: skip
+
+
+def _eval(options: argparse.Namespace) -> None:
+    if options.at_once < 1 or options.repeats < 0:
+        raise ValueError(
+            f"expected --batch-size of at least 1 and --repeats of at least 0, got {options.at_once} and "
+            f"{options.repeats}"
+        )
+    config = _configuration(options)
+    with join(options.device) as ranks:
+        model, loaders = _prepare(config, ranks, options.at_once)
+        source = _load(model, options)
+        model.to(ranks.device)
+        precision = choose_precision(ranks.device, config.precision)
+        shape = (options.at_once, *loaders.image["input_size"])
+        rows = []
+        for rate in options.keep_rates or [None]:
+            if rate is not None:
+                set_keep_rate(model, rate)
+            found = evaluate(model, loaders.val(), precision, ranks, progress=not options.json)
+            gmacs = evit_ext.count_macs(model, tuple(shape[2:])) / 1e9
+            alone = _speed(model, shape, options.repeats, precision, ranks)
+            rows.append(_Row(keep_rates(model), gmacs, alone, found))
+    if ranks.is_first:
+        facts = {
+            "model": config.model,
+            "weights": source,
+            "precision": str(precision),
+            "device": ranks.device.type,
+            "processes": ranks.world_size,
+        }
+        _print(facts, rows, options.json)
+
+
+def _configuration(options: argparse.Namespace) -> TrainConfig:
+    given = overrides(options)
+    if options.run_folder is not None:
+        if options.checkpoint is not None or given.get("pretrained"):
+            raise ValueError("expected a run, or --checkpoint, or --pretrained; got more than one of them")
+        file = Path(options.run_folder) / "config.yaml"
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no {file}: {options.run_folder} is not the folder of a run")
+        # The run's own weights are loaded afterwards, whatever it started from.
+        return replace(load_config(file, **given), pretrained=False, initial_checkpoint=None)
+    if (options.checkpoint is None) == (not given.get("pretrained")):
+        raise ValueError("expected a run, or --model with either --checkpoint FILE or --pretrained")
+    return load_config(**given)
+
+
+def _prepare(config: TrainConfig, ranks: Ranks, at_once: int) -> tuple[nn.Module, Any]:
+    """Return the model and the validation data, which knows the classes and is told the model's images."""
+    # Here, as importing them takes a while.
+    from evit_ext.training.building import build_model
+    from evit_ext.training.loaders import Loaders
+
+    loaders = Loaders(config, ranks, at_once, training=False)
+    model: Any = build_model(config, loaders.num_classes)
+    size = model.patch_embed.img_size
+    loaders.image = timm.data.resolve_model_data_config(model, {"img_size": size[0]} if size else {})
+    return model, loaders
+
+
+def _load(model: nn.Module, options: argparse.Namespace) -> str:
+    """Load the weights that are asked for; return in words which these are."""
+    if options.checkpoint is not None:
+        loaded = evit_ext.load_checkpoint(model, options.checkpoint, use_ema=options.ema, progress=False)
+        return str(loaded)
+    if options.run_folder is None:
+        return "pretrained"
+    folder = Path(options.run_folder) / "checkpoints"
+    found = RunCheckpoints(folder).load_latest() if folder.is_dir() else None
+    if found is None:
+        raise FileNotFoundError(f"there is no checkpoint in {folder}")
+    state, step = found
+    ema = None if options.ema is False else state.get("model_ema")
+    if options.ema and ema is None:
+        raise ValueError(f"{options.run_folder} has no moving average of the weights: leave out --ema")
+    model.load_state_dict(state["model"] if ema is None else ema)
+    return f"{folder}, step {step}" + ("" if ema is None else ", moving average")
+
+
+def _speed(
+    model: nn.Module, shape: tuple[int, ...], repeats: int, precision: Precision, ranks: Ranks
+) -> float | None:
+    """Return the images a second of one process, while the others wait; None in these."""
+    speed = None
+    if ranks.is_first and repeats:
+        images = torch.randn(shape, device=ranks.device)
+        speed = measure_throughput({"model": model}, images, repeats, precision)["model"]
+    ranks.barrier()
+    return speed
+
+
+def _print(facts: dict[str, Any], rows: list[_Row], as_json: bool) -> None:
+    unreadable = rows[0].found.unreadable
+    if as_json:
+        listed = [{"path": path, "reason": reason} for path, reason in unreadable]
+        everything = {**facts, "rows": [row.plain() for row in rows], "unreadable": listed}
+        print(json.dumps(everything, indent=2))
+        return
+    print("\n".join(f"{name}: {fact}" for name, fact in facts.items()))
+    print(f"\n{aligned([_HEADINGS, *(row.cells() for row in rows)])}")
+    if unreadable:
+        print(f"\nimages that could not be read and were left out: {len(unreadable)}")
+        print("\n".join(f"  {path}: {reason}" for path, reason in unreadable))

@@ -1,0 +1,165 @@
+"""The command evit eval, on stand-ins for the data and the model: what it loads, prints and refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+import evit_ext
+from evit_ext.cli import main
+from evit_ext.training import RunCheckpoints, TrainConfig
+
+
+def draw(seed: int) -> Any:
+    """A small EViT of keep rate 0.7, with weights large enough that classes differ."""
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=2, num_classes=5)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return evit_ext.apply(vit, 0.7).eval()
+
+
+class Batch(NamedTuple):
+    images: Tensor
+    labels: Tensor
+    unreadable: tuple[tuple[str, str], ...] = ()
+
+
+class Data:
+    """Images whose labels a model that was built with seed 1 knows, apart from three."""
+
+    num_classes = 5
+    image: Any = None
+
+    def __init__(self, config: TrainConfig, ranks: Any, micro_batch: int, training: bool = True) -> None:
+        assert not training
+        self.config, self.micro_batch = config, micro_batch
+
+    def val(self) -> Iterator[Batch]:
+        assert self.image["input_size"] == (3, 32, 32)
+        images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            labels = draw(1)(images).argmax(dim=1)
+        labels[:3] = (labels[:3] + 1) % 5
+        yield from map(Batch, images.split(self.micro_batch), labels.split(self.micro_batch))
+        yield Batch(images[:0], labels[:0], (("val/bad.png", "truncated"),))
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> list[TrainConfig]:
+    """Take the place of the data and of the model's building; returns the configurations of models built."""
+    built: list[TrainConfig] = []
+
+    def build_model(config: TrainConfig, num_classes: int) -> Any:
+        assert num_classes == 5
+        built.append(config)
+        model = draw(2)
+        if config.keep_rate is not None:
+            evit_ext.set_keep_rate(model, config.keep_rate)
+        return model.train()
+
+    monkeypatch.setitem(sys.modules, "evit_ext.training.building", SimpleNamespace(build_model=build_model))
+    monkeypatch.setitem(sys.modules, "evit_ext.training.loaders", SimpleNamespace(Loaders=Data))
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return built
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A run whose moving average is the model that knows the labels; its weights are another's."""
+    TrainConfig(keep_rate=0.7, pretrained=True, precision="float32").save(tmp_path / "config.yaml")
+    checkpoints = RunCheckpoints(tmp_path / "checkpoints")
+    weights = {"model": draw(3).state_dict(), "model_ema": draw(1).state_dict()}
+    checkpoints.save({**weights, "model_ema": None}, 10)
+    checkpoints.save(weights, 20)
+    return tmp_path
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["eval", *arguments, "--json", "--repeats", "1"]) == 0
+    out: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return out
+
+
+def test_a_run(capsys: pytest.CaptureFixture[str], run_folder: Path, stand_ins: list[TrainConfig]) -> None:
+    rates = ["--keep-rate", "0.7", "1"]
+    assert main(["eval", str(run_folder), "--batch-size", "5", *rates, "--repeats", "1"]) == 0
+    out = capsys.readouterr().out
+    assert f"weights: {run_folder}/checkpoints, step 20, moving average" in out
+    assert "precision: float32 (as asked)" in out
+    lines = [line.split() for line in out.splitlines()]
+    (row,) = (line for line in lines if line[:1] == ["0.7"])
+    # 9 of 12 images; 16 patches, of which 13, 11 and 9 tokens are left.
+    assert row[1] == "75.00" and row[4] == "12" and row[-1] == "56.2"
+    (dense,) = (line for line in lines if line[:1] == ["1"] and len(line) == len(row))
+    assert dense[-1] == "100.0" and float(dense[-2]) > float(row[-2])
+    assert "images that could not be read and were left out: 1\n  val/bad.png: truncated" in out
+    assert not stand_ins[-1].pretrained
+
+
+def test_weights_of_a_run(capsys: pytest.CaptureFixture[str], run_folder: Path) -> None:
+    ema = evaluated(capsys, str(run_folder))
+    plain = evaluated(capsys, str(run_folder), "--no-ema")
+    assert ema["rows"][0]["top1"] == 75.0 > plain["rows"][0]["top1"]
+    assert plain["weights"] == f"{run_folder}/checkpoints, step 20"
+    (run_folder / "checkpoints" / "checkpoint-000000020.pth").write_bytes(b"truncated")
+    older = evaluated(capsys, str(run_folder))
+    assert older["weights"].endswith("step 10") and older["rows"] != ema["rows"]
+    assert main(["eval", str(run_folder), "--ema"]) == 2
+    assert "has no moving average of the weights: leave out --ema" in capsys.readouterr().err
+
+
+def test_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    torch.save({"model": draw(1).state_dict()}, tmp_path / "evit.pth")
+    out = evaluated(capsys, "--model", "deit_small", "--checkpoint", str(tmp_path / "evit.pth"))
+    (row,) = out["rows"]
+    assert row["keep_rate"] == [0.7] and row["top1"] == 75.0 and row["images"] == 12
+    assert row["tokens_kept_by_stage"] == [13 / 16, 11 / 16, 9 / 16]
+    assert row["model_images_per_second"] > 0 and row["gmacs"] > 0
+    assert out["unreadable"] == [{"path": "val/bad.png", "reason": "truncated"}]
+    assert out["processes"] == 1 and "evit.pth" in out["weights"]
+
+
+def test_pretrained(capsys: pytest.CaptureFixture[str], stand_ins: list[TrainConfig]) -> None:
+    assert evaluated(capsys, "--model", "deit_small", "--pretrained")["weights"] == "pretrained"
+    assert stand_ins[-1].pretrained
+    assert main(["eval", "--pretrained", "--repeats", "0"]) == 0
+    assert "–" in capsys.readouterr().out.splitlines()[-4].split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--model", "deit_small"],
+            "expected a run, or --model with either --checkpoint FILE or --pretrained",
+        ),
+        (["--pretrained", "--checkpoint", "x"], "either --checkpoint FILE or --pretrained"),
+        (["nowhere"], "there is no nowhere/config.yaml: nowhere is not the folder of a run"),
+        (["nowhere", "--checkpoint", "x"], "got more than one of them"),
+        (["--pretrained", "--batch-size", "0"], "expected --batch-size of at least 1"),
+        (["--pretrained", "--keep-rate", "1.5"], "keep_rate must be in (0, 1], got 1.5"),
+        (["--checkpoint", "nowhere.pth"], "nowhere.pth"),
+    ],
+)
+def test_bad_input(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert main(["eval", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("evit: error: ") and message in captured.err
+
+
+def test_a_run_without_a_checkpoint(capsys: pytest.CaptureFixture[str], run_folder: Path) -> None:
+    for path in (run_folder / "checkpoints").iterdir():
+        path.unlink()
+    assert main(["eval", str(run_folder)]) == 2
+    assert f"there is no checkpoint in {run_folder}/checkpoints" in capsys.readouterr().err
