@@ -1,0 +1,134 @@
+"""LV-ViT's token labels: a map of scores for every training image, cropped and flipped along with it.
+
+A file holds what a trained network says of each place of the image: a tensor [2, K, H, W], float16 as
+published, of the K highest scores (logits) and the classes that have them (K = 5; all others count as 0).
+Format and use are those of Jiang et al., "All Tokens Matter" (NeurIPS 2021, arXiv 2104.10858), after Yun et
+al., "Re-labeling ImageNet" (CVPR 2021): the crop's part of the map, by RoIAlign on the model's patch grid,
+then softmax.
+
+The published code hands RoIAlign the crop's top and left as x and y, and so takes labels from the crop's
+mirror image in the diagonal. Here a patch has the labels of its own place.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torchvision.ops import roi_align
+from torchvision.transforms import functional
+
+
+class Crop(NamedTuple):
+    """A part of an image, as shares of its height and width from the top left; mirrored if `flip`."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+    flip: bool = False
+
+
+def read_label_map(path: Path, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Read a file of token labels; nothing in it is executed.
+
+    Returns:
+        scores, float32 [K, H, W], and their classes, int64 [K, H, W].
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else, or a class that is not in [0, num_classes).
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no token labels {path}: every training image needs a file")
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling raises on other bytes
+        raise ValueError(f"{path} is not a file of token labels: {type(error).__name__}: {error}") from error
+    if not isinstance(stored, Tensor) or stored.dim() != 4 or stored.shape[0] != 2 or not stored.numel():
+        found = list(stored.shape) if isinstance(stored, Tensor) else type(stored).__name__
+        raise ValueError(f"{path} must hold a tensor [2, K, H, W], scores and classes, got {found}")
+    scores, classes = stored[0].float(), stored[1].float()
+    if not scores.isfinite().all():
+        raise ValueError(f"{path} has scores that are not finite")
+    if not ((classes >= 0) & (classes < num_classes) & (classes == classes.round())).all():
+        raise ValueError(
+            f"{path} must have whole numbers from 0 to {num_classes - 1} for classes, got "
+            f"{classes.min().item():g} to {classes.max().item():g}"
+        )
+    return scores, classes.long()
+
+
+def patch_labels(
+    scores: Tensor,
+    classes: Tensor,
+    crop: Crop,
+    patch_grid: tuple[int, int],
+    num_classes: int,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """Return what the patches of a crop show.
+
+    Args:
+        scores: float32 [K, H, W], of the whole image.
+        classes: int64 [K, H, W], in [0, num_classes).
+        crop: the part of the image that the model sees.
+        patch_grid: rows and columns of patches.
+        num_classes: C.
+        smoothing: label smoothing s as published: p · (1 - s + s / C) + s / C, which sums to 1 + s / C.
+
+    Returns:
+        Probabilities, float32 [rows · columns, C], row by row.
+    """
+    # Few classes occur in an image: the maps of all others are 0 everywhere, and so is what is cut from them.
+    present, slots = classes.unique(return_inverse=True)
+    height, width = scores.shape[1:]
+    maps = scores.new_zeros(len(present), height, width).scatter_(0, slots, scores)
+    box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
+    # Without `aligned`, RoIAlign has the middle of the first cell at 0; a share of 0 is that cell's edge.
+    corners = torch.tensor([box]) * torch.tensor([width, height, width, height]) - 0.5
+    cut = roi_align(maps[None], [corners], patch_grid)[0]
+    if crop.flip:
+        cut = cut.flip(-1)
+    logits = scores.new_zeros(num_classes, patch_grid[0] * patch_grid[1])
+    logits[present] = cut.flatten(1)
+    labels = logits.softmax(dim=0).T
+    return labels * (1 - smoothing + smoothing / num_classes) + smoothing / num_classes
+
+
+class CropWithLabels:
+    """timm's training transform that also says which part of the image is seen.
+
+    Given the same random numbers, the image is that of timm's transform, bit for bit.
+
+    Args:
+        arguments: of `timm.data.create_transform`, for training.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        # In three parts: crop and flip, what changes colours, what makes a tensor.
+        first, *self.rest = create_transform(**arguments, separate=True)
+        self.crop = first.transforms[0]
+        self.hflip: float = arguments["hflip"]
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Crop]:
+        """Return the augmented image, float32 [3, S, S], and its crop."""
+        crop = self.crop
+        top, left, height, width = crop.get_params(image, crop.scale, crop.ratio)
+        choices = crop.interpolation
+        interpolation = random.choice(choices) if isinstance(choices, tuple) else choices
+        view = functional.resized_crop(image, top, left, height, width, crop.size, interpolation)
+        flip = self.hflip > 0 and bool(torch.rand(1) < self.hflip)
+        if flip:
+            view = functional.hflip(view)
+        for part in self.rest:
+            view = part(view)
+        full_width, full_height = image.size
+        place = Crop(top / full_height, left / full_width, height / full_height, width / full_width, flip)
+        return view, place

@@ -1,0 +1,349 @@
+"""From a run's configuration to its batches: which data set, which transforms, which order, which workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import create_transform
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from evit_ext.data.batches import (
+    Batch,
+    DigitBatches,
+    ImageBatches,
+    TokenLabels,
+    Transform,
+    as_it_is,
+    start_worker,
+)
+from evit_ext.data.cluttered_digits import ClutteredDigits
+from evit_ext.data.digits import Digits, load_scans
+from evit_ext.data.images import ImageFiles, Unreadable, open_images
+from evit_ext.data.order import EvaluationOrder, Place, TrainOrder, steps_per_epoch
+from evit_ext.data.streams import HuggingFaceStream, Source, StreamBatches, WebDataset
+from evit_ext.data.token_label_maps import CropWithLabels
+from evit_ext.randomness import derive_seed
+from evit_ext.training.config import TrainConfig
+from evit_ext.training.ranks import Ranks
+
+__all__ = ["Batch", "Loaders", "Unreadable"]
+
+# The test canvases do not follow the seed of the training: runs with different seeds see the same ones.
+_TEST_SEED = 1797
+_DIGITS = ("digits", "cluttered-digits")
+# Names the random numbers that torch's loader wants for its workers.
+_WORKERS = 4
+
+
+class Loaders:
+    """The training and validation batches of one process, as a run's configuration says.
+
+    Opening lists the files and reads none of them. How images are to look only matters when batches are made:
+    `image` and `patch_grid` may be set after the model has been built for `num_classes`, before the first
+    batch.
+
+    Training batches follow from the configuration, epoch and step alone: neither the number of workers nor,
+    at the same `accumulation` times processes, that of processes changes a bit, nor where an epoch is
+    entered.
+    For streams ("wds", "hfids/…") see `evit_ext.data.streams`.
+
+    Args:
+        config: of the run. Its `batch_size` is micro_batch · accumulation · processes.
+        ranks: this process among all.
+        micro_batch: images of a batch, b.
+        accumulation: batches that this process takes for an optimizer step.
+        image: as of `timm.data.resolve_model_data_config`: input_size, mean, std, interpolation, crop_pct and
+            perhaps crop_mode. For digits only input_size counts.
+        patch_grid: rows and columns of the model's patches; for token labels.
+        training: False opens the validation data only.
+
+    Attributes:
+        num_classes: of the configuration, else of the data.
+        steps_per_epoch: optimizer steps; 0 without training data.
+        train_images: images that an epoch uses up: steps_per_epoch · batch_size.
+        val_images: over all processes; None for a stream that does not say, or where `val_split` is "".
+
+    Raises:
+        ValueError: settings that contradict each other or the data, an unknown data set, a data set without
+            images or smaller than a batch, classes of training and validation data that differ.
+        FileNotFoundError: a folder, split or shard is missing.
+        ModuleNotFoundError: an optional package is not installed.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        ranks: Ranks,
+        micro_batch: int,
+        accumulation: int = 1,
+        image: Mapping[str, Any] | None = None,
+        patch_grid: tuple[int, int] | None = None,
+        training: bool = True,
+    ) -> None:
+        batch_size = micro_batch * accumulation * ranks.world_size
+        if training and batch_size != config.batch_size:
+            raise ValueError(
+                f"micro_batch {micro_batch}, accumulation {accumulation} and {ranks.world_size} processes "
+                f"make {batch_size} images a step, batch_size is {config.batch_size}"
+            )
+        self.config, self.ranks = config, ranks
+        self.micro_batch, self.accumulation = micro_batch, accumulation
+        self.image, self.patch_grid = image, patch_grid
+        self._train = _open(config, True) if training else None
+        self._val = _open(config, False) if config.val_split else None
+        _check_classes(self._train, self._val)
+        self.num_classes = _num_classes(config, self._train or self._val)
+        self.steps_per_epoch = 0
+        if self._train is not None:
+            size = _size(self._train)
+            if size is None:
+                raise ValueError(f"{config.dataset!r} does not say how many images it has: give train_images")
+            self.steps_per_epoch = steps_per_epoch(size, batch_size)
+        self.train_images = self.steps_per_epoch * batch_size
+        self.val_images = _size(self._val) if self._val is not None else None
+        if config.token_labels is not None and not isinstance(self._train, ImageFiles | None):
+            raise ValueError(f"token_labels need images that have names of their own, got {config.dataset!r}")
+        if config.token_labels is not None and not config.augment:
+            raise ValueError("token_labels need augment: it is the random crop that they are cut with")
+
+    def train(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """Yield this process' batches of an epoch from a step on: `accumulation` for each step.
+
+        Of a stream, what lies before `first_step` is read and thrown away.
+
+        Raises:
+            ValueError: no training data, the epoch has no such step, or `image` or `patch_grid` is missing;
+                a label out of range, or bad token labels.
+            FileNotFoundError: an image has no token labels.
+            RuntimeError: too many images in a row cannot be read.
+        """
+        if self._train is None:
+            raise ValueError("there is no training data: the loaders were opened with training=False")
+        if not 0 <= first_step <= self.steps_per_epoch:
+            raise ValueError(f"first_step must be in [0, {self.steps_per_epoch}], got {first_step}")
+        config, ranks = self.config, self.ranks
+        if isinstance(self._train, Source):
+            batches = self._stream(self._train, training=True)
+            batches.set_epoch(epoch)
+            loader = self._loader(batches, None, epoch)
+            steps = slice(first_step * self.accumulation, self.steps_per_epoch * self.accumulation)
+            return islice(loader, steps.start, steps.stop)
+        order = TrainOrder(
+            _count(self._train),
+            self.micro_batch,
+            self.accumulation,
+            ranks.rank,
+            ranks.world_size,
+            config.seed,
+            max(config.repeated_aug, 1),
+        )
+        order.start(epoch, first_step)
+        return self._loader(self._batches(self._train, training=True), order, epoch)
+
+    def val(self) -> Iterator[Batch]:
+        """Yield this process' part of the validation data: each image once over all processes.
+
+        Batches have at most `micro_batch` images, perhaps none; processes can differ in their number.
+
+        Raises:
+            ValueError: no validation data, or `image` is missing; a label out of range.
+            RuntimeError: too many images of a stream in a row cannot be read.
+        """
+        if self._val is None:
+            raise ValueError("there is no validation data: val_split is empty")
+        if isinstance(self._val, Source):
+            return self._loader(self._stream(self._val, training=False), None, 0)
+        order = EvaluationOrder(_count(self._val), self.micro_batch, self.ranks.rank, self.ranks.world_size)
+        return self._loader(self._batches(self._val, training=False), order, 0)
+
+    def _loader(
+        self, batches: Dataset[Batch], order: Sampler[list[Place]] | None, epoch: int
+    ) -> Iterator[Batch]:
+        workers, pinned = self.config.workers, self.ranks.device.type == "cuda"
+        if isinstance(batches, StreamBatches):
+            workers = min(workers, batches.source.most_workers(self.ranks.world_size))
+        loader = DataLoader(
+            batches,
+            batch_sampler=order,
+            batch_size=1 if order is not None else None,
+            num_workers=workers,
+            collate_fn=as_it_is,
+            pin_memory=pinned,
+            worker_init_fn=start_worker,
+            # Its own: otherwise it would draw from the process' random numbers.
+            generator=torch.Generator().manual_seed(derive_seed(self.config.seed, epoch, _WORKERS)),
+        )
+        for batch in loader:
+            # Pinning makes a list of a tuple.
+            yield batch._replace(unreadable=tuple(batch.unreadable))
+
+    def _image(self) -> Mapping[str, Any]:
+        if self.image is None:
+            raise ValueError("image must say how the model wants its images, as timm.data does, got none")
+        return self.image
+
+    def _size(self) -> tuple[int, int]:
+        height, width = self._image()["input_size"][-2:]
+        return height, width
+
+    def _stream(self, source: Source, training: bool) -> StreamBatches:
+        return StreamBatches(
+            source,
+            self.micro_batch,
+            self.num_classes,
+            self._size(),
+            self._transform(training),
+            self.config.max_image_pixels,
+            self.config.seed,
+            training,
+            self.ranks.rank,
+            self.ranks.world_size,
+        )
+
+    def _batches(self, data: ImageFiles | Canvases, training: bool) -> Dataset[Batch]:
+        if isinstance(data, Canvases):
+            return data.batches(self._size())
+        labelled = training and self.config.token_labels is not None
+        return ImageBatches(
+            data,
+            self.num_classes,
+            self._size(),
+            CropWithLabels(self._train_arguments()) if labelled else self._transform(training),
+            self.config.seed,
+            replace=training,
+            token_labels=self._token_labels() if labelled else None,
+        )
+
+    def _token_labels(self) -> TokenLabels:
+        if self.patch_grid is None:
+            raise ValueError("patch_grid must be the model's rows and columns of patches for token labels")
+        folder = Path(str(self.config.token_labels))
+        return TokenLabels(folder, self.patch_grid, self.num_classes, self.config.label_smoothing)
+
+    def _transform(self, training: bool) -> Transform:
+        if training and self.config.augment:
+            return create_transform(**self._train_arguments())
+        image = self._image()
+        return create_transform(
+            input_size=image["input_size"],
+            interpolation=image["interpolation"],
+            mean=image["mean"],
+            std=image["std"],
+            crop_pct=self.config.crop_pct or image["crop_pct"],
+            crop_mode=image.get("crop_mode"),
+        )
+
+    def _train_arguments(self) -> dict[str, Any]:
+        config, image = self.config, self._image()
+        return {
+            "input_size": image["input_size"],
+            "is_training": True,
+            "scale": config.scale,
+            "ratio": config.ratio,
+            "hflip": config.hflip,
+            "color_jitter": config.color_jitter or None,
+            "auto_augment": config.auto_augment,
+            "interpolation": config.interpolation,
+            "mean": image["mean"],
+            "std": image["std"],
+            "re_prob": config.reprob,
+            "re_mode": config.remode,
+            "re_count": config.recount,
+        }
+
+
+class Canvases:
+    """A split of a digits data set, whose images are only drawn once their size is known."""
+
+    classes: Mapping[str, int] = {str(digit): digit for digit in range(10)}
+
+    def __init__(self, config: TrainConfig, training: bool) -> None:
+        self.config = config
+        self.training = training
+        self.split = "train" if training else "test"
+        scans = len(load_scans(self.split)[0])
+        self.size = scans if config.dataset == "digits" else 10 * scans
+        if training and config.train_images is not None:
+            if config.dataset == "digits":
+                raise ValueError(f"train_images is not for 'digits': it has {scans} images")
+            self.size = config.train_images
+
+    def batches(self, size: tuple[int, int]) -> DigitBatches:
+        """Return the batches of images [3, S, S]; ValueError unless they are square."""
+        side = size[0]
+        if size != (side, side):
+            raise ValueError(f"the images of {self.config.dataset!r} are square, got {size}")
+        if self.config.dataset == "digits":
+            return DigitBatches(Digits(self.split, side), fixed=True)
+        seed = self.config.seed if self.training else _TEST_SEED
+        digits = ClutteredDigits(self.split, side, self.size, seed, 0, self.config.difficulty)
+        return DigitBatches(digits, fixed=not self.training)
+
+
+_Data = ImageFiles | Canvases | Source
+
+
+def _open(config: TrainConfig, training: bool) -> _Data:
+    split = config.train_split if training else config.val_split
+    dataset, prefix = config.dataset, config.dataset.partition("/")[0]
+    number = config.train_images if training else None
+    if dataset in _DIGITS:
+        return Canvases(config, training)
+    if dataset == "wds":
+        return WebDataset(config.data, split, number)
+    if prefix == "hfids" and prefix != dataset:
+        return HuggingFaceStream(dataset, config.data, split, number)
+    if dataset == "" or (prefix == "hfds" and prefix != dataset):
+        if number is not None:
+            raise ValueError(f"train_images is for streams and cluttered-digits, not for {dataset!r}")
+        return open_images(dataset, config.data, split, config.max_image_pixels)
+    raise ValueError(
+        f"unknown dataset {dataset!r}: expected none for a folder of images or tar files, 'wds', "
+        "'hfds/NAME', 'hfids/NAME', 'digits' or 'cluttered-digits'"
+    )
+
+
+def _count(data: ImageFiles | Canvases) -> int:
+    return data.size if isinstance(data, Canvases) else len(data)
+
+
+def _size(data: _Data) -> int | None:
+    return data.num_images if isinstance(data, Source) else _count(data)
+
+
+def _check_classes(train: _Data | None, val: _Data | None) -> None:
+    """Raise ValueError where training and validation data both name their classes, and differ."""
+    ours = train.classes if train is not None else {}
+    theirs = val.classes if val is not None else {}
+    if not ours or not theirs or ours == theirs:
+        return
+    only = [
+        f"only {where} has {', '.join(sorted(names)[:8])}"
+        + (f" and {len(names) - 8} more" * (len(names) > 8))
+        for where, names in (
+            ("the training data", set(ours) - set(theirs)),
+            ("the validation data", set(theirs) - set(ours)),
+        )
+        if names
+    ]
+    raise ValueError(
+        "training and validation data must have the same classes: "
+        + ("; ".join(only) or "they are numbered differently")
+    )
+
+
+def _num_classes(config: TrainConfig, data: _Data | None) -> int:
+    found = len(data.classes) if data is not None else 0
+    if config.num_classes is None:
+        if not found:
+            raise ValueError(
+                f"data set {config.dataset!r} does not say how many classes it has: give num_classes"
+            )
+        return found
+    if config.num_classes < found:
+        raise ValueError(f"num_classes is {config.num_classes}, but the data has {found} classes")
+    return config.num_classes
