@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +16,14 @@ from evit_ext.data.cluttered_digits import ClutteredDigits
 from evit_ext.data.digits import Digits
 from evit_ext.data.images import ImageFiles, Unreadable
 from evit_ext.data.order import Place
-from evit_ext.data.token_label_maps import CropWithLabels, patch_labels, read_label_map
+from evit_ext.data.token_label_maps import patch_labels, read_label_map
+from evit_ext.data.transforms import CropWithLabels, Transform
 from evit_ext.randomness import derive_seed, seeded
 
 #: Names the random numbers that augment, apart from those that shuffle.
 AUGMENTATION = 2
 #: So many images in a row that cannot be read are no longer single bad files.
 MAX_IN_A_ROW = 100
-
-Transform = Callable[[Image.Image], Tensor]
 
 
 class Batch(NamedTuple):

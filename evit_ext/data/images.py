@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data.readers import create_reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
@@ -122,6 +122,8 @@ def read_image(open_file: Callable[[], IO[bytes]], path: str, max_pixels: int) -
                 return image.convert("RGB")
     except MemoryError:
         raise
+    except UnidentifiedImageError:
+        return Unreadable(path, "not an image that Pillow knows")
     # Pillow's decoders raise nearly anything on damaged data, from SyntaxError to struct.error.
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:

@@ -29,12 +29,12 @@ from evit_ext.data.batches import (
     AUGMENTATION,
     MAX_IN_A_ROW,
     Batch,
-    Transform,
     check_label,
     collate,
     too_many,
 )
 from evit_ext.data.images import Unreadable, find_folder, need, read_image
+from evit_ext.data.transforms import Transform
 from evit_ext.randomness import derive_seed, seeded
 
 #: Images, not yet decoded, among which the next one of a shuffled stream is drawn.

@@ -12,17 +12,12 @@ mirror image in the diagonal. Here a patch has the labels of its own place.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from PIL import Image
-from timm.data import create_transform
 from torch import Tensor
 from torchvision.ops import roi_align
-from torchvision.transforms import functional
 
 
 class Crop(NamedTuple):
@@ -100,35 +95,3 @@ def patch_labels(
     logits[present] = cut.flatten(1)
     labels = logits.softmax(dim=0).T
     return labels * (1 - smoothing + smoothing / num_classes) + smoothing / num_classes
-
-
-class CropWithLabels:
-    """timm's training transform that also says which part of the image is seen.
-
-    Given the same random numbers, the image is that of timm's transform, bit for bit.
-
-    Args:
-        arguments: of `timm.data.create_transform`, for training.
-    """
-
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
-        # In three parts: crop and flip, what changes colours, what makes a tensor.
-        first, *self.rest = create_transform(**arguments, separate=True)
-        self.crop = first.transforms[0]
-        self.hflip: float = arguments["hflip"]
-
-    def __call__(self, image: Image.Image) -> tuple[Tensor, Crop]:
-        """Return the augmented image, float32 [3, S, S], and its crop."""
-        crop = self.crop
-        top, left, height, width = crop.get_params(image, crop.scale, crop.ratio)
-        choices = crop.interpolation
-        interpolation = random.choice(choices) if isinstance(choices, tuple) else choices
-        view = functional.resized_crop(image, top, left, height, width, crop.size, interpolation)
-        flip = self.hflip > 0 and bool(torch.rand(1) < self.hflip)
-        if flip:
-            view = functional.hflip(view)
-        for part in self.rest:
-            view = part(view)
-        full_width, full_height = image.size
-        place = Crop(top / full_height, left / full_width, height / full_height, width / full_width, flip)
-        return view, place

@@ -16,7 +16,6 @@ from evit_ext.data.batches import (
     DigitBatches,
     ImageBatches,
     TokenLabels,
-    Transform,
     as_it_is,
     start_worker,
 )
@@ -25,7 +24,7 @@ from evit_ext.data.digits import Digits, load_scans
 from evit_ext.data.images import ImageFiles, Unreadable, open_images
 from evit_ext.data.order import EvaluationOrder, Place, TrainOrder, steps_per_epoch
 from evit_ext.data.streams import HuggingFaceStream, Source, StreamBatches, WebDataset
-from evit_ext.data.token_label_maps import CropWithLabels
+from evit_ext.data.transforms import CropWithLabels, Transform, train_transform
 from evit_ext.randomness import derive_seed
 from evit_ext.training.config import TrainConfig
 from evit_ext.training.ranks import Ranks
@@ -226,7 +225,7 @@ class Loaders:
 
     def _transform(self, training: bool) -> Transform:
         if training and self.config.augment:
-            return create_transform(**self._train_arguments())
+            return train_transform(**self._train_arguments())
         image = self._image()
         return create_transform(
             input_size=image["input_size"],
@@ -241,7 +240,6 @@ class Loaders:
         config, image = self.config, self._image()
         return {
             "input_size": image["input_size"],
-            "is_training": True,
             "scale": config.scale,
             "ratio": config.ratio,
             "hflip": config.hflip,
