@@ -12,11 +12,12 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 
-.PHONY: help env demo test test-python test-cpp test-cuda-on-host test-sanitize test-oldest-torch lint format wheel gpu-check clean
+.PHONY: help env demo test test-python test-faults test-cpp test-cuda-on-host test-sanitize test-oldest-torch lint format wheel gpu-check clean
 
 help:
 	@echo "make demo               train a DeiT and EViTs on real digits, compare them (about 10 minutes)"
 	@echo "make test               every test, C++ and Python"
+	@echo "make test-faults        kill a hundred training runs at random moments; none must be lost"
 	@echo "make test-sanitize      the C++ tests with address and undefined-behaviour sanitizers"
 	@echo "make test-oldest-torch  one binary, built on the newest torch, tested on the oldest supported"
 	@echo "make gpu-check          every test and benchmark that needs a GPU, with the installed Python and torch"
@@ -43,6 +44,9 @@ test: env test-cpp test-python test-cuda-on-host
 
 test-python: env
 	$(BIN)/pytest
+
+test-faults: env
+	$(BIN)/pytest -m faults -s python_tests/training
 
 test-cpp: env
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cmake -G Ninja

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from evit_ext.training.recipe import Recipe, option
+from evit_ext.training.whole_files import replacing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,15 +156,28 @@ class TrainConfig(Recipe):
                 raise ValueError(f"{name} must be a range (low, high) of positive numbers, got {(low, high)}")
         if not self.distillation_tau > 0:
             raise ValueError(f"distillation_tau must be positive, got {self.distillation_tau}")
+        falls = self.keep_rate is not None and self.keep_rate < 1
+        falls = falls and self.keep_rate_start_epoch < self.keep_rate_end_epoch
+        if self.compile and falls and self.keep_rate_token_step is None:
+            raise ValueError(
+                "compile with a keep rate that falls at every step would compile at every step: set "
+                "keep_rate_token_step, such as 8, or compile false"
+            )
         if self.distillation != "none" and self.teacher is None:
             raise ValueError(f"distillation {self.distillation!r} needs a teacher, got none")
 
-    def save(self, path: Path) -> None:
-        """Write all fields, as :func:`load_config` reads them."""
+    def to_yaml(self) -> str:
+        """Return all fields, as :func:`load_config` reads them."""
         values = {
-            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in typed(asdict(self), "config").items()
         }
-        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        return yaml.safe_dump(values, sort_keys=False)
+
+    def save(self, path: Path) -> None:
+        """Write all fields, as :func:`load_config` reads them; the file is there as a whole or not at all."""
+        with replacing(path) as file:
+            file.write(self.to_yaml())
 
 
 def recipe_names() -> list[str]:

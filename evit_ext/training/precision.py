@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-PRECISIONS = ("auto", "float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def choose_precision(device: torch.device | str = "cpu", name: str = "auto") -> 
 
     Args:
         device: where the model will run.
-        name: "auto", or "float32" or "bfloat16" to insist.
+        name: "auto", or "float32", "bfloat16" or "float16" to insist.
 
     Raises:
         ValueError: another name.
@@ -70,7 +70,7 @@ def autocast(device: torch.device | str, precision: Precision, training: bool = 
     """
     device = torch.device(device)
     enabled = precision.dtype != torch.float32
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
+    with torch.autocast(device.type, dtype=precision.dtype if enabled else None, enabled=enabled):
         if enabled and training and device.type == "cpu":
             with sdpa_kernel(SDPBackend.MATH):
                 yield

@@ -167,6 +167,13 @@ def _talking(rank: int, world_size: int) -> Iterator[None]:
         ) from error
 
 
+def is_lost(error: BaseException) -> bool:
+    """Return whether an error says that another process is gone, as those of torch's collectives do."""
+    if isinstance(error, (ConnectionError, dist.DistError)):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL"))
+
+
 def _device(name: str, local_rank: int) -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}")

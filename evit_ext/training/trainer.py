@@ -1,13 +1,13 @@
-"""The loop: timm's optimizer, scheduler, mixup, EMA and losses; ours is what EViT adds, the keep rate."""
+"""The loop: timm's optimizer, scheduler, mixup and EMA; ours are the keep rate and what is random when."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, cast
 
-import timm.loss
 import timm.optim
 import torch
 from timm.data.mixup import Mixup
@@ -18,45 +18,73 @@ from torch import Tensor, nn
 
 from evit_ext.apply import set_keep_rate
 from evit_ext.families import reorganizing_blocks
-from evit_ext.randomness import random_state, set_random_state
+from evit_ext.randomness import derive_seed, random_state, seeded, set_random_state
 from evit_ext.schedule import keep_rate_schedule
+from evit_ext.training.building import build_criterion
+from evit_ext.training.objectives import Classification, Objective
 from evit_ext.training.precision import Precision, autocast, choose_precision
 from evit_ext.training.progress import Progress
+from evit_ext.training.ranks import ALONE, Ranks
 from evit_ext.training.recipe import Recipe
+from evit_ext.training.seen import EpochResult, Seen
+from evit_ext.training.sharding import (
+    gradients_stay,
+    is_sharded,
+    load_whole_optimizer_state,
+    load_whole_state,
+    whole_optimizer_state,
+    whole_state,
+)
+
+# Reading a figure waits for a GPU: there, whether all is finite is asked every so many steps.
+_STEPS_BETWEEN_CHECKS = 10
+_MODEL_STREAM = 1  # of the random numbers that mixup, drop path and dropout draw
 
 
-class EpochResult(NamedTuple):
-    """`loss` and `accuracy` (percent; of the unmixed labels) are means over the epoch, seen in training."""
+class StepResult(NamedTuple):
+    """An optimizer step: of this process' images the mean `loss`, and the norm of the whole gradient.
 
-    loss: float
-    accuracy: float
+    Both are scalars on the device; `grad_norm` is that before clipping.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    lr: float
     keep_rate: float
-    images_per_second: float
 
 
 class Trainer:
-    """Trains a model after a recipe, an epoch at a time.
+    """Trains a model after a recipe, an epoch at a time, alone or together with other processes.
+
+    What is random in a step follows from the seed, the number of the step and that of the micro-batch: a
+    batch is M micro-batches, of which the process of rank r takes r, r + world size and so on. So the same
+    training comes from one process that accumulates the gradients of three micro-batches and from three
+    processes with one each, and from a run that was interrupted. The global random generators are left as
+    they were.
 
     Args:
-        model: returns logits [B, classes], or where `loss` is given anything that has them as ``.logits``; on
-            its device already, wrapped (DistributedDataParallel,
-            torch.compile) or not. An EViT gets the recipe's keep rate, along its schedule. Nothing is seeded
-            here: seed torch before the model is made, and NumPy too where the recipe has mixup, as timm's
-            draws from NumPy's global generator.
+        model: on its device already; it is called by the objective. An EViT gets the recipe's keep rate,
+            along its schedule. Over several processes: what :func:`evit_ext.training.distribute` returned.
         recipe: see :class:`Recipe`.
-        steps_per_epoch: batches that an epoch has.
-        num_classes: needed for mixup, CutMix and label smoothing with them; by default ``model.num_classes``.
-        precision: by default chosen for the model's device.
-        loss: of what the model returned, the images and the targets, such as :class:`DynamicViTLoss`; by
-            default the cross-entropy. Targets come mixed as the recipe says; label smoothing without mixup is
-            left to a `loss` that is given.
+        steps_per_epoch: optimizer steps that an epoch has.
+        num_classes: needed for mixup and CutMix; by default ``model.num_classes``.
+        precision: by default chosen for the model's device. float16 comes with a gradient scaler.
+        objective: what is minimised; by default the cross-entropy of the logits, with the recipe's label
+            smoothing, of targets mixed as the recipe says.
+        ranks: the processes.
+        accumulation: micro-batches of this process in an optimizer step.
+        seed: of what is random in training, see above. The weights are the caller's.
+        ema: the moving average, where it is made already (:func:`distribute`); by default it is made here,
+            as the recipe says.
 
     Attributes:
         model: what is trained.
         ema: timm's moving average of it, or None; evaluate ``ema.module``.
+        last: the last step's :class:`StepResult`, or None.
 
     Raises:
-        ValueError: an optimizer that this timm does not know, or no step in an epoch.
+        ValueError: an optimizer that this timm does not know, no step in an epoch, or what does not go
+            together.
     """
 
     def __init__(
@@ -66,10 +94,16 @@ class Trainer:
         steps_per_epoch: int,
         num_classes: int | None = None,
         precision: Precision | None = None,
-        loss: Callable[[Any, Tensor, Tensor], Tensor] | None = None,
+        objective: Objective | None = None,
+        *,
+        ranks: Ranks = ALONE,
+        accumulation: int = 1,
+        seed: int = 0,
+        ema: ModelEmaV3 | None = None,
     ) -> None:
-        if steps_per_epoch < 1:
-            raise ValueError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
+        for name, value in (("steps_per_epoch", steps_per_epoch), ("accumulation", accumulation)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if recipe.optimizer not in timm.optim.list_optimizers():
             raise ValueError(
                 f"timm {timm.__version__} has no optimizer {recipe.optimizer!r}; "
@@ -82,6 +116,11 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch
         self.device = next(model.parameters()).device
         self.precision = precision or choose_precision(self.device)
+        if is_sharded(model) and (recipe.optimizer == "muon" or self.precision.dtype == torch.float16):
+            raise ValueError(
+                "a model in parts (fsdp) trains without muon, which needs whole matrices, and without "
+                f"float16, got optimizer {recipe.optimizer!r} and precision {self.precision}"
+            )
         self.optimizer = timm.optim.create_optimizer_v2(
             self._unwrapped, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay
         )
@@ -94,30 +133,35 @@ class Trainer:
             t_in_epochs=False,
         )
         self.scheduler.step_update(0)
-        self.ema = (
-            ModelEmaV3(self._unwrapped, decay=recipe.ema_decay) if recipe.ema_decay is not None else None
-        )
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.dtype == torch.float16)
+        if ema is None and recipe.ema_decay is not None:
+            ema = ModelEmaV3(self._unwrapped, decay=recipe.ema_decay)
+        self.ema = ema
+        self.last: StepResult | None = None
+        self._ranks, self._accumulation, self._seed = ranks, accumulation, seed
         self._step = 0
-        self._seen = _Seen(self.device)
+        self._seen = Seen(self.device)
+        self._finite = torch.ones((), dtype=torch.bool, device=self.device)
         self._reorganizes = bool(reorganizing_blocks(self._unwrapped)) and recipe.keep_rate is not None
-        self._mixup, self._loss = self._targets(num_classes)
-        self._custom_loss = loss
+        embed: Any = getattr(self._unwrapped, "patch_embed", None)
+        self._num_patches: int | None = getattr(embed, "num_patches", None)
+        self._mixup = self._make_mixup(num_classes)
+        self._objective = objective or Classification(build_criterion(recipe))
 
-    def _targets(self, num_classes: int | None) -> tuple[Any, nn.Module]:
+    def _make_mixup(self, num_classes: int | None) -> Mixup | None:
         recipe = self.recipe
-        if recipe.mixup > 0 or recipe.cutmix > 0:
-            if num_classes is None:
-                num_classes = int(self._unwrapped.num_classes)  # type: ignore[arg-type]
-            mixup = Mixup(
-                mixup_alpha=recipe.mixup,
-                cutmix_alpha=recipe.cutmix,
-                label_smoothing=recipe.label_smoothing,
-                num_classes=num_classes,
-            )
-            return mixup, timm.loss.SoftTargetCrossEntropy()
-        if recipe.label_smoothing > 0:
-            return None, timm.loss.LabelSmoothingCrossEntropy(recipe.label_smoothing)
-        return None, nn.CrossEntropyLoss()
+        if recipe.mixup == 0 and recipe.cutmix == 0:
+            return None
+        if num_classes is None:
+            num_classes = int(self._unwrapped.num_classes)  # type: ignore[arg-type]
+        return Mixup(
+            mixup_alpha=recipe.mixup,
+            cutmix_alpha=recipe.cutmix,
+            prob=recipe.mix_prob,
+            switch_prob=recipe.cutmix_share,
+            label_smoothing=recipe.label_smoothing,
+            num_classes=num_classes,
+        )
 
     @property
     def step(self) -> int:
@@ -136,48 +180,52 @@ class Trainer:
         progress: bool = True,
         after_step: Callable[[], None] | None = None,
     ) -> EpochResult:
-        """Train on the batches of an epoch: `steps_per_epoch` tuples that begin with images and labels.
+        """Train on an epoch's micro-batches of this process: `accumulation` for each of `steps_per_epoch`.
 
         Args:
-            batches: of images float [B, C, H, W] and labels int64 [B]; what else a tuple holds is ignored.
-                Where the epoch is under way already (:attr:`step_in_epoch`), those that are left of it.
+            batches: tuples that begin with images float [B, C, H, W] and labels int64 [B]. Where a tuple has
+                an attribute ``token_labels``, the objective gets it; what else it holds is ignored. Where the
+                epoch is under way already (:attr:`step_in_epoch`), those that are left of it.
             description: what the progress says.
             progress: show it.
             after_step: called after every step, to write a checkpoint for instance.
 
         Returns:
-            Means over the whole epoch, but for the images per second, which are those of this call.
+            Means over the whole epoch and all processes, but for the images per second, which are those of
+            this call, of all processes.
 
         Raises:
             ValueError: there are fewer or more batches than are left of `steps_per_epoch`.
-            FloatingPointError: the loss is not finite any more.
+            FloatingPointError: the loss or the gradient is not finite any more; on all processes at the same
+                step.
         """
         self.model.train(not self.recipe.eval_mode)
         if self.step_in_epoch == 0:
-            self._seen = _Seen(self.device)
-        seen, done, keep_rate = self._seen, self.step_in_epoch, 1.0
-        before = seen.images
-        start = time.perf_counter()
+            self._seen = Seen(self.device)
+        seen, done = self._seen, self.step_in_epoch
+        trained, start = 0, time.perf_counter()
 
         def images_per_second() -> float:
-            return (seen.images - before) / (time.perf_counter() - start)
+            return trained * self._ranks.world_size / (time.perf_counter() - start)
 
-        with Progress(description, self.steps_per_epoch - done, progress) as bar:
-            for images, labels, *_ in batches:
+        remaining = iter(batches)
+        with Progress(description, self.steps_per_epoch, progress, start=done) as bar:
+            while step := list(islice(remaining, self._accumulation)):
                 if done == self.steps_per_epoch:
-                    raise ValueError(f"the epoch has more than the {self.steps_per_epoch} batches announced")
-                images, labels = images.to(self.device), labels.to(self.device)
-                keep_rate = self._set_keep_rate()
-                loss, logits = self._optimize(images, labels)
-                seen.add(loss, logits, labels)
+                    raise ValueError(f"the epoch has more than the {self.steps_per_epoch} steps announced")
+                if len(step) < self._accumulation:
+                    raise ValueError(
+                        f"the last step has {len(step)} micro-batches, {self._accumulation} were announced"
+                    )
+                trained += self._optimize(step)
                 done += 1
-                # Reading the loss waits for a GPU: do it now and then.
-                if done % 10 == 0 or done == self.steps_per_epoch or self.device.type == "cpu":
-                    self._check_finite(loss)
+                assert self.last is not None
+                if self._looks(done):
+                    self._check_finite()
                     bar.step(
                         loss=f"{seen.mean_loss:.3f}",
                         accuracy=f"{seen.accuracy:.1f}%",
-                        keep_rate=f"{keep_rate:.2f}",
+                        keep_rate=f"{self.last.keep_rate:.2f}",
                         images_per_second=f"{images_per_second():.0f}",
                     )
                 else:
@@ -185,23 +233,32 @@ class Trainer:
                 if after_step is not None:
                     after_step()
         if done < self.steps_per_epoch:
-            raise ValueError(f"the epoch has {done} batches, {self.steps_per_epoch} were announced")
-        return EpochResult(seen.mean_loss, seen.accuracy, keep_rate, images_per_second())
+            raise ValueError(f"the epoch has {done} steps, {self.steps_per_epoch} were announced")
+        keep_rate = 1.0 if self.last is None else self.last.keep_rate
+        self._set_keep_rate()  # of what is evaluated now: at the end, the recipe's own
+        return seen.result(self._ranks, keep_rate, images_per_second())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that training goes on from: weights, average, optimizer, schedules, random generators.
+        """Return all that training goes on from: weights, average, optimizer, scaler, schedules, generators.
 
         Of tensors and plain Python values, so that what :class:`RunCheckpoints` writes is read without
-        executing anything. What the data loader's own generators and workers hold is not among it.
+        executing anything. Every process must call it; of a model in parts, the first process gets the whole.
+
+        Raises:
+            FloatingPointError: the loss or the gradient was not finite since it was last asked: what is not
+                worth saving is not saved.
         """
+        self._check_finite()
         return {
-            "model": self._unwrapped.state_dict(),
-            "model_ema": None if self.ema is None else self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": whole_state(self.model),
+            "model_ema": None if self.ema is None else whole_state(self.ema.module),
+            "optimizer": whole_optimizer_state(self.model, self.optimizer),
+            "scaler": self._scaler.state_dict(),
             "step": self._step,
-            "seen": self._seen.state_dict(),
+            "seen": self._seen.state_dict(self._ranks),
             "recipe": self.recipe.optimisation(),
             "steps_per_epoch": self.steps_per_epoch,
+            "seed": self._seed,
             "random": random_state(),
         }
 
@@ -209,30 +266,36 @@ class Trainer:
         """Go on from what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: it is of a run with another recipe or another number of steps in an epoch.
+            ValueError: it is of a run with another recipe, seed or number of steps in an epoch.
             RuntimeError: the weights do not fit the model.
         """
-        expected = {**self.recipe.optimisation(), "steps_per_epoch": self.steps_per_epoch}
-        came = {**state["recipe"], "steps_per_epoch": state["steps_per_epoch"]}
+        expected = {
+            **self.recipe.optimisation(),
+            "steps_per_epoch": self.steps_per_epoch,
+            "seed": self._seed,
+        }
+        came = {**state["recipe"], "steps_per_epoch": state["steps_per_epoch"], "seed": state["seed"]}
         different = [name for name in {**expected, **came} if expected.get(name) != came.get(name)]
         if different:
             said = ", ".join(
                 f"{name} {came.get(name)!r} instead of {expected.get(name)!r}" for name in different
             )
             raise ValueError(f"the checkpoint is of another run: it has {said}")
-        self._unwrapped.load_state_dict(state["model"])
+        load_whole_state(self.model, state["model"])
         if self.ema is not None:
-            self.ema.module.load_state_dict(state["model_ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+            load_whole_state(self.ema.module, state["model_ema"])
+        load_whole_optimizer_state(self.model, self.optimizer, state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
         self._step = state["step"]  # all that the scheduler knows; the optimizer has its learning rates
-        self._seen = _Seen(self.device)
-        self._seen.load_state_dict(state["seen"])
+        self._seen = Seen(self.device)
+        self._seen.load_state_dict(state["seen"], self._ranks)
+        self._set_keep_rate()
         set_random_state(state["random"])
 
     def _set_keep_rate(self) -> float:
         recipe = self.recipe
+        blocks = reorganizing_blocks(self._unwrapped)
         if not self._reorganizes or recipe.keep_rate is None:
-            blocks = reorganizing_blocks(self._unwrapped)
             return min((block.keep_rate for block in blocks), default=1.0)
         keep_rate = keep_rate_schedule(
             self._step,
@@ -240,69 +303,84 @@ class Trainer:
             base_keep_rate=recipe.keep_rate,
             start_epoch=recipe.keep_rate_start_epoch,
             end_epoch=recipe.keep_rate_end_epoch,
+            num_patches=self._num_patches,
+            token_step=recipe.keep_rate_token_step,
         )
         set_keep_rate(self._unwrapped, keep_rate)
         if self.ema is not None:
             set_keep_rate(self.ema.module, keep_rate)  # an attribute, which the average does not follow
         return keep_rate
 
-    def _optimize(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """One step; returns the loss and the logits, detached."""
-        inputs, targets = (images, labels) if self._mixup is None else self._mixup(images.clone(), labels)
-        with autocast(self.device, self.precision, training=True):
-            output = self.model(inputs)
-            if self._custom_loss is not None:  # which may run another model
-                loss = self._custom_loss(output, inputs, targets)
-        logits = output if isinstance(output, Tensor) else output.logits
-        if self._custom_loss is None:
-            loss = self._loss(logits.float(), targets)
+    def _optimize(self, batches: list[Any]) -> int:
+        """One step on this process' micro-batches; returns how many images they have."""
+        keep_rate = self._set_keep_rate()
+        losses, images_seen = [], 0
         self.optimizer.zero_grad()
-        loss.backward()
-        if self.recipe.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
-        self.optimizer.step()
+        for number, batch in enumerate(batches):
+            images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch[:2])
+            micro_batch = number * self._ranks.world_size + self._ranks.rank
+            key = derive_seed(self._seed, _MODEL_STREAM, self._step, micro_batch)
+            with (
+                seeded(key, self.device),
+                gradients_stay(self.model, number + 1 < len(batches)),
+                self._objective.step(self.model),
+            ):
+                loss, logits = self._forward(images, labels, getattr(batch, "token_labels", None))
+                self._scaler.scale(loss / len(batches)).backward()
+            self._seen.add(loss.detach(), logits.detach(), labels)
+            losses.append(loss.detach())
+            images_seen += len(labels)
+        grad_norm = self._step_optimizer()
+        loss = torch.stack(losses).mean()
+        self._finite &= loss.isfinite()
+        if not self._scaler.is_enabled():  # which meets infinite gradients by itself
+            self._finite &= grad_norm.isfinite()
+        self.last = StepResult(loss, grad_norm, self.optimizer.param_groups[0]["lr"], keep_rate)
         self._step += 1
         self.scheduler.step_update(self._step)
         if self.ema is not None:
             self.ema.update(self._unwrapped, step=self._step)
-        return loss.detach(), logits.detach()
+        return images_seen
 
-    def _check_finite(self, loss: Tensor) -> None:
-        if not math.isfinite(loss.item()):
+    def _forward(self, images: Tensor, labels: Tensor, token_labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the loss and the logits of a micro-batch."""
+        targets = labels
+        if self._mixup is not None:
+            if len(images) % 2:
+                raise ValueError(
+                    f"mixup and CutMix need an even number of images in a micro-batch, got {len(images)}"
+                )
+            images, targets = self._mixup(images.clone(), labels)  # which it changes in place
+        if token_labels is not None:
+            token_labels = token_labels.to(self.device, non_blocking=True)
+        with autocast(self.device, self.precision, training=True):
+            return self._objective(self.model, images, targets, token_labels)
+
+    def _step_optimizer(self) -> Tensor:
+        """Return the norm of the gradient as it was before clipping."""
+        if self._scaler.is_enabled():
+            self._scaler.unscale_(self.optimizer)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm: Any = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
+        if hasattr(norm, "full_tensor"):  # of a model in parts
+            norm = norm.full_tensor()
+        if self.recipe.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.recipe.clip_grad, norm)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        return norm.detach()
+
+    def _looks(self, done: int) -> bool:
+        """Whether figures are read after so many steps of the epoch: on a GPU it costs time."""
+        every = 1 if self.device.type == "cpu" else _STEPS_BETWEEN_CHECKS
+        return done % every == 0 or done == self.steps_per_epoch
+
+    def _check_finite(self) -> None:
+        (bad,) = self._ranks.sum([not self._finite.item()])
+        if bad and self.last is not None:
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self._step}: try a smaller learning rate than "
-                f"{self.recipe.lr}"
+                f"the loss or the gradient is not finite at step {self._step} (on {bad:.0f} of "
+                f"{self._ranks.world_size} processes; here loss {self.last.loss.item():g}, gradient norm "
+                f"{self.last.grad_norm.item():g}): try a smaller learning rate than {self.recipe.lr}, or a "
+                "limit for the gradient (clip_grad)"
             )
-
-
-class _Seen:
-    """What was seen of an epoch: sums of losses and of right answers, on the device, and the images."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)
-        self._correct = torch.zeros((), dtype=torch.int64, device=device)
-        self.images = 0
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch with its mean `loss`."""
-        self._loss += loss.double() * len(labels)
-        self._correct += (logits.argmax(dim=1) == labels).sum()
-        self.images += len(labels)
-
-    @property
-    def mean_loss(self) -> float:
-        """The mean over the images; waits for a GPU."""
-        return self._loss.item() / self.images
-
-    @property
-    def accuracy(self) -> float:
-        """In percent; waits for a GPU."""
-        return 100 * self._correct.item() / self.images
-
-    def state_dict(self) -> dict[str, float]:
-        return {"loss": self._loss.item(), "correct": self._correct.item(), "images": self.images}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self._loss.fill_(state["loss"])
-        self._correct.fill_(state["correct"])
-        self.images = int(state["images"])

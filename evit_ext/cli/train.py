@@ -1,0 +1,116 @@
+"""``evit train``: train an EViT, or go on with it."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from evit_ext.cli.options import add_options, overrides
+from evit_ext.training.config import TrainConfig, load_config, recipe_names
+from evit_ext.training.ranks import is_lost, join
+
+# The first field of each group of options, in the order of TrainConfig.
+_GROUPS = {
+    "epochs": "optimisation",
+    "model": "model",
+    "dataset": "data",
+    "augment": "what is done to the images",
+    "distillation": "losses",
+    "seed": "the run",
+}
+
+_EXAMPLES = """examples:
+  evit train --recipe cluttered-digits
+  evit train --recipe imagenet-finetune-30 --data imagenet --keep-rate 0.6
+  torchrun --nproc-per-node 8 --no-python evit train --recipe imagenet-300 --data imagenet
+  evit train --recipe runs/a/config.yaml --output runs/b
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``evit train`` to the commands."""
+    parser = commands.add_parser(
+        "train",
+        help="train an EViT after a recipe, on one process or many, or go on with a run",
+        usage="evit train [--recipe NAME|FILE] [--output FOLDER] [--FIELD VALUE ...]",
+        description="Train an EViT. A recipe gives all fields, options change single ones, and the run's\n"
+        "folder gets what came of them as config.yaml. The same command goes on with a run\n"
+        "that was interrupted. Under torchrun or srun, all processes train together.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--recipe", metavar="NAME|FILE", help=f"{', '.join(recipe_names())}, or a YAML file of fields"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        type=Path,
+        help="folder of the run (default: runs/ and the recipe's name)",
+    )
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="auto goes on from the folder's newest checkpoint; never refuses a folder that has one "
+        "(default: auto)",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    parser.add_argument(
+        "--tensorboard",
+        action=argparse.BooleanOptionalAction,
+        default="auto",
+        help="write TensorBoard's event files (default: where its package is installed)",
+    )
+    parser.add_argument(
+        "--progress", action=argparse.BooleanOptionalAction, default=True, help="show progress"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print all fields as YAML, and stop")
+    group = parser
+    for entry in fields(TrainConfig):
+        if entry.name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[entry.name])
+        add_options(group, [entry.name])
+    parser.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = load_config(options.recipe, **overrides(options))
+    if options.print_config:
+        print(config.to_yaml(), end="")
+        return 0
+    # Here, as importing it takes a while.
+    from evit_ext.training.run import Run
+    from evit_ext.training.stopping import Stopped
+    from evit_ext.training.unreadable import TooManyUnreadable
+
+    output = options.output or Path("runs") / Path(options.recipe or config.model).stem
+    with join(options.device) as ranks:
+        run = Run(config, output, ranks, options.resume, options.progress, options.tensorboard)
+        try:
+            summary = run.train()
+        except Stopped as stopped:
+            if ranks.is_first:
+                print(f"evit train: {stopped}", flush=True)
+            # As if the signal had ended it, so that a scheduler knows.
+            return 128 + (stopped.signal or signal.SIGTERM)
+        except (FloatingPointError, TooManyUnreadable) as error:  # of all processes together
+            if ranks.is_first:
+                _tell(f"{error}\n{run.advice()}")
+            return 1
+        except (OSError, RuntimeError) as error:
+            one_of_many = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
+            gone = "" if not is_lost(error) else "another process ended or does not answer: "
+            _tell(f"{one_of_many}{gone}{error}\n{run.advice()}")
+            return 1
+        if ranks.is_first:
+            print(summary)
+    return 0
+
+
+def _tell(error: str) -> None:
+    print(f"evit train: error: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,428 @@
+"""A run of ``evit train``: from a configuration to a trained model, whatever happens in between."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from safetensors.torch import save
+from timm.utils.model import unwrap_model
+from torch import nn
+
+from evit_ext.families import reorganizing_blocks
+from evit_ext.macs import count_macs
+from evit_ext.randomness import derive_seed, seeded
+from evit_ext.schedule import keep_rate_levels
+from evit_ext.training.building import build_model, build_objective
+from evit_ext.training.compiling import allow_recompiles
+from evit_ext.training.config import TrainConfig, load_config
+from evit_ext.training.evaluation import evaluate
+from evit_ext.training.loaders import Batch, Loaders
+from evit_ext.training.metrics import Metrics
+from evit_ext.training.precision import choose_precision
+from evit_ext.training.ranks import Ranks
+from evit_ext.training.run_checkpoints import RunCheckpoints
+from evit_ext.training.sharding import distribute, whole_state
+from evit_ext.training.stopping import Stopped, StopSignals
+from evit_ext.training.summary import RunSummary, Score, better
+from evit_ext.training.trainer import Trainer
+from evit_ext.training.unreadable import UnreadableImages
+from evit_ext.training.whole_files import replacing
+
+_WEIGHTS_STREAM = 2  # of the random numbers that the first weights are drawn from
+
+# What may differ when a run goes on: it changes neither the weights nor the order of the images.
+_MAY_CHANGE = (
+    "workers", "max_unreadable", "micro_batch", "checkpoint_every", "keep_checkpoints", "eval_every",
+    "log_every", "data", "teacher_checkpoint", "oracle_checkpoint", "initial_checkpoint",
+)  # fmt: skip
+
+
+class Run:
+    """A training run in a folder.
+
+    The folder has ``config.yaml`` (all fields, as they were resolved), ``checkpoints``, ``metrics.csv`` and,
+    where that package is installed, ``tensorboard``; ``unreadable.csv``, if there are images that could not
+    be read; and ``summary.json``. The weights for use are ``best.safetensors`` (of the model and its moving
+    average, at the evaluation with the highest top-1), ``last.safetensors`` and ``last_ema.safetensors``. All
+    processes must see the same folder; the first one writes.
+
+    Args:
+        config: what to do.
+        folder: of the run; made if it is not there.
+        ranks: the processes.
+        resume: "auto" goes on from the folder's newest checkpoint; "never" refuses a folder that has one.
+        progress: show it, on the first process.
+        tensorboard: "auto", where the package is installed; or True, False.
+
+    Raises:
+        ValueError: the configuration makes no sense, or the folder is another run's.
+        OSError: the folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: str | os.PathLike[str],
+        ranks: Ranks,
+        resume: str = "auto",
+        progress: bool = True,
+        tensorboard: bool | str = "auto",
+    ) -> None:
+        if resume not in ("auto", "never"):
+            raise ValueError(f"resume must be 'auto' or 'never', got {resume!r}")
+        self.config, self.folder, self.ranks = config, Path(folder), ranks
+        self._progress = progress
+        self._checkpoints = RunCheckpoints(self.folder / "checkpoints", config.keep_checkpoints)
+        self._unreadable = UnreadableImages(self.folder, ranks, config.max_unreadable)
+        self._results: list[dict[str, Any]] = []
+        self._seconds = self._training_seconds = 0.0
+        self._stop = StopSignals()
+        self._take_folder(resume)
+        self._build()
+        resumed = self._load()
+        self._metrics = Metrics(self.folder, tensorboard, ranks.is_first, resumed)
+
+    def _take_folder(self, resume: str) -> None:
+        """Refuse a folder that has another run; write this one's configuration into it."""
+        steps = self._checkpoints.steps()
+        if resume == "never" and steps:
+            raise ValueError(
+                f"{self.folder} has checkpoints, the newest of step {steps[-1]}: go on with resume 'auto', "
+                "or choose another folder"
+            )
+        seen = self.ranks.gather(steps)
+        if any(other != seen[0] for other in seen):
+            raise ValueError(
+                f"the processes see different checkpoints in {self.folder}: {seen}; it must be a folder that "
+                "all machines share"
+            )
+        path = self.folder / "config.yaml"
+        if steps and path.exists():
+            before, now = (dataclasses.asdict(config) for config in (load_config(path), self.config))
+            different = [name for name in now if now[name] != before[name] and name not in _MAY_CHANGE]
+            if different:
+                said = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in different)
+                raise ValueError(
+                    f"{self.folder} has a run with another configuration ({said}): choose another folder, or "
+                    "repeat that run's options to go on with it"
+                )
+        self.ranks.barrier()
+        if self.ranks.is_first:
+            self.config.save(path)
+
+    def _build(self) -> None:
+        config, ranks = self.config, self.ranks
+        micro_batch, accumulation = micro_batches(config, ranks.world_size)
+        self._loaders = Loaders(config, ranks, micro_batch, accumulation)
+        with seeded(derive_seed(config.seed, _WEIGHTS_STREAM)):
+            model = build_model(config, self._loaders.num_classes).to(ranks.device)
+        embed: Any = model.patch_embed
+        self._loaders.image = timm.data.resolve_model_data_config(model, {"img_size": embed.img_size[0]})
+        self._loaders.patch_grid = embed.grid_size
+        objective = build_objective(config, model, ranks.device)
+        if not self._checkpoints.steps():
+            objective.initialize(model)
+        model, ema = distribute(model, ranks, config.sharding, config.ema_decay, config.compile)
+        self.precision = choose_precision(ranks.device, config.precision)
+        self.trainer = Trainer(
+            model,
+            config,
+            self._loaders.steps_per_epoch,
+            self._loaders.num_classes,
+            self.precision,
+            objective,
+            ranks=ranks,
+            accumulation=accumulation,
+            seed=config.seed,
+            ema=ema,
+        )
+
+    def _load(self) -> int | None:
+        """Go on from the newest checkpoint; returns its step, None where there is none."""
+        found = self._checkpoints.load_latest()
+        steps = self.ranks.gather(None if found is None else found[1])
+        if any(step != steps[0] for step in steps):
+            raise ValueError(f"the processes read different checkpoints in {self.folder}: of steps {steps}")
+        if found is None:
+            return None
+        state, step = found
+        self.trainer.load_state_dict(state)
+        self._results = state["results"]
+        self._seconds, self._training_seconds = state["seconds"], state["training_seconds"]
+        self._unreadable.load_state(state["unreadable"])
+        self._say(f"goes on from {self._checkpoints.path(step)}")
+        return step
+
+    def train(self) -> RunSummary:
+        """Train to the end of the last epoch, and evaluate on the way.
+
+        Raises:
+            Stopped: a signal asked for it; the checkpoint of the step is written.
+            FloatingPointError: the loss is not finite any more; the checkpoints before it are.
+            TooManyUnreadable: more images than `max_unreadable` cannot be read.
+            OSError: a file cannot be written.
+            RuntimeError: another process ended.
+        """
+        trainer, config = self.trainer, self.config
+        self._start = time.perf_counter()
+        with self._stop, allow_recompiles(self._programs()):
+            for epoch in range(trainer.step // trainer.steps_per_epoch, config.epochs):
+                if trainer.step_in_epoch == 0:
+                    self._evaluate_if_due(epoch)
+                name = f"epoch {epoch + 1}/{config.epochs}"
+                before = time.perf_counter()
+                batches = self._watched(self._loaders.train(epoch, trainer.step_in_epoch))
+                result = trainer.train_one_epoch(
+                    batches, name, self._progress and self.ranks.is_first, self._after_step
+                )
+                self._training_seconds += time.perf_counter() - before
+                self._write(
+                    "epoch",
+                    loss=result.loss,
+                    top1=result.accuracy,
+                    keep_rate=result.keep_rate,
+                    images_per_second=result.images_per_second,
+                    memory=peak_memory(self.ranks.device),
+                    unreadable=len(self._unreadable),
+                )
+                self._save()
+            self._evaluate_if_due(config.epochs)
+        return self._finish()
+
+    def advice(self) -> str:
+        """Return what to do after a failure."""
+        steps = self._checkpoints.steps()
+        if not steps:
+            return "there is no checkpoint to go on from"
+        return f"the newest checkpoint is {self._checkpoints.path(steps[-1])}"
+
+    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self._unreadable.add(batch.unreadable)
+            yield batch
+
+    def _after_step(self) -> None:
+        trainer, config = self.trainer, self.config
+        # What must happen on all processes at the same step is agreed in one message.
+        stop, unreadable = self.ranks.sum([bool(self._stop.number), self._unreadable.unshared])
+        if unreadable:
+            self._unreadable.share()
+        if trainer.step % config.log_every == 0:
+            self._log()
+        if trainer.step_in_epoch == 0:
+            return  # the end of an epoch has a checkpoint of its own
+        due = config.checkpoint_every is not None and trainer.step % config.checkpoint_every == 0
+        if stop or due:
+            self._save()
+        if stop:
+            self._raise_stopped()
+
+    def _save(self) -> None:
+        """Write a checkpoint; where the first process cannot, all of them stop."""
+        state = {
+            **self.trainer.state_dict(),
+            "results": self._results,
+            "seconds": self._seconds_so_far(),
+            "training_seconds": self._training_seconds,
+            "unreadable": self._unreadable.state(),
+        }
+        failure: OSError | None = None
+        if self.ranks.is_first:
+            try:
+                self._checkpoints.save(state, self.trainer.step)
+            except OSError as error:
+                failure = error
+        (failed,) = self.ranks.sum([failure is not None])
+        if failure is not None:
+            raise failure
+        if failed:
+            raise OSError("the first process could not write its checkpoint; its message says why")
+
+    def _raise_stopped(self) -> None:
+        step = self.trainer.step
+        raise Stopped(
+            f"asked to stop: the checkpoint of step {step} is written; the same command goes on from it",
+            self._stop.number,
+        )
+
+    def _evaluate_if_due(self, epochs_done: int) -> None:
+        """Evaluate after so many epochs, if the configuration says so and it has not been done."""
+        config = self.config
+        due = epochs_done > 0 and (epochs_done % config.eval_every == 0 or epochs_done == config.epochs)
+        if self._stop.number:
+            self._raise_stopped()  # the end of the epoch has been saved
+        if not due or any(result["epoch"] == epochs_done for result in self._results):
+            return
+        result: dict[str, Any] = {"epoch": epochs_done, "step": self.trainer.step}
+        models = {"model": self.trainer.model}
+        if self.trainer.ema is not None:
+            models["ema"] = self.trainer.ema.module
+        for name, model in models.items():
+            found = evaluate(
+                model,
+                self._interruptible(self._loaders.val()),
+                self.precision,
+                self.ranks,
+                self._progress,
+                self._val_batches(),
+            )
+            self._unreadable.add(found.unreadable if self.ranks.is_first else ())
+            self._unreadable.share()
+            result[name] = {"top1": found.top1, "top5": found.top5, "loss": found.loss}
+            self._write(
+                "val" if name == "model" else "ema",
+                loss=found.loss,
+                top1=found.top1,
+                top5=found.top5,
+                images_per_second=found.images_per_second,
+                tokens_kept=found.tokens_kept,
+            )
+        self._results.append(result)
+        self._keep_weights(result, models)
+
+    def _interruptible(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if self._stop.number:
+                self._raise_stopped()  # as the end of the epoch has been saved, nothing is lost
+            yield batch
+
+    def _keep_weights(self, result: dict[str, Any], models: dict[str, nn.Module]) -> None:
+        """Write the weights of this evaluation, and those of the best one."""
+        best = max(found[name]["top1"] for found in self._results for name in models)
+        for name, model in models.items():
+            state = whole_state(model)  # of a model in parts, all processes take part
+            if not self.ranks.is_first:
+                continue
+            what = {
+                "model": self.config.model,
+                "weights": name,
+                "epoch": str(result["epoch"]),
+                "top1": f"{result[name]['top1']:.3f}",
+                "keep_rate": str(self.config.keep_rate),
+            }
+            files = ["last.safetensors" if name == "model" else "last_ema.safetensors"]
+            if result[name]["top1"] == best:
+                files.append("best.safetensors")
+            tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+            for file in files:
+                with replacing(self.folder / file, "wb") as target:
+                    target.write(save(tensors, what))
+
+    def _finish(self) -> RunSummary:
+        """Write what came of the run."""
+        trainer, config, model = self.trainer, self.config, unwrap_model(self.trainer.model)
+        scores = {
+            name: [Score(epoch=result["epoch"] - 1, **result[name]) for result in self._results]
+            for name in ("model", "ema")
+            if name in self._results[-1]
+        }
+        keep_rate = min((block.keep_rate for block in reorganizing_blocks(model)), default=1.0)
+        seconds = self._seconds_so_far()
+        images = trainer.step * config.batch_size
+        summary = RunSummary(
+            model=config.model,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            keep_rate=keep_rate,
+            gmacs=self._gmacs(None),
+            gmacs_dense=self._gmacs(1.0),
+            best=functools.reduce(better, scores["model"], None),
+            last=scores["model"][-1],
+            best_ema=functools.reduce(better, scores.get("ema", []), None),
+            last_ema=scores["ema"][-1] if "ema" in scores else None,
+            epochs=config.epochs,
+            steps=trainer.step,
+            images=images,
+            processes=self.ranks.world_size,
+            seconds=seconds,
+            images_per_second=images / self._training_seconds,
+            peak_memory=peak_memory(self.ranks.device),
+            unreadable=len(self._unreadable),
+            checkpoints=str(self._checkpoints.folder),
+        )
+        self._metrics.close()
+        if self.ranks.is_first:
+            summary.save(self.folder / "summary.json")
+        return summary
+
+    def _gmacs(self, keep_rate: float | None) -> float:
+        """Return the multiply-accumulates of an image in 10^9, of a model on the meta device."""
+        config = self.config if keep_rate is None else dataclasses.replace(self.config, keep_rate=keep_rate)
+        config = dataclasses.replace(config, pretrained=False, initial_checkpoint=None)
+        with torch.device("meta"):
+            model = build_model(config, self._loaders.num_classes)
+        return count_macs(model.eval(), config.img_size) / 1e9
+
+    def _log(self) -> None:
+        """Write what the step showed; over several processes, the mean of their losses."""
+        last = self.trainer.last
+        assert last is not None
+        (loss,) = self.ranks.sum([last.loss.item() / self.ranks.world_size])
+        self._write("train", loss=loss, grad_norm=last.grad_norm.item(), lr=last.lr, keep_rate=last.keep_rate)
+
+    def _write(self, kind: str, **figures: float) -> None:
+        epoch = (self.trainer.step - 1) // self.trainer.steps_per_epoch
+        self._metrics.write(self.trainer.step, epoch, kind, **figures)
+
+    def _programs(self) -> int:
+        """Return how many programs torch.compile makes of a block at most, and say so."""
+        config = self.config
+        if not config.compile:
+            return 0
+        levels = [1.0]
+        if config.keep_rate is not None and config.keep_rate_token_step is not None:
+            embed: Any = unwrap_model(self.trainer.model).patch_embed
+            levels = keep_rate_levels(config.keep_rate, embed.num_patches, config.keep_rate_token_step)
+        self._say(f"torch.compile compiles for at most {len(levels)} keep rates, for training and evaluation")
+        # Besides training and evaluation, a last batch that is smaller.
+        return 3 * len(levels)
+
+    def _val_batches(self) -> int | None:
+        """Return how many batches of validation the first process has, where that is known."""
+        images = self._loaders.val_images
+        if images is None:
+            return None
+        return math.ceil(math.ceil(images / self.ranks.world_size) / self._loaders.micro_batch)
+
+    def _seconds_so_far(self) -> float:
+        return self._seconds + time.perf_counter() - self._start
+
+    def _say(self, text: str) -> None:
+        if self.ranks.is_first:
+            print(text, flush=True)
+
+
+def micro_batches(config: TrainConfig, world_size: int) -> tuple[int, int]:
+    """Return how many images a process takes at once, and how often in an optimizer step.
+
+    Raises:
+        ValueError: the batch size is not a multiple of what all processes take at once.
+    """
+    micro_batch = config.micro_batch or max(1, config.batch_size // world_size)
+    at_once = micro_batch * world_size
+    if config.batch_size % at_once:
+        below, above = config.batch_size // at_once * at_once, -(-config.batch_size // at_once) * at_once
+        near = f"{below} or {above}" if below else str(above)
+        raise ValueError(
+            f"batch_size {config.batch_size} is not a multiple of {world_size} processes times micro_batch "
+            f"{micro_batch} images; {near} would be"
+        )
+    return micro_batch, config.batch_size // at_once
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most memory that was in use, in bytes: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,187 @@
+"""Runs of `evit train`: the same whatever the processes, and again from their own file; what they refuse."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import image_data
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from training import runs
+
+from evit_ext.cli import main
+
+#: Two epochs of three steps, each of six micro-batches of two images, whoever takes them.
+SHARED = [*runs.SMALL, "--batch-size", "12", "--micro-batch", "2", "--checkpoint-every", "none"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 38 training and 10 validation images."""
+    return image_data.write_folder(tmp_path_factory.mktemp("images") / "data", train=19, val=5)
+
+
+@pytest.fixture(scope="module")
+def alone(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    runs.train(folder, [*SHARED, "--data", str(images)])
+    return folder
+
+
+def numbers(folder: Path, name: str) -> dict[tuple[str, str], float]:
+    """Return a column of metrics.csv by step and kind."""
+    return {(row["step"], row["kind"]): float(row[name]) for row in runs.metrics(folder) if row[name]}
+
+
+@pytest.mark.parametrize(
+    ("processes", "options"),
+    [(2, []), (3, []), (2, ["--sharding", "fsdp"])],
+    ids=["two", "three", "fsdp"],
+)
+def test_the_same_with_more_processes(
+    images: Path, alone: Path, tmp_path: Path, processes: int, options: list[str]
+) -> None:
+    """With mixup, drop path, augmentation, EMA and a falling keep rate: all are the micro-batches' own."""
+    folder = tmp_path / "run"
+    runs.train(folder, [*SHARED, "--data", str(images), *options], processes)
+    for name, tolerance in (("loss", 2e-6), ("grad_norm", 5e-6)):
+        expected, got = numbers(alone, name), numbers(folder, name)
+        assert got.keys() == expected.keys()
+        for key, value in expected.items():
+            assert got[key] == pytest.approx(value, rel=tolerance), (name, key)
+    assert numbers(folder, "top1") == numbers(alone, "top1")  # every image counted once
+    first, second = (load_file(path / "last.safetensors") for path in (alone, folder))
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, rtol=0, atol=2e-5, msg=key)
+
+
+def test_its_own_file_reproduces_a_run(alone: Path, tmp_path: Path) -> None:
+    runs.train(tmp_path / "again", ["--recipe", str(alone / "config.yaml")])
+    runs.assert_same_run(tmp_path / "again", alone)
+    assert (tmp_path / "again" / "config.yaml").read_text() == (alone / "config.yaml").read_text()
+
+
+def test_what_a_run_leaves(alone: Path) -> None:
+    summary = json.loads((alone / "summary.json").read_text())
+    assert summary["steps"] == 6 and summary["images"] == 72 and summary["keep_rate"] == 0.6
+    assert summary["last"]["top1"] == numbers(alone, "top1")["6", "val"]
+    rows = runs.metrics(alone)
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [str(step) for step in range(1, 7)]
+    assert [row["kind"] for row in rows if row["step"] == "6"] == ["train", "epoch", "val", "ema"]
+    assert rows[-1]["tokens_kept"] != "1.0"
+    config = yaml.safe_load((alone / "config.yaml").read_text())
+    assert config["keep_rate"] == 0.6 and config["model_args"]["embed_dim"] == 24
+
+
+def test_a_finished_run_is_not_trained_again(alone: Path, images: Path) -> None:
+    before = (alone / "last.safetensors").read_bytes(), runs.metrics(alone)
+    text = runs.train(alone, [*SHARED, "--data", str(images)])
+    assert "goes on from" in text and "epoch 1/2" not in text and "best" in text
+    assert ((alone / "last.safetensors").read_bytes(), runs.metrics(alone)) == before
+
+
+def test_evaluation_of_a_run(alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(alone), "--no-ema", "--json", "--device", "cpu"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["top1"] == numbers(alone, "top1")["6", "val"]
+
+
+def test_another_run_in_the_folder(alone: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*SHARED, "--data", str(images), "--output", str(alone), "--device", "cpu"]
+    assert main(["train", *options, "--lr", "0.5"]) == 2
+    assert "another configuration (lr was 0.003, is 0.5)" in capsys.readouterr().err
+    assert main(["train", *options, "--resume", "never"]) == 2
+    assert "has checkpoints, the newest of step 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--batch-size", "13"],
+            "batch_size 13 is not a multiple of 1 processes times micro_batch 2 images; 12",
+        ),
+        (
+            ["--recipe", "imagnet"],
+            "there is no recipe 'imagnet': expected one of cluttered-digits, imagenet-300",
+        ),
+        (["--epochs", "two"], "epochs must be int, got 'two'"),
+        (["--model-args", "embed_dim"], "--model-args takes name=value, got 'embed_dim'"),
+        (["--compile"], "keep_rate_token_step, such as 8"),
+        (["--distillation", "hard"], "needs a teacher"),
+        (["--data", "/nowhere"], "/nowhere"),
+        (["--model", "resnet18", "--model-args", "--img-size", "none"], "ResNet is not supported"),
+    ],
+)
+def test_bad_options(
+    images: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = ["--output", str(tmp_path / "run"), "--device", "cpu", "--data", str(images)]
+    assert main(["train", *SHARED, *output, *options]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.startswith("evit: error: ")
+
+
+def test_unreadable_images(tmp_path: Path) -> None:
+    data = image_data.write_folder(tmp_path / "data", train=12, val=3)
+    bad = [data / "train" / "china" / "3.jpg", data / "val" / "flower" / "1.jpg"]
+    bad[0].write_bytes(bad[0].read_bytes()[:300])
+    bad[1].write_text("not an image")
+    options = [*SHARED, "--data", str(data)]
+    text = runs.train(tmp_path / "run", options, 2)
+    with (tmp_path / "run" / "unreadable.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(Path(row["path"]).name for row in rows) == ["1.jpg", "3.jpg"]
+    assert "unreadable images     2" in text
+    for limit, status in ((1, 1), (0, 1)):
+        log = tmp_path / f"log{limit}"
+        started = runs.start(tmp_path / f"run{limit}", [*options, "--max-unreadable", str(limit)], 2, log)
+        assert runs.wait(started) == [status] * 2
+        text = log.read_text()
+        assert f"{limit + 1} images cannot be read, more than max_unreadable {limit}" in text
+        assert "Traceback" not in text
+
+
+Change = Callable[[Path], list[str]]
+KINDS: dict[str, Any] = {
+    "accumulated": ["--precision", "bfloat16"],
+    "float16": ["--precision", "float16"],
+    "checkpointing": ["--grad-checkpointing"],
+    "compiled": [
+        *("--compile", "--keep-rate-token-step", "8", "--keep-rate-end-epoch", "1", "--epochs", "1"),
+        *("--model-args", "patch_size=8", "embed_dim=24", "depth=2", "num_heads=2", "--drop-loc", "1"),
+    ],
+    "repeated": ["--repeated-aug", "3"],
+    "workers": ["--workers", "2"],
+}
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
+def test_kinds_of_runs(images: Path, tmp_path: Path, options: list[str]) -> None:
+    text = runs.train(tmp_path / "run", [*SHARED, "--data", str(images), *options])
+    assert "top-1" in text
+    if "--compile" in options:
+        assert "at most 2 keep rates" in text
+        assert "recompile_limit" not in text
+    if "--workers" in options or "--grad-checkpointing" in options:
+        runs.train(tmp_path / "plain", [*SHARED, "--data", str(images)])
+        assert numbers(tmp_path / "plain", "loss") == pytest.approx(
+            numbers(tmp_path / "run", "loss"), rel=2e-6
+        )
+
+
+def test_a_picture_larger_than_allowed(images: Path, tmp_path: Path) -> None:
+    data = image_data.write_folder(tmp_path / "data", train=12, val=3)
+    path = data / "train" / "china" / "0.jpg"
+    Image.new("RGB", (300, 300)).save(path)
+    runs.train(tmp_path / "run", [*SHARED, "--data", str(data), "--max-image-pixels", "40000"])
+    text = (tmp_path / "run" / "unreadable.csv").read_text()
+    assert str(path) in text and "300x300 pixels, more than max_image_pixels 40000" in text
