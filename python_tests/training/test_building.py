@@ -232,6 +232,13 @@ def test_oracle(dense: str) -> None:
     deeper = config(oracle="deit_small", oracle_args=args, oracle_checkpoint=str(path))
     model = build_model(deeper, 5)
     objective = build_objective(deeper, model, "cpu")
+    assert isinstance(objective, Guided)
+    vit = objective.oracle.vit
+    assert [number for number, block in enumerate(vit.blocks) if block in reorganizing_blocks(vit)] == [
+        2,
+        4,
+        6,
+    ]
     with objective.step(model):
         assert objective(model, torch.randn(2, 3, 32, 32), torch.tensor([0, 1])).loss.isfinite()
     with pytest.raises(ValueError, match="the oracle's weights do not fit the student"):
@@ -254,6 +261,15 @@ def test_oracle_of_an_lvvit(tmp_path: Path) -> None:
         loss = objective(model, torch.randn(2, 3, 32, 32), torch.tensor([0, 1])).loss
         loss.backward()
     assert loss.isfinite()
+
+
+def test_token_labels() -> None:
+    settings = config(
+        "lvvit_tiny", label_smoothing=0.2, dense_weight=0.3, cls_weight=0.9, token_labels="folder"
+    )
+    objective = build_objective(settings, build_model(settings, 5), "cpu")
+    assert isinstance(objective, TokenLabelTraining) and objective.label_smoothing == 0.2
+    assert (objective.loss.dense_weight, objective.loss.cls_weight) == (0.3, 0.9)
 
 
 def test_an_lvvit_without_auxiliary_head(dense: str) -> None:
@@ -378,6 +394,12 @@ def test_contradictions(model: str, fields: dict[str, Any], message: str) -> Non
     student = create_evit(model, img_size=32, num_classes=5, **settings.model_args)
     with pytest.raises(ValueError, match=message):
         build_objective(settings, student, "cpu")
+
+
+def test_a_teacher_of_other_classes(dense: str) -> None:
+    settings = config(distillation="soft", teacher="deit_small", teacher_args=TINY, teacher_checkpoint=dense)
+    with pytest.raises(ValueError, match=r"does not fit DeiT:(.|\n)*head"):
+        build_objective(settings, build_model(settings, 6), "cpu")
 
 
 def test_a_pretrained_teacher_knows_its_own_classes(monkeypatch: pytest.MonkeyPatch) -> None:
