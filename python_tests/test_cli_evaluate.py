@@ -38,6 +38,7 @@ class Data:
     """Images whose labels a model that was built with seed 1 knows, apart from three."""
 
     num_classes = 5
+    val_images = 12
     image: Any = None
 
     def __init__(self, config: TrainConfig, ranks: Any, micro_batch: int, training: bool = True) -> None:
@@ -98,6 +99,8 @@ def test_a_run(capsys: pytest.CaptureFixture[str], run_folder: Path, stand_ins: 
     assert f"weights: {run_folder}/checkpoints, step 20, moving average" in out
     assert "precision: float32 (as asked)" in out
     lines = [line.split() for line in out.splitlines()]
+    # 12 images in batches of 5; the batch without an image comes on top of these in the stand-in only.
+    assert out.startswith("evaluate: 4/3  in ")
     (row,) = (line for line in lines if line[:1] == ["0.7"])
     # 9 of 12 images; 16 patches, of which 13, 11 and 9 tokens are left.
     assert row[1] == "75.00" and row[4] == "12" and row[-1] == "56.2"

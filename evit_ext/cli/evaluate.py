@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ class _Row:
 
 
 _HEADINGS = (
-    "keep rate", "top-1 %", "top-5 %", "loss", "images", "images/s", "model's", "GMACs", "tokens left %",
+    "keep rate", "top-1 %", "top-5 %", "loss", "images", "images/s", "without data", "GMACs", "tokens left %",
 )  # fmt: skip
 
 
@@ -147,11 +148,14 @@ def _eval(options: argparse.Namespace) -> None:
         model.to(ranks.device)
         precision = choose_precision(ranks.device, config.precision)
         shape = (options.at_once, *loaders.image["input_size"])
+        images = loaders.val_images
+        # Of the first process, which has no smaller part than any other.
+        batches = None if images is None else math.ceil(math.ceil(images / ranks.world_size) / shape[0])
         rows = []
         for rate in options.keep_rates or [None]:
             if rate is not None:
                 set_keep_rate(model, rate)
-            found = evaluate(model, loaders.val(), precision, ranks, progress=not options.json)
+            found = evaluate(model, loaders.val(), precision, ranks, not options.json, batches)
             gmacs = evit_ext.count_macs(model, tuple(shape[2:])) / 1e9
             alone = _speed(model, shape, options.repeats, precision, ranks)
             rows.append(_Row(keep_rates(model), gmacs, alone, found))

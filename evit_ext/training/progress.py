@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from datetime import timedelta
 from typing import Any
 
 _SECONDS_BETWEEN_LINES = 15.0
+_COLUMNS = 100
 
 
 class Progress:
@@ -42,8 +44,15 @@ class Progress:
                 from tqdm import tqdm
             except ImportError:
                 return
+            # A terminal that does not know its width says 0, and tqdm then shows nothing.
+            known = shutil.get_terminal_size((0, 0)).columns > 0
             self._bar = tqdm(
-                desc=description, total=total, initial=start, file=sys.stdout, dynamic_ncols=True
+                desc=description,
+                total=total,
+                initial=start,
+                file=sys.stdout,
+                dynamic_ncols=known,
+                ncols=None if known else _COLUMNS,
             )
 
     def step(self, **figures: str) -> None:
