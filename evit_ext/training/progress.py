@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import sys
 import time
 from datetime import timedelta
 from typing import Any
 
 _SECONDS_BETWEEN_LINES = 15.0
-_COLUMNS = 100
+_COLUMNS, _ROWS = 100, 24
 
 
 class Progress:
@@ -45,14 +45,14 @@ class Progress:
             except ImportError:
                 return
             # A terminal that does not know its width says 0, and tqdm then shows nothing.
-            known = shutil.get_terminal_size((0, 0)).columns > 0
+            size = {} if _knows_its_width(sys.stdout) else {"ncols": _COLUMNS, "nrows": _ROWS}
             self._bar = tqdm(
                 desc=description,
                 total=total,
                 initial=start,
                 file=sys.stdout,
-                dynamic_ncols=known,
-                ncols=None if known else _COLUMNS,
+                dynamic_ncols=not size,
+                **size,
             )
 
     def step(self, **figures: str) -> None:
@@ -88,6 +88,13 @@ class Progress:
         steps = f"{self._done}" if self._total is None else f"{self._done}/{self._total}"
         figures = (f"{name} {value}" for name, value in self._figures.items())
         print(f"{self._description}: " + "  ".join(filter(None, [steps, times, *figures])), flush=True)
+
+
+def _knows_its_width(terminal: Any) -> bool:
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
 
 
 def _clock(seconds: float) -> str:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
+import struct
 import sys
+import termios
 
 import pytest
 
@@ -67,6 +72,20 @@ def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert "\r" in out
     assert "7/10" in out and "10/10" in out
     assert "loss=2.5" in out.rsplit("\r", 1)[1]
+
+
+@pytest.mark.parametrize("columns", [0, 60])
+def test_the_width_of_a_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", columns // 2, columns, 0, 0))
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        run()
+    out = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert "3/3" in out and "loss=2.5" in out
+    # 0 is a terminal that does not know.
+    assert max(map(len, out.replace("\r", "\n").split("\n"))) == (columns or 100)
 
 
 def test_a_terminal_without_tqdm_gets_lines(
