@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from evit_ext.data.digits import INK_MAX, load_scans
+
 CLASSES = ("china", "flower")
 #: What timm says of a model that wants small images.
 IMAGE = {
@@ -53,6 +55,20 @@ def write_folder(root: Path, train: int = 7, val: int = 5) -> Path:
             folder.mkdir(parents=True)
             for number in range(count):
                 (folder / f"{number}.jpg").write_bytes(encoded(label, first + number))
+    return root
+
+
+def write_photographs_and_digits(root: Path, train: int, val: int) -> Path:
+    """Write a folder of twelve classes: pieces of the two photographs, and the ten digits, as they come."""
+    write_folder(root, train, val)
+    for split, count in (("train", train), ("val", val)):
+        scans, labels = load_scans({"val": "test"}.get(split, split))
+        for digit in range(10):
+            folder = root / split / f"digit {digit}"
+            folder.mkdir()
+            for number, scan in enumerate(scans[labels == digit][:count]):
+                gray = Image.fromarray((scan * (255 / INK_MAX)).astype(np.uint8))
+                gray.resize((40, 40)).save(folder / f"{number}.png")
     return root
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -71,12 +70,8 @@ def create(name: str, **arguments: Any) -> nn.Module:
         "its cache"
     )
     # Our own models say so themselves, and better: some weights come from elsewhere.
-    explaining = (
-        nullcontext()
-        if _is_ours(name)
-        else explaining_missing_network(bool(arguments.get("pretrained")), what)
-    )
-    with explaining:
+    pretrained = bool(arguments.get("pretrained"))
+    with explaining_missing_network(pretrained and not _is_ours(name), what):
         build = getattr(models, name) if name in models.__all__ else partial(timm.create_model, name)
         try:
             return build(**arguments)
