@@ -1,10 +1,11 @@
-"""Training: a thin loop around timm's parts. Its own is the keep rate; `evit_ext.demo` shows it at work."""
+"""Training: thin over timm and torch.distributed. `Run` is all of ``evit train``; its parts serve other loops."""
 
 from evit_ext.training.building import build_criterion, build_model, build_objective
 from evit_ext.training.compiling import allow_recompiles
 from evit_ext.training.config import TrainConfig, load_config, recipe_names
 from evit_ext.training.dynamicvit_loss import DynamicViTLoss
 from evit_ext.training.evaluation import Evaluation, evaluate
+from evit_ext.training.loaders import Batch, Loaders
 from evit_ext.training.objectives import (
     Classification,
     Distillation,
@@ -16,13 +17,20 @@ from evit_ext.training.objectives import (
 )
 from evit_ext.training.precision import Precision, autocast, choose_precision
 from evit_ext.training.progress import Progress
+from evit_ext.training.ranks import Ranks, join
 from evit_ext.training.recipe import Recipe
+from evit_ext.training.run import Run
 from evit_ext.training.run_checkpoints import RunCheckpoints
+from evit_ext.training.seen import EpochResult
+from evit_ext.training.sharding import distribute
+from evit_ext.training.stopping import Stopped
 from evit_ext.training.throughput import measure_throughput
 from evit_ext.training.token_labels import TokenLabelLoss
-from evit_ext.training.trainer import EpochResult, Trainer
+from evit_ext.training.trainer import StepResult, Trainer
+from evit_ext.training.unreadable import TooManyUnreadable
 
 __all__ = [
+    "Batch",
     "Classification",
     "Distillation",
     "DynamicViTLoss",
@@ -30,14 +38,20 @@ __all__ = [
     "EpochResult",
     "Evaluation",
     "Guided",
+    "Loaders",
     "Objective",
     "ObjectiveOutput",
     "Precision",
     "Progress",
+    "Ranks",
     "Recipe",
+    "Run",
     "RunCheckpoints",
+    "StepResult",
+    "Stopped",
     "TokenLabelLoss",
     "TokenLabelTraining",
+    "TooManyUnreadable",
     "TrainConfig",
     "Trainer",
     "allow_recompiles",
@@ -46,7 +60,9 @@ __all__ = [
     "build_model",
     "build_objective",
     "choose_precision",
+    "distribute",
     "evaluate",
+    "join",
     "load_config",
     "measure_throughput",
     "recipe_names",

@@ -265,7 +265,7 @@ class Run:
         if not due or any(result["epoch"] == epochs_done for result in self._results):
             return
         result: dict[str, Any] = {"epoch": epochs_done, "step": self.trainer.step}
-        models = {"model": self.trainer.model}
+        models = {"model": unwrap_model(self.trainer.model)}
         if self.trainer.ema is not None:
             models["ema"] = self.trainer.ema.module
         for name, model in models.items():
