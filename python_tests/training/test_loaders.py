@@ -1,0 +1,351 @@
+"""A run's batches: the same bits for any number of processes and workers, and entered anywhere."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from image_data import CLASSES, IMAGE, damage, write_folder, write_parquet, write_tars
+from torch import Tensor
+
+from evit_ext.data import ClutteredDigits, Digits
+from evit_ext.data.token_label_maps import read_label_map
+from evit_ext.training.config import TrainConfig
+from evit_ext.training.loaders import Batch, Loaders
+from evit_ext.training.ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """14 training images and 10 validation images of two classes."""
+    return write_folder(tmp_path_factory.mktemp("loaders") / "data")
+
+
+@pytest.fixture
+def spoilt(folder: Path, tmp_path: Path) -> Path:
+    """The same with four bad files in each split's class flower."""
+    data = tmp_path / "spoilt"
+    shutil.copytree(folder, data)
+    for split in ("train", "val"):
+        damage(data / split / "flower")
+    return data
+
+
+def loaders(
+    data: Path | None,
+    rank: int = 0,
+    world_size: int = 1,
+    micro_batch: int = 2,
+    accumulation: int = 1,
+    training: bool = True,
+    patch_grid: tuple[int, int] | None = None,
+    **fields: Any,
+) -> Loaders:
+    fields = {
+        "data": str(data) if data else None,
+        "batch_size": micro_batch * accumulation * world_size,
+        "workers": 0,
+        "epochs": 10,
+        **fields,
+    }
+    config = TrainConfig(**fields)
+    ranks = Ranks(rank, world_size, rank)
+    return Loaders(config, ranks, micro_batch, accumulation, IMAGE, patch_grid, training)
+
+
+def assert_equal(first: list[Batch], second: list[Batch]) -> None:
+    assert len(first) == len(second) > 0
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+        assert one.unreadable == other.unreadable
+        assert (one.token_labels is None) == (other.token_labels is None)
+        if one.token_labels is not None:
+            assert torch.equal(one.token_labels, other.token_labels)
+
+
+def fingerprints(batches: list[Batch] | Iterator[Batch]) -> list[tuple[bytes, int]]:
+    """The images with their labels, in an order of their own."""
+    return sorted(
+        (image.numpy().tobytes(), int(label))
+        for batch in batches
+        for image, label in zip(batch.images, batch.labels, strict=True)
+    )
+
+
+def save_token_labels(folder: Path, root: Path) -> Path:
+    for number, path in enumerate(sorted((folder / "train").rglob("*.jpg"))):
+        generator = torch.Generator().manual_seed(number)
+        scores = 5 * torch.rand(1, 6, 6, generator=generator)
+        classes = torch.randint(0, 2, (1, 6, 6), generator=generator)
+        target = root / path.parent.name / f"{path.stem}.pt"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.stack([scores, classes]).half(), target)
+    return root
+
+
+AUGMENTED = {"auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.5, "repeated_aug": 2}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_number_of_processes_changes_no_bit(folder: Path, world_size: int) -> None:
+    alone = list(loaders(folder, accumulation=6, micro_batch=1, **AUGMENTED).train(1))
+    assert len(alone) == 2 * 6
+    ranks = [
+        list(
+            loaders(folder, rank, world_size, micro_batch=1, accumulation=6 // world_size, **AUGMENTED).train(
+                1
+            )
+        )
+        for rank in range(world_size)
+    ]
+    dealt = [ranks[m % world_size][m // world_size] for m in range(len(alone))]
+    assert_equal(dealt, alone)
+
+
+def test_neither_do_workers_nor_where_an_epoch_is_entered(spoilt: Path, tmp_path: Path) -> None:
+    labels = save_token_labels(spoilt, tmp_path / "labels")
+    fields = {**AUGMENTED, "token_labels": str(labels), "patch_grid": (4, 4), "label_smoothing": 0.1}
+    here = list(loaders(spoilt, accumulation=2, **fields).train(0))
+    assert any(batch.unreadable for batch in here)
+    for workers in (1, 2):
+        assert_equal(list(loaders(spoilt, accumulation=2, workers=workers, **fields).train(0)), here)
+    opened = loaders(spoilt, accumulation=2, workers=2, **fields)
+    assert_equal(list(opened.train(0, 2)), here[4:])
+    assert list(opened.train(0, 3)) == []
+
+
+def test_the_process_own_random_numbers_are_left_alone(folder: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    for workers in (0, 1):
+        list(loaders(folder, workers=workers, **AUGMENTED).train(0))
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_epochs_and_seeds_differ(folder: Path) -> None:
+    opened = loaders(folder)
+    runs = [fingerprints(opened.train(epoch)) for epoch in (0, 1)]
+    runs += [fingerprints(loaders(folder, seed=1).train(0)), fingerprints(opened.train(0))]
+    assert runs[0] == runs[3]
+    assert runs[0] != runs[1] and runs[0] != runs[2]
+
+
+def test_every_image_once_an_epoch(folder: Path) -> None:
+    """Shown as in evaluation, an epoch of the validation images is what evaluation sees."""
+    data = {"train_split": "val", "augment": False}
+    opened = loaders(folder, micro_batch=5, **data)
+    assert (opened.num_classes, opened.steps_per_epoch, opened.train_images, opened.val_images) == (
+        2,
+        2,
+        10,
+        10,
+    )
+    assert fingerprints(opened.train(0)) == fingerprints(opened.train(3)) == fingerprints(opened.val())
+    dropped = loaders(folder, micro_batch=4, **data)
+    assert (dropped.steps_per_epoch, dropped.train_images) == (2, 8)
+    seen = fingerprints(dropped.train(0))
+    assert len(set(seen)) == 8 and set(seen) < set(fingerprints(opened.val()))
+
+
+def test_repeated_augmentation_shows_half_the_images_twice(folder: Path) -> None:
+    data = {"train_split": "val", "micro_batch": 5, "repeated_aug": 2}
+    seen = fingerprints(loaders(folder, augment=False, **data).train(0))
+    assert len(seen) == 10 and len(set(seen)) == 5
+    assert len(set(fingerprints(loaders(folder, **data).train(0)))) == 10
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_counts_each_image_once(spoilt: Path, world_size: int) -> None:
+    everything = fingerprints(loaders(spoilt).val())
+    assert len(everything) == 6
+    parts, unreadable = [], []
+    for rank in range(world_size):
+        batches = list(loaders(spoilt, rank, world_size, micro_batch=3, workers=rank % 2).val())
+        parts += fingerprints(batches)
+        unreadable += [report.path for batch in batches for report in batch.unreadable]
+        assert all(batch.images.shape == (len(batch.labels), 3, 32, 32) for batch in batches)
+    assert sorted(parts) == everything
+    assert sorted(unreadable) == [str(spoilt / "val" / "flower" / f"{number}.jpg") for number in range(4)]
+
+
+def test_a_batch_without_a_readable_image(spoilt: Path) -> None:
+    shutil.rmtree(spoilt / "val" / "china")
+    shutil.rmtree(spoilt / "train" / "china")
+    batches = list(loaders(spoilt, micro_batch=4).val())
+    assert [len(batch.labels) for batch in batches] == [0, 1]
+    assert batches[0].images.shape == (0, 3, 32, 32) and len(batches[0].unreadable) == 4
+
+
+def test_in_training_the_next_image_takes_the_place(spoilt: Path) -> None:
+    """The last five files of flower: four bad ones, so 4.jpg is seen five times."""
+    opened = loaders(spoilt, train_split="val", augment=False, micro_batch=5, workers=1)
+    batches = list(opened.train(0))
+    seen = fingerprints(batches)
+    assert len(seen) == 10 and max(seen.count(one) for one in seen) == 5
+    assert set(seen) == set(fingerprints(opened.val()))
+    names = sorted({Path(report.path).name for batch in batches for report in batch.unreadable})
+    assert names == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    assert (
+        "100000x100000"
+        in {Path(report.path).name: report.reason for batch in batches for report in batch.unreadable}[
+            "3.jpg"
+        ]
+    )
+
+
+def test_nothing_readable_ends_the_run(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    for path in (data / "train").rglob("*.jpg"):
+        path.write_bytes(b"")
+    for workers in (0, 1):
+        with pytest.raises(RuntimeError, match=r"too many images in a row.*train/.*not an image"):
+            list(loaders(data, workers=workers).train(0))
+
+
+def test_a_file_that_vanishes_while_training(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    opened = loaders(data)
+    (data / "train" / "china" / "3.jpg").unlink()
+    reports = [report for batch in opened.train(0) for report in batch.unreadable]
+    assert [Path(report.path).name for report in reports] == ["3.jpg"]
+    assert "FileNotFoundError" in reports[0].reason
+
+
+def test_tars_and_arrow_give_the_same_batches(folder: Path, tmp_path: Path) -> None:
+    expected = list(loaders(folder, **AUGMENTED).train(0))
+    tars = write_tars(folder, tmp_path / "tars")
+    for workers in (0, 2):
+        assert_equal(list(loaders(tars, workers=workers, **AUGMENTED).train(0)), expected)
+    parquet = write_parquet(folder, tmp_path / "parquet")
+    arrow = {"dataset": f"hfds/{parquet}", "workers": 1, **AUGMENTED}
+    opened = loaders(tmp_path / "cache", **arrow)
+    assert opened.num_classes == 2
+    assert_equal(list(opened.train(0)), expected)
+    assert fingerprints(opened.val()) == fingerprints(loaders(folder).val())
+
+
+def test_token_labels_follow_the_image(folder: Path, tmp_path: Path) -> None:
+    """Not cropped, every patch has its cell of the map, or that of the mirrored one."""
+    root = save_token_labels(folder, tmp_path / "labels")
+    fields = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "color_jitter": 0.0, "interpolation": "bilinear"}
+    for path in (folder / "train").rglob("*.jpg"):
+        assert (root / path.parent.name / f"{path.stem}.pt").is_file()
+    # Square images, so that a crop of all of the area is the image.
+    square = tmp_path / "square"
+    shutil.copytree(folder, square)
+    from PIL import Image
+
+    for path in square.rglob("*.jpg"):
+        Image.open(path).resize((48, 48)).save(path)
+    opened = loaders(square, token_labels=str(root), patch_grid=(6, 6), **fields)
+    maps: list[tuple[Tensor, int]] = []
+    for label, name in enumerate(CLASSES):
+        for path in sorted((root / name).iterdir()):
+            scores, classes = read_label_map(path, 2)
+            dense = torch.zeros(2, 6, 6).scatter_(0, classes, scores).softmax(0)
+            maps += [(dense.flatten(1).T, label), (dense.flip(-1).flatten(1).T, label)]
+    seen = set()
+    for batch in opened.train(0):
+        assert batch.token_labels is not None and batch.token_labels.shape == (2, 36, 2)
+        for labels, label in zip(batch.token_labels, batch.labels.tolist(), strict=True):
+            (match,) = [
+                number for number, (dense, _) in enumerate(maps) if torch.allclose(labels, dense, atol=1e-4)
+            ]
+            assert maps[match][1] == label
+            seen.add(match)
+    assert len({number // 2 for number in seen}) == 14 and {number % 2 for number in seen} == {0, 1}
+    assert next(opened.val()).token_labels is None
+    (root / "china" / "0.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"china/0\.pt"):
+        list(opened.train(0))
+
+
+def test_digits_need_no_files() -> None:
+    opened = loaders(None, dataset="digits", micro_batch=50)
+    assert (opened.num_classes, opened.steps_per_epoch, opened.val_images) == (10, 28, 363)
+    seen = fingerprints(opened.train(0))
+    digits = Digits("train", 32)
+    everything = sorted((digits[i][0].numpy().tobytes(), digits[i][1]) for i in range(len(digits)))
+    assert len(seen) == 1400 and set(seen) <= set(everything)
+    assert len(fingerprints(opened.val())) == 363
+
+
+def test_cluttered_digits_are_new_in_each_epoch_and_the_test_is_fixed() -> None:
+    fields = {"dataset": "cluttered-digits", "train_images": 50, "difficulty": "hard", "micro_batch": 10}
+    opened = loaders(None, seed=3, **fields)
+    assert (opened.num_classes, opened.steps_per_epoch, opened.val_images) == (10, 5, 3630)
+    digits = ClutteredDigits("train", 32, 50, seed=3, epoch=2, difficulty="hard")
+    canvases = digits.render(range(50))
+    assert fingerprints(opened.train(2)) == fingerprints([Batch(canvases.images, canvases.labels)])
+    assert fingerprints(opened.train(1)) != fingerprints(opened.train(2))
+    assert_equal(list(loaders(None, seed=3, workers=2, **fields).train(2)), list(opened.train(2)))
+    assert_equal([next(loaders(None, seed=4, **fields).val())], [next(opened.val())])
+
+
+def test_the_image_can_be_set_after_the_model_is_built(folder: Path) -> None:
+    opened = loaders(folder)
+    expected = list(opened.val())
+    opened.image = None
+    with pytest.raises(ValueError, match="image must say how the model wants its images"):
+        next(opened.val())
+    opened.image = {**IMAGE, "crop_mode": "squash"}
+    assert next(opened.val()).images.shape == expected[0].images.shape
+    assert not torch.equal(next(opened.val()).images, expected[0].images)
+
+
+def test_evaluation_needs_no_training_data(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "val", tmp_path / "val")
+    with pytest.raises(FileNotFoundError, match="no split 'train'"):
+        loaders(tmp_path)
+    opened = loaders(tmp_path, training=False)
+    assert (opened.num_classes, opened.steps_per_epoch, opened.val_images) == (2, 0, 10)
+    assert len(fingerprints(opened.val())) == 10
+    with pytest.raises(ValueError, match="no training data"):
+        opened.train(0)
+
+
+def test_training_can_do_without_validation_data(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "train", tmp_path / "train")
+    opened = loaders(tmp_path, val_split="")
+    assert opened.val_images is None
+    assert len(list(opened.train(0))) == 7
+    with pytest.raises(ValueError, match="val_split is empty"):
+        opened.val()
+
+
+def test_settings_that_make_no_run(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="14 images, fewer than the 16 of one batch"):
+        loaders(folder, micro_batch=16)
+    with pytest.raises(ValueError, match="1 processes make 4 images a step, batch_size is 5"):
+        loaders(folder, micro_batch=4, batch_size=5)
+    with pytest.raises(ValueError, match="unknown dataset 'imagenet'"):
+        loaders(folder, dataset="imagenet")
+    with pytest.raises(ValueError, match="num_classes is 1, but the data has 2 classes"):
+        loaders(folder, num_classes=1)
+    assert loaders(folder, num_classes=5).num_classes == 5
+    with pytest.raises(ValueError, match="train_images is for streams"):
+        loaders(folder, train_images=5)
+    with pytest.raises(ValueError, match="token_labels need augment"):
+        loaders(folder, token_labels=str(tmp_path), augment=False)
+    with pytest.raises(ValueError, match="token_labels need images that have names"):
+        loaders(None, dataset="digits", token_labels=str(tmp_path))
+    with pytest.raises(ValueError, match="patch_grid must be"):
+        loaders(folder, token_labels=str(tmp_path)).train(0)
+    with pytest.raises(ValueError, match=r"first_step must be in \[0, 7\], got 8"):
+        loaders(folder).train(0, 8)
+
+
+def test_classes_that_differ_are_named(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    (data / "val" / "flower").rename(data / "val" / "tree")
+    message = "only the training data has flower; only the validation data has tree"
+    with pytest.raises(ValueError, match=message):
+        loaders(data)
