@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,10 +183,18 @@ def as_it_is(batch: Any) -> Any:
 
 
 def start_worker(worker: int) -> None:
-    """Have a worker outlive signals that are meant for the run, which may want to end in good order.
+    """Have a worker of a DataLoader outlive signals that are meant for the run, which wants to end in order.
 
-    A terminal's Ctrl-C and a scheduler's SIGTERM reach all processes of the group. Workers go when the loader
-    tells them to, or, as torch's workers do, within seconds after the process that they work for has gone.
+    A terminal's Ctrl-C and a scheduler's SIGTERM reach all processes of the run. A worker only leaves on a
+    SIGTERM of the process that it works for, by which torch ends workers that do not listen; and, as torch's
+    workers do by themselves, within seconds after that process has gone.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_leave_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def _leave_when_told(master: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != master:
+        continue
+    os._exit(128 + signal.SIGTERM)

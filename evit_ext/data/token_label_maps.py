@@ -91,7 +91,8 @@ def patch_labels(
     cut = roi_align(maps[None], [corners], patch_grid)[0]
     if crop.flip:
         cut = cut.flip(-1)
-    logits = scores.new_zeros(num_classes, patch_grid[0] * patch_grid[1])
-    logits[present] = cut.flatten(1)
-    labels = logits.softmax(dim=0).T
+    # Over the last dimension, softmax has the same bits for any number of threads; workers have one.
+    logits = scores.new_zeros(patch_grid[0] * patch_grid[1], num_classes)
+    logits[:, present] = cut.flatten(1).T
+    labels = logits.softmax(dim=-1)
     return labels * (1 - smoothing + smoothing / num_classes) + smoothing / num_classes

@@ -66,8 +66,8 @@ class CropWithLabels:
 def _mend(transforms: list[Any]) -> None:
     """Have posterizing to 0 bits give a black image, as with the Pillow that timm was written for.
 
-    timm's increasing policies draw it now and then (rand-m9-mstd0.5-inc1 in 2 % of cases); from Pillow
-    13 on it is a ValueError that would end the run.
+    timm's increasing policies draw it now and then (rand-m9-mstd0.5-inc1 in 2 % of cases); from Pillow 13 on
+    it is a ValueError, which would end the run.
     """
     for op in _ops(transforms):
         if op.aug_fn is posterize:

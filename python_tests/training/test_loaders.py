@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -269,18 +276,22 @@ def test_token_labels_follow_the_image(folder: Path, tmp_path: Path) -> None:
 
 def test_digits_need_no_files() -> None:
     opened = loaders(None, dataset="digits", micro_batch=50)
-    assert (opened.num_classes, opened.steps_per_epoch, opened.val_images) == (10, 28, 363)
+    assert (opened.num_classes, opened.steps_per_epoch, opened.val_images) == (10, 28, len(Digits("test")))
     seen = fingerprints(opened.train(0))
     digits = Digits("train", 32)
     everything = sorted((digits[i][0].numpy().tobytes(), digits[i][1]) for i in range(len(digits)))
     assert len(seen) == 1400 and set(seen) <= set(everything)
-    assert len(fingerprints(opened.val())) == 363
+    assert len(fingerprints(opened.val())) == len(Digits("test"))
 
 
 def test_cluttered_digits_are_new_in_each_epoch_and_the_test_is_fixed() -> None:
     fields = {"dataset": "cluttered-digits", "train_images": 50, "difficulty": "hard", "micro_batch": 10}
     opened = loaders(None, seed=3, **fields)
-    assert (opened.num_classes, opened.steps_per_epoch, opened.val_images) == (10, 5, 3630)
+    assert (opened.num_classes, opened.steps_per_epoch, opened.val_images) == (
+        10,
+        5,
+        10 * len(Digits("test")),
+    )
     digits = ClutteredDigits("train", 32, 50, seed=3, epoch=2, difficulty="hard")
     canvases = digits.render(range(50))
     assert fingerprints(opened.train(2)) == fingerprints([Batch(canvases.images, canvases.labels)])
@@ -349,3 +360,58 @@ def test_classes_that_differ_are_named(folder: Path, tmp_path: Path) -> None:
     message = "only the training data has flower; only the validation data has tree"
     with pytest.raises(ValueError, match=message):
         loaders(data)
+
+
+@pytest.fixture
+def loading_run(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A run in a process group of its own that waits between batches, and the number of its worker."""
+    script = Path(__file__).parent / "loading_run.py"
+    paths = [str(script.parents[1]), str(script.parents[2])]
+    run = subprocess.Popen(
+        [sys.executable, str(script), str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        start_new_session=True,
+    )
+    assert run.stdout is not None
+    yield run, int(run.stdout.readline())
+    if run.poll() is None:
+        os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    run.stdout.close()
+
+
+def test_workers_outlive_a_signal_to_all_processes(loading_run: tuple[subprocess.Popen[str], int]) -> None:
+    run, worker = loading_run
+    os.killpg(run.pid, signal.SIGTERM)
+    os.kill(worker, signal.SIGINT)
+    output, _ = run.communicate(timeout=20)
+    assert output.split() == ["whole", "epoch", "14", "stopped"] and run.returncode == 0
+
+
+def test_workers_do_not_outlive_their_process(loading_run: tuple[subprocess.Popen[str], int]) -> None:
+    run, worker = loading_run
+    run.kill()
+    run.wait()
+    for _ in range(150):
+        try:
+            state = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return
+        if state == "Z":  # ended; who has inherited it does not ask
+            return
+        time.sleep(0.1)
+    raise AssertionError("the worker is still there after 15 seconds")
+
+
+def test_an_error_in_a_worker_leaves_no_worker(folder: Path, tmp_path: Path) -> None:
+    """Also where a traceback keeps the loader until the garbage is collected."""
+    opened = loaders(folder, workers=1, token_labels=str(tmp_path), patch_grid=(2, 2))
+    with pytest.raises(FileNotFoundError, match="no token labels"):
+        list(opened.train(0))
+    gc.collect()
+    for child in multiprocessing.active_children():
+        child.terminate()
+        child.join(timeout=3)
+    assert not multiprocessing.active_children()
