@@ -161,8 +161,9 @@ class HuggingFaceStream:
         splits = reader.builder.info.splits or {}
         known = splits[split].num_examples if split in splits else None
         self.num_images: int | None = num_images or known or None
-        self.classes: Mapping[str, int] = reader.class_to_idx
         stream = reader.builder.as_streaming_dataset(split=split)
+        names = getattr((stream.features or {}).get("label"), "names", None) or []
+        self.classes: Mapping[str, int] = {name: label for label, name in enumerate(names)}
         self.stream = stream.cast_column("image", ImageFeature(decode=False))
         self.name = f"{name} {split}"
 
@@ -215,9 +216,19 @@ def read_tar(shard: Path) -> Iterator[Encoded | Unreadable]:
                     yield from _sample(shard, key, sample)
                     key, sample = (path.parent, stem), {}
                 sample[ending.lower()] = file.read()
+            end = tar.offset
         yield from _sample(shard, key, sample)
+        # tarfile takes a file that breaks off between two members for a whole one.
+        if shard.suffix == ".tar" and not _has_end_mark(shard, end):
+            yield Unreadable(str(shard), "ReadError: the file breaks off, without the end mark of a tar file")
     except (OSError, EOFError, tarfile.TarError) as error:
         yield Unreadable(str(shard), f"{type(error).__name__}: {error}")
+
+
+def _has_end_mark(shard: Path, position: int) -> bool:
+    with shard.open("rb") as file:
+        file.seek(position)
+        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
 def _sample(

@@ -1,4 +1,4 @@
-"""A run that loads with a worker until it is stopped: prints the worker's number, then a line for each batch.
+"""A run that loads with a worker until it is stopped: prints its worker's number, and a line for each batch.
 
 python loading_run.py FOLDER
 """
@@ -25,9 +25,8 @@ def main(folder: str) -> None:
     for number, _ in enumerate(opened.train(0)):
         if number == 0:
             print(multiprocessing.active_children()[0].pid, flush=True)
-        if not stopped:
-            time.sleep(0.3)
-    print("whole epoch", number + 1, "stopped" if stopped else "", flush=True)
+        print("batch", number, "stopped" if stopped else "", flush=True)
+        time.sleep(0.3)
 
 
 if __name__ == "__main__":

@@ -362,44 +362,32 @@ def test_classes_that_differ_are_named(folder: Path, tmp_path: Path) -> None:
         loaders(data)
 
 
-@pytest.fixture
-def loading_run(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A run in a process group of its own that waits between batches, and the number of its worker."""
+def test_workers_outlive_signals_but_not_their_process(folder: Path) -> None:
+    """A run in a process group of its own is told to stop, goes on loading, and is then killed."""
     script = Path(__file__).parent / "loading_run.py"
     paths = [str(script.parents[1]), str(script.parents[2])]
-    run = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, str(script), str(folder)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         start_new_session=True,
-    )
-    assert run.stdout is not None
-    yield run, int(run.stdout.readline())
-    if run.poll() is None:
-        os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
-    run.stdout.close()
-
-
-def test_workers_outlive_a_signal_to_all_processes(loading_run: tuple[subprocess.Popen[str], int]) -> None:
-    run, worker = loading_run
-    os.killpg(run.pid, signal.SIGTERM)
-    os.kill(worker, signal.SIGINT)
-    output, _ = run.communicate(timeout=20)
-    assert output.split() == ["whole", "epoch", "14", "stopped"] and run.returncode == 0
-
-
-def test_workers_do_not_outlive_their_process(loading_run: tuple[subprocess.Popen[str], int]) -> None:
-    run, worker = loading_run
-    run.kill()
-    run.wait()
-    for _ in range(150):
+    ) as run:
+        assert run.stdout is not None
         try:
-            state = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            return
-        if state == "Z":  # ended; who has inherited it does not ask
+            worker = int(run.stdout.readline())
+            os.killpg(run.pid, signal.SIGTERM)
+            os.kill(worker, signal.SIGINT)
+            # More than what the worker had prepared already.
+            lines = [run.stdout.readline().split() for _ in range(8)]
+            assert lines[-1] == ["batch", "7", "stopped"]
+            assert Path(f"/proc/{worker}").exists()
+        finally:
+            run.kill()
+    for _ in range(150):
+        stat = Path(f"/proc/{worker}/stat")
+        # Z: it has ended, and who has inherited it does not ask.
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
             return
         time.sleep(0.1)
     raise AssertionError("the worker is still there after 15 seconds")
