@@ -81,8 +81,11 @@ def test_the_width_of_a_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) 
     with open(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
         run()
-    out = os.read(ours, 10_000).decode()
+        read = b""
+        while b"loss=2.5]" not in read:  # it comes in pieces
+            read += os.read(ours, 10_000)
     os.close(ours)
+    out = read.decode()
     assert "3/3" in out and "loss=2.5" in out
     # 0 is a terminal that does not know. How much of its width tqdm takes depends on the figures.
     width = max(map(len, out.replace("\r", "\n").split("\n")))
