@@ -1,4 +1,4 @@
-"""Training: thin over timm and torch.distributed. `Run` is all of ``evit train``; any loop can use its parts."""
+"""Training, thin over timm and torch.distributed; `Run` is all of ``evit train``."""
 
 from evit_ext.training.building import build_criterion, build_model, build_objective
 from evit_ext.training.compiling import allow_recompiles
