@@ -53,7 +53,6 @@ class TokenLabels(NamedTuple):
     folder: Path
     patch_grid: tuple[int, int]
     num_classes: int
-    smoothing: float
 
 
 class ImageBatches(Dataset[Batch]):
@@ -123,9 +122,9 @@ class ImageBatches(Dataset[Batch]):
         if self.token_labels is None:
             return self.transform(image), None  # type: ignore[return-value]
         view, crop = self.transform(image)
-        folder, patch_grid, num_classes, smoothing = self.token_labels
+        folder, patch_grid, num_classes = self.token_labels
         scores, classes = read_label_map(folder / f"{self.files.stem(index, label)}.pt", num_classes)
-        return view, patch_labels(scores, classes, crop, patch_grid, num_classes, smoothing)
+        return view, patch_labels(scores, classes, crop, patch_grid, num_classes)
 
 
 class DigitBatches(Dataset[Batch]):

@@ -44,7 +44,7 @@ def load_scans(split: str) -> tuple[FloatArray, IntArray]:
     """The scans of a split.
 
     Args:
-        split: "train" (1,434 scans) or "test" (363 scans).
+        split: "train" (1,442 scans) or "test" (355 scans).
 
     Returns:
         ink, float32 [n, 8, 8] with whole numbers from 0 to 16, and labels, int64 [n]. Both are read-only and

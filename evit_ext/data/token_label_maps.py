@@ -21,13 +21,21 @@ from torchvision.ops import roi_align
 
 
 class Crop(NamedTuple):
-    """A part of an image, as shares of its height and width from the top left; mirrored if `flip`."""
+    """A part of an image that is shown, mirrored and moved.
+
+    Attributes:
+        top, left, height, width: the part, as shares of the image's height and width.
+        flip: whether it is mirrored, left to right.
+        move: (a, b, c, d, e, f) where it is then rotated, sheared or translated: place (x, y) of the view, in
+            shares of its width and height, shows place (ax + by + c, dx + ey + f) of the part.
+    """
 
     top: float
     left: float
     height: float
     width: float
     flip: bool = False
+    move: tuple[float, ...] = (1, 0, 0, 0, 1, 0)
 
 
 def read_label_map(path: Path, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +74,6 @@ def patch_labels(
     crop: Crop,
     patch_grid: tuple[int, int],
     num_classes: int,
-    smoothing: float = 0.0,
 ) -> Tensor:
     """Return what the patches of a crop show.
 
@@ -76,7 +83,6 @@ def patch_labels(
         crop: the part of the image that the model sees.
         patch_grid: rows and columns of patches.
         num_classes: C.
-        smoothing: label smoothing s as published: p · (1 - s + s / C) + s / C, which sums to 1 + s / C.
 
     Returns:
         Probabilities, float32 [rows · columns, C], row by row.
@@ -91,8 +97,23 @@ def patch_labels(
     cut = roi_align(maps[None], [corners], patch_grid)[0]
     if crop.flip:
         cut = cut.flip(-1)
+    rows, columns = _moved_patches(crop.move, patch_grid)
+    cut = cut[:, rows, columns]
     # Over the last dimension, softmax has the same bits for any number of threads; workers have one.
     logits = scores.new_zeros(patch_grid[0] * patch_grid[1], num_classes)
     logits[:, present] = cut.flatten(1).T
-    labels = logits.softmax(dim=-1)
-    return labels * (1 - smoothing + smoothing / num_classes) + smoothing / num_classes
+    return logits.softmax(dim=-1)
+
+
+def _moved_patches(move: tuple[float, ...], patch_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return rows and columns, int64 [rows, columns], of the patches that those of the moved view show.
+
+    The nearest ones, as in the published code; beyond the edge those at the edge.
+    """
+    rows, columns = patch_grid
+    y = ((torch.arange(rows, dtype=torch.float64) + 0.5) / rows)[:, None]
+    x = (torch.arange(columns, dtype=torch.float64) + 0.5) / columns
+    a, b, c, d, e, f = move
+    column = ((a * x + b * y + c) * columns).floor().long().clamp(0, columns - 1)
+    row = ((d * x + e * y + f) * rows).floor().long().clamp(0, rows - 1)
+    return row, column

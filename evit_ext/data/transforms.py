@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
-from timm.data import create_transform
-from timm.data.auto_augment import AugmentOp, posterize
+from timm.data import auto_augment, create_transform
 from torch import Tensor
 from torchvision.transforms import functional
 
 from evit_ext.data.token_label_maps import Crop
 
 Transform = Callable[[Image.Image], Tensor]
+Matrix = npt.NDArray[np.float64]
 
 
 def train_transform(**arguments: Any) -> Transform:
@@ -32,16 +35,26 @@ def train_transform(**arguments: Any) -> Transform:
 class CropWithLabels:
     """timm's training transform that also says which part of the image is seen.
 
-    Given the same random numbers, the image is that of :func:`train_transform`, bit for bit.
+    Given the same random numbers, the image is that of :func:`train_transform`, bit for bit. What
+    auto_augment rotates, shears or translates is part of the answer.
 
     Args:
         arguments: of `timm.data.create_transform`.
+
+    Raises:
+        ValueError: auto_augment is AugMix, which shows several places in one.
     """
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        # In three parts: crop and flip, what changes colours, what makes a tensor.
+        if (arguments.get("auto_augment") or "").startswith("augmix"):
+            raise ValueError("token labels cannot follow auto_augment augmix: it blends several views")
+        # In three parts: crop and flip, auto_augment or colour jitter, what makes a tensor.
         first, colours, last = create_transform(is_training=True, separate=True, **arguments)
         _mend(colours.transforms)
+        for op in _ops(colours.transforms):
+            if op.aug_fn in MOVES:
+                op.aug_fn = partial(self._move, op.aug_fn)
+        self.moves: list[Matrix] = []
         self.crop = first.transforms[0]
         self.rest = (colours, last)
         self.hflip: float = arguments["hflip"]
@@ -56,11 +69,58 @@ class CropWithLabels:
         flip = self.hflip > 0 and bool(torch.rand(1) < self.hflip)
         if flip:
             view = functional.hflip(view)
+        self.moves.clear()
         for part in self.rest:
             view = part(view)
+        move = np.eye(3)
+        for matrix in self.moves:
+            move = move @ matrix
         full_width, full_height = image.size
-        place = Crop(top / full_height, left / full_width, height / full_height, width / full_width, flip)
-        return view, place
+        box = (top / full_height, left / full_width, height / full_height, width / full_width)
+        return view, Crop(*box, flip, tuple(move[:2].flatten().tolist()))
+
+    def _move(
+        self, function: Callable[..., Image.Image], image: Image.Image, amount: float, **more: Any
+    ) -> Image.Image:
+        self.moves.append(view_matrix(function, amount, image.size))
+        return function(image, amount, **more)
+
+
+def view_matrix(function: Callable[..., Image.Image], amount: float, size: tuple[int, int]) -> Matrix:
+    """Return where the places of a moved view lie in the view before, both in shares of width and height.
+
+    Args:
+        function: of `timm.data.auto_augment`, one of `MOVES`.
+        amount: its argument.
+        size: width and height in pixels.
+
+    Returns:
+        float64 [3, 3], for homogeneous coordinates (x, y, 1).
+    """
+    pixels = np.diag([*size, 1.0])
+    return np.linalg.inv(pixels) @ MOVES[function](amount, *size) @ pixels
+
+
+def _affine(a: float, b: float, c: float, d: float, e: float, f: float) -> Matrix:
+    return np.array([[a, b, c], [d, e, f], [0, 0, 1]], dtype=np.float64)
+
+
+def _rotation(degrees: float, width: int, height: int) -> Matrix:
+    cosine, sine = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    to_middle = _affine(1, 0, -width / 2, 0, 1, -height / 2)
+    return np.linalg.inv(to_middle) @ _affine(cosine, -sine, 0, sine, cosine, 0) @ to_middle
+
+
+#: What timm's functions do to places in pixels, given their argument and the image's width and height.
+MOVES: dict[Callable[..., Image.Image], Callable[[float, int, int], Matrix]] = {
+    auto_augment.rotate: _rotation,
+    auto_augment.shear_x: lambda factor, width, height: _affine(1, factor, 0, 0, 1, 0),
+    auto_augment.shear_y: lambda factor, width, height: _affine(1, 0, 0, factor, 1, 0),
+    auto_augment.translate_x_abs: lambda by, width, height: _affine(1, 0, by, 0, 1, 0),
+    auto_augment.translate_y_abs: lambda by, width, height: _affine(1, 0, 0, 0, 1, by),
+    auto_augment.translate_x_rel: lambda share, width, height: _affine(1, 0, share * width, 0, 1, 0),
+    auto_augment.translate_y_rel: lambda share, width, height: _affine(1, 0, 0, 0, 1, share * height),
+}
 
 
 def _mend(transforms: list[Any]) -> None:
@@ -70,11 +130,11 @@ def _mend(transforms: list[Any]) -> None:
     it is a ValueError, which would end the run.
     """
     for op in _ops(transforms):
-        if op.aug_fn is posterize:
+        if op.aug_fn is auto_augment.posterize:
             op.aug_fn = _posterize
 
 
-def _ops(transforms: list[Any]) -> Iterator[AugmentOp]:
+def _ops(transforms: list[Any]) -> Iterator[auto_augment.AugmentOp]:
     """Yield the operations of timm's RandAugment, AutoAugment and AugMix."""
     for transform in transforms:
         policies = [getattr(transform, "ops", []), *getattr(transform, "policy", [])]
@@ -82,4 +142,4 @@ def _ops(transforms: list[Any]) -> Iterator[AugmentOp]:
 
 
 def _posterize(image: Image.Image, bits: int, **more: Any) -> Image.Image:
-    return posterize(image, bits, **more) if bits > 0 else Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits, **more) if bits > 0 else Image.new(image.mode, image.size)

@@ -190,7 +190,7 @@ class Demo:
 def build_deit(settings: Settings) -> VisionTransformer:
     """A DeiT (class token, learned position embedding) in timm's code, sized for the digits.
 
-    The position embedding starts from sines and cosines instead of noise: with 1,434 scans there is little to
+    The position embedding starts from sines and cosines instead of noise: with 1,442 scans there is little to
     learn from that two patches are neighbours.
     """
     model = VisionTransformer(

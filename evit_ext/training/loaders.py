@@ -221,7 +221,7 @@ class Loaders:
         if self.patch_grid is None:
             raise ValueError("patch_grid must be the model's rows and columns of patches for token labels")
         folder = Path(str(self.config.token_labels))
-        return TokenLabels(folder, self.patch_grid, self.num_classes, self.config.label_smoothing)
+        return TokenLabels(folder, self.patch_grid, self.num_classes)
 
     def _transform(self, training: bool) -> Transform:
         if training and self.config.augment:

@@ -23,7 +23,7 @@ def a_map(height: int = 18, width: int = 18, topk: int = 5, seed: int = 0) -> Te
     return torch.stack([scores, classes.float()]).half()
 
 
-def slow_patch_labels(stored: Tensor, box: Crop, grid: tuple[int, int], smoothing: float) -> np.ndarray:
+def slow_patch_labels(stored: Tensor, box: Crop, grid: tuple[int, int]) -> np.ndarray:
     """The same in float64, one patch and one class at a time: mean of bilinear samples, then softmax.
 
     RoIAlign as of He et al., "Mask R-CNN" (2017), with as many samples in a bin as it has cells, rounded up.
@@ -61,35 +61,46 @@ def slow_patch_labels(stored: Tensor, box: Crop, grid: tuple[int, int], smoothin
                     x = left + (source + (j + 0.5) / across) * bin_width
                     logits += [sample(plane, y, x) / (down * across) for plane in dense]
             odds = np.exp(logits - logits.max())
-            share = odds / odds.sum()
-            result[row, column] = share * (1 - smoothing + smoothing / CLASSES) + smoothing / CLASSES
+            result[row, column] = odds / odds.sum()
     return result.reshape(-1, CLASSES)
 
 
 @pytest.mark.parametrize(
-    ("box", "grid", "smoothing"),
+    ("box", "grid"),
     [
-        (Crop(0, 0, 1, 1), (18, 18), 0.0),
-        (Crop(0, 0, 1, 1), (4, 4), 0.1),
-        (Crop(0.1, 0.45, 0.3, 0.5, True), (7, 7), 0.1),
-        (Crop(0.6, 0.05, 0.37, 0.9), (5, 3), 0.0),
-        (Crop(0.9, 0.9, 0.1, 0.1, True), (2, 2), 0.0),
+        (Crop(0, 0, 1, 1), (18, 18)),
+        (Crop(0, 0, 1, 1), (4, 4)),
+        (Crop(0.1, 0.45, 0.3, 0.5, True), (7, 7)),
+        (Crop(0.6, 0.05, 0.37, 0.9), (5, 3)),
+        (Crop(0.9, 0.9, 0.1, 0.1, True), (2, 2)),
     ],
 )
-def test_patches_have_the_labels_of_their_place(box: Crop, grid: tuple[int, int], smoothing: float) -> None:
+def test_patches_have_the_labels_of_their_place(box: Crop, grid: tuple[int, int]) -> None:
     stored = a_map(seed=grid[0])
-    ours = patch_labels(stored[0].float(), stored[1].long(), box, grid, CLASSES, smoothing)
+    ours = patch_labels(stored[0].float(), stored[1].long(), box, grid, CLASSES)
     assert ours.dtype == torch.float32 and ours.shape == (grid[0] * grid[1], CLASSES)
-    expected = slow_patch_labels(stored, box, grid, smoothing)
+    expected = slow_patch_labels(stored, box, grid)
     # Measured: at most 1.4e-6; box corners are rounded to float32.
     np.testing.assert_allclose(ours.double().numpy(), expected, atol=5e-6)
-    np.testing.assert_allclose(ours.double().sum(1).numpy(), 1 + smoothing / CLASSES, atol=1e-5)
+    np.testing.assert_allclose(ours.double().sum(1).numpy(), 1, atol=1e-5)
 
 
 def test_a_map_that_is_not_square() -> None:
     stored, box = a_map(9, 14), Crop(0.2, 0.5, 0.6, 0.4, True)
     ours = patch_labels(stored[0].float(), stored[1].long(), box, (6, 4), CLASSES)
-    np.testing.assert_allclose(ours.double().numpy(), slow_patch_labels(stored, box, (6, 4), 0.0), atol=5e-6)
+    np.testing.assert_allclose(ours.double().numpy(), slow_patch_labels(stored, box, (6, 4)), atol=5e-6)
+
+
+def test_a_moved_view_has_the_nearest_patches() -> None:
+    stored, move = a_map(), (0.9, -0.3, 0.25, 0.3, 0.9, -0.2)
+    still = patch_labels(stored[0].float(), stored[1].long(), Crop(0, 0, 1, 1, True), (6, 5), CLASSES)
+    moved = patch_labels(stored[0].float(), stored[1].long(), Crop(0, 0, 1, 1, True, move), (6, 5), CLASSES)
+    for row in range(6):
+        for column in range(5):
+            x, y = (column + 0.5) / 5, (row + 0.5) / 6
+            u, v = 0.9 * x - 0.3 * y + 0.25, 0.3 * x + 0.9 * y - 0.2
+            source = min(max(math.floor(v * 6), 0), 5) * 5 + min(max(math.floor(u * 5), 0), 4)
+            assert torch.equal(moved[row * 5 + column], still[source])
 
 
 def test_the_whole_map_is_what_was_stored() -> None:

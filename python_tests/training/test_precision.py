@@ -55,8 +55,9 @@ def test_the_user_decides() -> None:
     assert choose_precision("cpu", "float32").dtype == torch.float32
     assert choose_precision("cpu", "bfloat16").dtype == torch.bfloat16
     assert choose_precision("meta").dtype == torch.float32
-    with pytest.raises(ValueError, match="one of 'auto', 'float32', 'bfloat16', got 'float16'"):
-        choose_precision("cpu", "float16")
+    assert choose_precision("cpu", "float16").dtype == torch.float16
+    with pytest.raises(ValueError, match="one of 'auto', 'float32', 'bfloat16', 'float16', got 'float8'"):
+        choose_precision("cpu", "float8")
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -6,9 +6,6 @@ import errno
 import logging
 import os
 import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -210,37 +207,3 @@ def test_another_recipe_is_refused(small_vit: Any) -> None:
         ValueError, match="of another run: it has lr 0.003 instead of 0.5, steps_per_epoch 5 inst"
     ):
         other.load_state_dict(state)
-
-
-def test_killed_and_resumed_is_bit_identical(tmp_path: Path) -> None:
-    """SIGKILL while it trains, and while it writes checkpoints, again and again."""
-    script = Path(__file__).with_name("killed_run.py")
-
-    def start(folder: Path) -> subprocess.Popen[str]:
-        command = [sys.executable, str(script), str(folder), "3"]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    with start(whole) as process:
-        steps = process.communicate()[0].split()
-    assert process.returncode == 0 and steps == [str(step) for step in range(1, 16)]
-    generator = random.Random(4)
-    kills = 0
-    for _ in range(4):
-        process = start(killed)
-        assert process.stdout is not None
-        for _ in range(generator.randint(1, 4)):
-            process.stdout.readline()
-        # A random while later: in a step, or in the middle of a checkpoint.
-        try:
-            process.wait(generator.random() * 0.1)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.communicate()
-    with start(killed) as process:
-        process.communicate()
-    assert process.returncode == 0 and kills >= 3
-    expected, got = (torch.load(folder / "final.pth", weights_only=True) for folder in (whole, killed))
-    for name, value in expected.items():
-        assert torch.equal(got[name], value), name
