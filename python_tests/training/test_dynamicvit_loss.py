@@ -127,12 +127,12 @@ def test_the_trainer_trains_a_dynamicvit() -> None:
     batches = list(zip(images.split(16), labels.split(16), strict=True))
     model = models.dynamicvit_tiny(**MICRO, drop_loc=None, keep_rate=0.6)
     teacher = timm.create_model("deit_tiny_patch16_224", **MICRO)
-    recipe = Recipe(epochs=24, batch_size=16, lr=1e-2, warmup_epochs=1)
+    recipe = Recipe(epochs=60, batch_size=16, lr=5e-3, warmup_epochs=1)
     float32 = Precision(torch.float32, "test")
     loss = DynamicViTLoss(model.keep_ratios, teacher, ratio_weight=10.0, distill_weight=0.02)
     trainer = Trainer(model, recipe, len(batches), precision=float32, objective=DynamicViTTraining(loss))
     first, *_, last = [trainer.train_one_epoch(batches, progress=False) for _ in range(recipe.epochs)]
-    assert last.loss < 0.6 * first.loss and last.accuracy > 60
+    assert last.loss < 0.6 * first.loss and last.accuracy > 80
     with torch.no_grad():
         shares = [kept.mean().item() for kept in model.train()(images).decisions]
     assert shares == pytest.approx(model.keep_ratios, abs=0.12)
