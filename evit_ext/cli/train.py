@@ -11,7 +11,7 @@ from typing import Any
 
 from evit_ext.cli.options import add_options, overrides
 from evit_ext.training.config import TrainConfig, load_config, recipe_names
-from evit_ext.training.ranks import is_lost, join
+from evit_ext.training.ranks import Ranks, is_lost, join
 
 # The first field of each group of options, in the order of TrainConfig.
 _GROUPS = {
@@ -83,32 +83,43 @@ def _train(options: argparse.Namespace) -> int:
     if options.print_config:
         print(config.to_yaml(), end="")
         return 0
+    output = options.output or Path("runs") / Path(options.recipe or config.model).stem
+    try:
+        with join(options.device) as ranks:
+            return _run(config, output, ranks, options)
+    except _Failed:
+        return 1
+
+
+class _Failed(Exception):
+    """Training failed, and it has been told why; leaving `join` with it waits for no other process."""
+
+
+def _run(config: TrainConfig, output: Path, ranks: Ranks, options: argparse.Namespace) -> int:
     # Here, as importing it takes a while.
     from evit_ext.training.run import Run
     from evit_ext.training.stopping import Stopped
     from evit_ext.training.unreadable import TooManyUnreadable
 
-    output = options.output or Path("runs") / Path(options.recipe or config.model).stem
-    with join(options.device) as ranks:
-        run = Run(config, output, ranks, options.resume, options.progress, options.tensorboard)
-        try:
-            summary = run.train()
-        except Stopped as stopped:
-            if ranks.is_first:
-                print(f"evit train: {stopped}", flush=True)
-            # As if the signal had ended it, so that a scheduler knows.
-            return 128 + (stopped.signal or signal.SIGTERM)
-        except (FloatingPointError, TooManyUnreadable) as error:  # of all processes together
-            if ranks.is_first:
-                _tell(f"{error}\n{run.advice()}")
-            return 1
-        except (OSError, RuntimeError) as error:
-            one_of_many = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
-            gone = "" if not is_lost(error) else "another process ended or does not answer: "
-            _tell(f"{one_of_many}{gone}{error}\n{run.advice()}")
-            return 1
+    run = Run(config, output, ranks, options.resume, options.progress, options.tensorboard)
+    try:
+        summary = run.train()
+    except Stopped as stopped:
         if ranks.is_first:
-            print(summary)
+            print(f"evit train: {stopped}", flush=True)
+        # As if the signal had ended it, so that a scheduler knows.
+        return 128 + (stopped.signal or signal.SIGTERM)
+    except (FloatingPointError, TooManyUnreadable) as error:  # of all processes together
+        if ranks.is_first:
+            _tell(f"{error}\n{run.advice()}")
+        raise _Failed from error
+    except (OSError, RuntimeError) as error:
+        one_of_many = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
+        gone = "" if not is_lost(error) else "another process ended or does not answer: "
+        _tell(f"{one_of_many}{gone}{error}\n{run.advice()}")
+        raise _Failed from error
+    if ranks.is_first:
+        print(summary)
     return 0
 
 
