@@ -82,7 +82,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     """Set the random generators to what :func:`random_state` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        # A machine with fewer GPUs than that of the checkpoint takes those that it has.
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     version, internal, gauss = state["python"]

@@ -142,6 +142,17 @@ def test_random_generators(tmp_path: Path) -> None:
     assert draw() + draw() == expected
 
 
+def test_random_generators_of_fewer_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run goes on where there are fewer; torch fails on generators of GPUs that are not there."""
+    given: list[list[int]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", given.append)
+    set_random_state(random_state())
+    assert given == [[0, 1]]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 @pytest.mark.parametrize("stop", [1, 5, 7])
 def test_a_run_that_is_resumed_ends_as_one_that_was_not(
