@@ -161,6 +161,13 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], arguments: list[str], mes
     assert captured.err.startswith("evit: error: ") and message in captured.err
 
 
+def test_no_limit_of_unreadable_images(capsys: pytest.CaptureFixture[str], run_folder: Path) -> None:
+    """An evaluation leaves out all that it cannot read and lists them: a limit would do nothing."""
+    with pytest.raises(SystemExit):
+        main(["eval", str(run_folder), "--max-unreadable", "3"])
+    assert "unrecognized arguments: --max-unreadable" in capsys.readouterr().err
+
+
 def test_a_run_without_a_checkpoint(capsys: pytest.CaptureFixture[str], run_folder: Path) -> None:
     for path in (run_folder / "checkpoints").iterdir():
         path.unlink()

@@ -38,7 +38,6 @@ _FIELDS = (
     "difficulty",
     "workers",
     "max_image_pixels",
-    "max_unreadable",
     "crop_pct",
     "seed",
     "precision",
