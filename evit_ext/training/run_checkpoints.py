@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -68,10 +69,11 @@ class RunCheckpoints:
         except (OSError, RuntimeError) as error:
             # torch reports a failed write as a RuntimeError.
             cause = error if isinstance(error, OSError) else error.__context__
+            said = error.strerror if isinstance(error, OSError) else error
             number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
             raise OSError(
                 number,
-                f"the checkpoint of step {step} could not be written ({error}); older ones are intact",
+                f"the checkpoint of step {step} could not be written ({said}); older ones are intact",
                 str(path),
             ) from error
         for old in self.steps()[: -self.keep]:
@@ -95,7 +97,7 @@ class RunCheckpoints:
 
         Raises:
             FileNotFoundError: there is none of this step.
-            ValueError: it is damaged.
+            ValueError: it is damaged, or holds more than tensors and plain values.
         """
         path = self.path(step)
         try:
@@ -106,4 +108,9 @@ class RunCheckpoints:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except zipfile.BadZipFile as error:
             raise ValueError(f"{path} is not complete, or damaged") from error
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} is no checkpoint of a run: it holds more than tensors and plain values, and nothing "
+                f"in it is executed ({error})"
+            ) from error
         return state
