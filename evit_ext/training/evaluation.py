@@ -96,9 +96,11 @@ def evaluate(
                     continue
                 images, is_real = images.new_zeros(1, *images.shape[1:]), False
             with autocast(device, precision):
-                logits = model(images.to(device))
+                logits = model(images.to(device, non_blocking=True))
             if is_real:
-                sums.add(logits, labels.to(device), count_tokens(model, tuple(images.shape[2:])))
+                sums.add(
+                    logits, labels.to(device, non_blocking=True), count_tokens(model, tuple(images.shape[2:]))
+                )
     numbers = sums.numbers()  # waits for a GPU
     seconds = time.perf_counter() - start
     # A process without images does not know how many stages there are; so all of one length.
