@@ -99,12 +99,21 @@ class Metrics:
             return
         said = {name: _number(value) for name, value in figures.items() if value is not None}
         cells = (repr(said[name]) if name in said else "" for name in FIGURES)
-        _writer(self._file).writerow([step, epoch, kind, *cells])
-        self._file.flush()
+        try:
+            _writer(self._file).writerow([step, epoch, kind, *cells])
+            self._file.flush()
+        except OSError as error:
+            error.filename = str(self.path)  # which a failed write, of a full disk for instance, does not say
+            raise
         if self._events is not None:
             for name, value in said.items():
                 self._events.add_scalar(f"{kind}/{name}", value, step)
             self._events.flush()
+
+    def sync(self) -> None:
+        """Return when all lines are on the disk, where a power failure leaves them."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the files; nothing can be written after it."""

@@ -32,7 +32,7 @@ from evit_ext.training.metrics import Metrics
 from evit_ext.training.precision import choose_precision
 from evit_ext.training.ranks import Ranks
 from evit_ext.training.run_checkpoints import RunCheckpoints
-from evit_ext.training.sharding import distribute, whole_state
+from evit_ext.training.sharding import distribute, share_buffers, whole_state
 from evit_ext.training.stopping import Stopped, StopSignals
 from evit_ext.training.summary import RunSummary, Score, better
 from evit_ext.training.trainer import Trainer
@@ -41,7 +41,8 @@ from evit_ext.training.whole_files import replacing
 
 _WEIGHTS_STREAM = 2  # of the random numbers that the first weights are drawn from
 
-# What may differ when a run goes on: it changes neither the weights nor the order of the images.
+# What may differ when a run goes on: it changes neither what is learned nor the order of the images. Another
+# micro_batch, as another number of processes, has mixup and drop path draw other numbers.
 _MAY_CHANGE = (
     "workers", "max_unreadable", "micro_batch", "checkpoint_every", "keep_checkpoints", "eval_every",
     "log_every", "data", "teacher_checkpoint", "oracle_checkpoint", "initial_checkpoint",
@@ -87,10 +88,12 @@ class Run:
         self._unreadable = UnreadableImages(self.folder, ranks, config.max_unreadable)
         self._results: list[dict[str, Any]] = []
         self._seconds = self._training_seconds = 0.0
+        self._epoch_start: float | None = None
         self._stop = StopSignals()
         self._take_folder(resume)
         self._build()
         resumed = self._load()
+        self._unreadable.begin()
         self._metrics = Metrics(self.folder, tensorboard, ranks.is_first, resumed)
 
     def _take_folder(self, resume: str) -> None:
@@ -123,6 +126,8 @@ class Run:
 
     def _build(self) -> None:
         config, ranks = self.config, self.ranks
+        if not config.val_split:
+            raise ValueError("val_split is empty: a run needs images to evaluate on")
         micro_batch, accumulation = micro_batches(config, ranks.world_size)
         self._loaders = Loaders(config, ranks, micro_batch, accumulation)
         with seeded(derive_seed(config.seed, _WEIGHTS_STREAM)):
@@ -131,8 +136,8 @@ class Run:
         self._loaders.image = timm.data.resolve_model_data_config(model, {"img_size": embed.img_size[0]})
         self._loaders.patch_grid = embed.grid_size
         objective = build_objective(config, model, ranks.device)
-        if not self._checkpoints.steps():
-            objective.initialize(model)
+        # In a run that goes on, too: perhaps no checkpoint of it can be read.
+        objective.initialize(model)
         model, ema = distribute(model, ranks, config.sharding, config.ema_decay, config.compile)
         self.precision = choose_precision(ranks.device, config.precision)
         self.trainer = Trainer(
@@ -181,12 +186,12 @@ class Run:
                 if trainer.step_in_epoch == 0:
                     self._evaluate_if_due(epoch)
                 name = f"epoch {epoch + 1}/{config.epochs}"
-                before = time.perf_counter()
+                self._epoch_start = time.perf_counter()
                 batches = self._watched(self._loaders.train(epoch, trainer.step_in_epoch))
                 result = trainer.train_one_epoch(
                     batches, name, self._progress and self.ranks.is_first, self._after_step
                 )
-                self._training_seconds += time.perf_counter() - before
+                self._training_seconds, self._epoch_start = self._training_seconds_so_far(), None
                 self._write(
                     "epoch",
                     loss=result.loss,
@@ -234,12 +239,14 @@ class Run:
             **self.trainer.state_dict(),
             "results": self._results,
             "seconds": self._seconds_so_far(),
-            "training_seconds": self._training_seconds,
+            "training_seconds": self._training_seconds_so_far(),
             "unreadable": self._unreadable.state(),
         }
         failure: OSError | None = None
         if self.ranks.is_first:
             try:
+                # First: a power failure must not take lines of steps that are not done again.
+                self._metrics.sync()
                 self._checkpoints.save(state, self.trainer.step)
             except OSError as error:
                 failure = error
@@ -248,6 +255,12 @@ class Run:
             raise failure
         if failed:
             raise OSError("the first process could not write its checkpoint; its message says why")
+
+    def _stop_if_asked(self) -> None:
+        """Stop where any process was asked to; every process must call it, at a step that is saved."""
+        (stop,) = self.ranks.sum([bool(self._stop.number)])
+        if stop:
+            self._raise_stopped()
 
     def _raise_stopped(self) -> None:
         step = self.trainer.step
@@ -260,8 +273,8 @@ class Run:
         """Evaluate after so many epochs, if the configuration says so and it has not been done."""
         config = self.config
         due = epochs_done > 0 and (epochs_done % config.eval_every == 0 or epochs_done == config.epochs)
-        if self._stop.number:
-            self._raise_stopped()  # the end of the epoch has been saved
+        if epochs_done > 0:
+            self._stop_if_asked()  # the end of the epoch has been saved
         if not due or any(result["epoch"] == epochs_done for result in self._results):
             return
         result: dict[str, Any] = {"epoch": epochs_done, "step": self.trainer.step}
@@ -269,6 +282,7 @@ class Run:
         if self.trainer.ema is not None:
             models["ema"] = self.trainer.ema.module
         for name, model in models.items():
+            share_buffers(model, self.ranks)
             found = evaluate(
                 model,
                 self._interruptible(self._loaders.val()),
@@ -277,6 +291,7 @@ class Run:
                 self._progress,
                 self._val_batches(),
             )
+            self._stop_if_asked()  # what was found is of a part of the images, then
             self._unreadable.add(found.unreadable if self.ranks.is_first else ())
             self._unreadable.share()
             result[name] = {"top1": found.top1, "top5": found.top5, "loss": found.loss}
@@ -292,14 +307,17 @@ class Run:
         self._keep_weights(result, models)
 
     def _interruptible(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield batches until a signal asks to stop: the processes then meet at the end of the evaluation."""
         for batch in batches:
-            if self._stop.number:
-                self._raise_stopped()  # as the end of the epoch has been saved, nothing is lost
             yield batch
+            if self._stop.number:
+                return
 
     def _keep_weights(self, result: dict[str, Any], models: dict[str, nn.Module]) -> None:
         """Write the weights of this evaluation, and those of the best one."""
-        best = max(found[name]["top1"] for found in self._results for name in models)
+        best_before = max(
+            (found[name]["top1"] for found in self._results[:-1] for name in models), default=-math.inf
+        )
         for name, model in models.items():
             state = whole_state(model)  # of a model in parts, all processes take part
             if not self.ranks.is_first:
@@ -312,7 +330,8 @@ class Run:
                 "keep_rate": str(self.config.keep_rate),
             }
             files = ["last.safetensors" if name == "model" else "last_ema.safetensors"]
-            if result[name]["top1"] == best:
+            if result[name]["top1"] > best_before:  # of equals the earlier, as in the summary
+                best_before = result[name]["top1"]
                 files.append("best.safetensors")
             tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
             for file in files:
@@ -396,6 +415,11 @@ class Run:
 
     def _seconds_so_far(self) -> float:
         return self._seconds + time.perf_counter() - self._start
+
+    def _training_seconds_so_far(self) -> float:
+        """Return the seconds without evaluation, those of an epoch that is under way included."""
+        under_way = 0.0 if self._epoch_start is None else time.perf_counter() - self._epoch_start
+        return self._training_seconds + under_way
 
     def _say(self, text: str) -> None:
         if self.ranks.is_first:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as sharded_state
 from timm.utils.model import unwrap_model
 from timm.utils.model_ema import ModelEmaV3
@@ -83,6 +84,17 @@ def gradients_stay(model: nn.Module, stay: bool = True) -> Iterator[None]:
     yield
 
 
+def share_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """Give every process the first one's buffers, which checkpoints have; every process must call it.
+
+    Running means of batch norms are each process' own: DistributedDataParallel shares them before a forward
+    only, FSDP2 and the moving average never.
+    """
+    if ranks.world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def whole_state(model: nn.Module) -> dict[str, Any]:
     """Return the state dict; of a sharded model on the first process, on the CPU, and nothing on the others.
 
@@ -115,6 +127,23 @@ def load_whole_optimizer_state(
     """Load what :func:`whole_optimizer_state` returned, as :func:`load_whole_state`."""
     if is_sharded(model):
         options = sharded_state.StateDictOptions(full_state_dict=True)
-        sharded_state.set_optimizer_state_dict(model, optimizer, dict(state), options=options)
+        named = _by_name(model, optimizer, state)
+        sharded_state.set_optimizer_state_dict(model, optimizer, named, options=options)
     else:
         optimizer.load_state_dict(dict(state))
+
+
+def _by_name(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's state by the parameters' names; a process that was alone has numbered them."""
+    names = {parameter: name for name, parameter in unwrap_model(model).named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    saved = [key for group in state["param_groups"] for key in group["params"]]
+    if not all(isinstance(key, int) for key in saved):
+        return dict(state)
+    name = {key: names[parameter] for key, parameter in zip(saved, parameters, strict=True)}
+    return {
+        "state": {name[key]: value for key, value in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [name[key] for key in group["params"]]} for group in state["param_groups"]
+        ],
+    }

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from evit_ext.training.ranks import Ranks
+from evit_ext.training.whole_files import replacing
 
 
 class TooManyUnreadable(Exception):
@@ -16,7 +17,7 @@ class TooManyUnreadable(Exception):
 class UnreadableImages:
     """The images that could not be read, each once, however often it was met.
 
-    The first process writes them to ``unreadable.csv`` (path, reason) as they are found.
+    The first process writes them to ``unreadable.csv`` (path, reason) as they are found, after :meth:`begin`.
 
     Args:
         folder: of the run.
@@ -59,7 +60,7 @@ class UnreadableImages:
         if fresh and self._ranks.is_first:
             first = not self.path.exists()
             with self.path.open("a", newline="") as file:
-                writer = csv.writer(file)
+                writer = csv.writer(file, lineterminator="\n")
                 if first:
                     writer.writerow(("path", "reason"))
                 writer.writerows(fresh.items())
@@ -77,3 +78,17 @@ class UnreadableImages:
     def load_state(self, state: Iterable[tuple[str, str]]) -> None:
         """Know what :meth:`state` returned."""
         self._reasons = dict(state)
+
+    def begin(self) -> None:
+        """Have the file say what is known: what a run found after its checkpoint, it finds again.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        if not self._ranks.is_first:
+            return
+        if not self._reasons:
+            self.path.unlink(missing_ok=True)
+            return
+        with replacing(self.path) as file:
+            csv.writer(file, lineterminator="\n").writerows([("path", "reason"), *self._reasons.items()])

@@ -106,6 +106,37 @@ def test_asked_to_stop(options: list[str], whole: dict[int, Path], tmp_path: Pat
     runs.assert_same_run(folder, whole[processes])
 
 
+def test_asked_to_stop_in_evaluation(tmp_path: Path) -> None:
+    """The process that is not asked has ended its part, or would wait for the other in vain."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    # 3,600 images to evaluate on, which take seconds to draw.
+    data = ["--dataset", "cluttered-digits", "--train-images", "12", "--epochs", "2"]
+    started = runs.start(folder, [*runs.SMALL, *data, "--micro-batch", "6"], 2, log)
+    while not (folder / "checkpoints" / "checkpoint-000000001.pth").exists():
+        assert all(process.is_alive() for process in started), log.read_text()
+        time.sleep(0.01)
+    started[1].terminate()
+    assert runs.wait(started) == [128 + signal.SIGTERM] * 2
+    assert "asked to stop: the checkpoint of step 1 is written" in log.read_text()
+    assert "error" not in log.read_text()
+    assert "val" not in {row["kind"] for row in runs.metrics(folder)}
+
+
+def test_no_checkpoint_is_whole(options: list[str], whole: dict[int, Path], tmp_path: Path) -> None:
+    """The run begins anew, under an oracle with the oracle's weights."""
+    folder = tmp_path / "run"
+    size = ["patch_size=8", "embed_dim=24", "depth=4", "num_heads=2"]
+    oracle = ["--oracle", "vit_tiny_patch16_224", "--oracle-args", *size, "--oracle-checkpoint"]
+    options = [*options, *oracle, str(whole[1] / "last.safetensors"), "--epochs", "1"]
+    options += ["--keep-rate-end-epoch", "1"]
+    runs.train(folder, options)
+    before = (folder / "last.safetensors").read_bytes()
+    for path in (folder / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:-1000])
+    assert "damaged" in runs.train(folder, options)
+    assert (folder / "last.safetensors").read_bytes() == before
+
+
 def test_truncated_checkpoint(options: list[str], whole: dict[int, Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     kill_at_random(folder, options, random.Random(7), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,27 @@ def test_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert steps(tmp_path) == [("1", "train")] and not (tmp_path / "tensorboard").exists()
     with pytest.raises(RuntimeError, match="install the package tensorboard"):
         Metrics(tmp_path, tensorboard=True)
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    with Metrics(tmp_path, tensorboard=False) as metrics:
+        full = open("/dev/full", "a", newline="")  # noqa: SIM115  # closing it fails, too
+        metrics._file = full
+        with pytest.raises(OSError, match="No space left on device: '.*metrics.csv'"):
+            metrics.write(1, 0, "train", loss=1.0)
+        metrics._file = None
+        with pytest.raises(OSError):
+            full.close()
+
+
+def test_lines_are_brought_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Metrics(tmp_path, tensorboard=False) as metrics:
+        synced: list[int] = []
+        monkeypatch.setattr(os, "fsync", synced.append)
+        metrics.write(1, 0, "train", loss=1.0)
+        metrics.sync()
+        assert synced == [metrics._file.fileno()]
+    Metrics(tmp_path, enabled=False).sync()
 
 
 def test_other_processes_write_nothing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from training import runs
 
@@ -95,6 +97,47 @@ def test_evaluation_of_a_run(alone: Path, capsys: pytest.CaptureFixture[str]) ->
     assert row["top1"] == numbers(alone, "top1")["6", "val"]
 
 
+def test_batch_norms_of_several_processes(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All evaluate with the running means that are saved, those of the moving average, too."""
+    folder = tmp_path / "run"
+    model = ["--model", "lvvit_tiny", "--model-args", "embed_dim=24", "depth=4", "num_heads=2"]
+    options = [*SHARED, *model, "--drop-loc", "1", "--mixup", "0", "--cutmix", "0", "--lr", "1e-6"]
+    runs.train(folder, [*options, "--data", str(images)], 2)
+    for kind, option in (("val", "--no-ema"), ("ema", "--ema")):
+        assert main(["eval", str(folder), option, "--json", "--device", "cpu", "--repeats", "0"]) == 0
+        (row,) = json.loads(capsys.readouterr().out)["rows"]
+        assert row["loss"] == pytest.approx(numbers(folder, "loss")["6", kind], rel=2e-6)
+
+
+def test_the_best_weights_are_the_first_of_equals(images: Path, tmp_path: Path) -> None:
+    """With a learning rate of next to nothing, all evaluations are equal."""
+    options = [*SHARED, "--lr", "1e-12", "--min-lr", "0", "--warmup-lr", "0", "--data", str(images)]
+    runs.train(tmp_path / "run", options)
+    assert len({numbers(tmp_path / "run", "top1")[step, "val"] for step in ("3", "6")}) == 1
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    with safe_open(tmp_path / "run" / "best.safetensors", "pt") as file:
+        assert file.metadata()["weights"] == "model"
+        assert file.metadata()["epoch"] == str(summary["best"]["epoch"] + 1) == "1"
+
+
+def test_in_parts_from_one_process_to_two(images: Path, tmp_path: Path) -> None:
+    """A run of one process has its optimizer's state by number, one in parts by name."""
+    folder = tmp_path / "run"
+    options = [*SHARED, "--data", str(images), "--sharding", "fsdp", "--checkpoint-every", "1"]
+    options += ["--keep-checkpoints", "9"]
+    runs.train(folder, options)
+    expected = numbers(folder, "loss")
+    states = [torch.load(path, weights_only=True) for path in sorted((folder / "checkpoints").iterdir())]
+    seconds = [state["training_seconds"] for state in states]
+    assert all(first < second for first, second in itertools.pairwise(seconds))
+    for path in sorted((folder / "checkpoints").iterdir())[4:]:
+        path.unlink()
+    assert "goes on from" in runs.train(folder, options, 2)
+    assert numbers(folder, "loss") == pytest.approx(expected, rel=2e-6)
+
+
 def test_another_run_in_the_folder(alone: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [*SHARED, "--data", str(images), "--output", str(alone), "--device", "cpu"]
     assert main(["train", *options, "--lr", "0.5"]) == 2
@@ -119,6 +162,7 @@ def test_another_run_in_the_folder(alone: Path, images: Path, capsys: pytest.Cap
         (["--compile"], "keep_rate_token_step, such as 8"),
         (["--distillation", "hard"], "needs a teacher"),
         (["--data", "/nowhere"], "/nowhere"),
+        (["--val-split", ""], "val_split is empty"),
         (["--model", "resnet18", "--model-args", "--img-size", "none"], "ResNet is not supported"),
     ],
 )
@@ -137,11 +181,12 @@ def test_unreadable_images(tmp_path: Path) -> None:
     bad[0].write_bytes(bad[0].read_bytes()[:300])
     bad[1].write_text("not an image")
     options = [*SHARED, "--data", str(data)]
-    text = runs.train(tmp_path / "run", options, 2)
-    with (tmp_path / "run" / "unreadable.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert sorted(Path(row["path"]).name for row in rows) == ["1.jpg", "3.jpg"]
-    assert "unreadable images     2" in text
+    for _ in range(2):  # the second time it evaluates again, after its last checkpoint
+        text = runs.train(tmp_path / "run", options, 2)
+        with (tmp_path / "run" / "unreadable.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert sorted(Path(row["path"]).name for row in rows) == ["1.jpg", "3.jpg"]
+        assert "unreadable images     2" in text
     for limit, status in ((1, 1), (0, 1)):
         log = tmp_path / f"log{limit}"
         started = runs.start(tmp_path / f"run{limit}", [*options, "--max-unreadable", str(limit)], 2, log)
