@@ -327,7 +327,7 @@ class Run:
                 "weights": name,
                 "epoch": str(result["epoch"]),
                 "top1": f"{result[name]['top1']:.3f}",
-                "keep_rate": str(self.config.keep_rate),
+                "keep_rate": str(self._keep_rate()),
             }
             files = ["last.safetensors" if name == "model" else "last_ema.safetensors"]
             if result[name]["top1"] > best_before:  # of equals the earlier, as in the summary
@@ -346,14 +346,16 @@ class Run:
             for name in ("model", "ema")
             if name in self._results[-1]
         }
-        keep_rate = min((block.keep_rate for block in reorganizing_blocks(model)), default=1.0)
+        keep_rate = self._keep_rate()
+        # The configured one, unless the run ends before the schedule does.
+        reached = keep_rate if reorganizing_blocks(model) and config.keep_rate is not None else None
         seconds = self._seconds_so_far()
         images = trainer.step * config.batch_size
         summary = RunSummary(
             model=config.model,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             keep_rate=keep_rate,
-            gmacs=self._gmacs(None),
+            gmacs=self._gmacs(reached),
             gmacs_dense=self._gmacs(1.0),
             best=functools.reduce(better, scores["model"], None),
             last=scores["model"][-1],
@@ -373,6 +375,11 @@ class Run:
         if self.ranks.is_first:
             summary.save(self.folder / "summary.json")
         return summary
+
+    def _keep_rate(self) -> float:
+        """Return the lowest of the model's blocks, now."""
+        blocks = reorganizing_blocks(unwrap_model(self.trainer.model))
+        return min((block.keep_rate for block in blocks), default=1.0)
 
     def _gmacs(self, keep_rate: float | None) -> float:
         """Return the multiply-accumulates of an image in 10^9, of a model on the meta device."""

@@ -122,6 +122,20 @@ def test_the_best_weights_are_the_first_of_equals(images: Path, tmp_path: Path) 
         assert file.metadata()["epoch"] == str(summary["best"]["epoch"] + 1) == "1"
 
 
+def test_a_run_that_ends_before_the_keep_rate_is_reached(images: Path, tmp_path: Path) -> None:
+    """The summary has the cost at the keep rate that it names, and the weights have that rate."""
+    costs = []
+    for number, end in enumerate(("1", "100000")):
+        folder = tmp_path / str(number)
+        options = [*SHARED, "--epochs", "1", "--keep-rate-end-epoch", end, "--data", str(images)]
+        runs.train(folder, options)
+        summary = json.loads((folder / "summary.json").read_text())
+        with safe_open(folder / "last.safetensors", "pt") as file:
+            assert float(file.metadata()["keep_rate"]) == summary["keep_rate"]
+        costs.append((summary["gmacs"], summary["gmacs_dense"]))
+    assert costs[0][0] < costs[1][0] == pytest.approx(costs[1][1], rel=1e-3)
+
+
 def test_in_parts_from_one_process_to_two(images: Path, tmp_path: Path) -> None:
     """A run of one process has its optimizer's state by number, one in parts by name."""
     folder = tmp_path / "run"
@@ -162,7 +176,7 @@ def test_another_run_in_the_folder(alone: Path, images: Path, capsys: pytest.Cap
         (["--compile"], "keep_rate_token_step, such as 8"),
         (["--distillation", "hard"], "needs a teacher"),
         (["--data", "/nowhere"], "/nowhere"),
-        (["--val-split", ""], "val_split is empty"),
+        (["--val-split", ""], "val_split is empty: a run needs images to evaluate on"),
         (["--model", "resnet18", "--model-args", "--img-size", "none"], "ResNet is not supported"),
     ],
 )
@@ -181,7 +195,9 @@ def test_unreadable_images(tmp_path: Path) -> None:
     bad[0].write_bytes(bad[0].read_bytes()[:300])
     bad[1].write_text("not an image")
     options = [*SHARED, "--data", str(data)]
-    for _ in range(2):  # the second time it evaluates again, after its last checkpoint
+    for _ in range(2):
+        # The second time from the checkpoint before the first evaluation, which finds its image again.
+        (tmp_path / "run" / "checkpoints" / "checkpoint-000000004.pth").unlink(missing_ok=True)
         text = runs.train(tmp_path / "run", options, 2)
         with (tmp_path / "run" / "unreadable.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
