@@ -13,6 +13,7 @@ import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -26,6 +27,8 @@ _SYNONYMS = (
     ("train", "training"),
     ("val", "valid", "validation", "eval", "evaluation"),
 )
+# What Pillow opens but has another program run, Ghostscript, on what may be anyone's file.
+_NOT_OPENED = {"EPS"}
 _LAYOUT = "<class>/<image> in it, or a .tar of these"
 # Errors of the machine: no fault of the image, and there for the next one as well.
 _MACHINE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
@@ -113,7 +116,7 @@ def read_image(open_file: Callable[[], IO[bytes]], path: str, max_pixels: int) -
         MemoryError, OSError: the machine has run out of memory or of open files.
     """
     try:
-        with open_file() as file, _pixel_limit(None), Image.open(file) as image:
+        with open_file() as file, _pixel_limit(None), Image.open(file, formats=_formats()) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise ValueError(f"{width}x{height} pixels, more than max_image_pixels {max_pixels}")
@@ -129,6 +132,12 @@ def read_image(open_file: Callable[[], IO[bytes]], path: str, max_pixels: int) -
         if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
             raise
         return Unreadable(path, f"{type(error).__name__}: {error}")
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _NOT_OPENED)
 
 
 @contextmanager

@@ -122,6 +122,13 @@ def test_other_modes_become_rgb(mode: str) -> None:
     assert isinstance(image, Image.Image) and image.mode == "RGB"
 
 
+def test_no_other_program_is_run_for_an_image() -> None:
+    """An EPS file, whatever its name ends in, is a program, for which Pillow would start Ghostscript."""
+    file = io.BytesIO()
+    crop(0, 1).save(file, "EPS")
+    assert read_image(lambda: file, "x.jpg", LIMIT) == Unreadable("x.jpg", "not an image that Pillow knows")
+
+
 def test_every_cut_of_a_file_is_a_report_or_an_image() -> None:
     """Whatever Pillow raises on damaged data; bytes changed in the middle, too."""
     whole = encoded(0, 3)
