@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -26,8 +27,11 @@ def train_transform(**arguments: Any) -> Transform:
 
     Args:
         arguments: of `timm.data.create_transform`.
+
+    Raises:
+        ValueError: auto_augment is not a policy of timm's.
     """
-    transform = create_transform(is_training=True, **arguments)
+    transform = _create(arguments)
     _mend(transform.transforms)
     return transform
 
@@ -42,14 +46,14 @@ class CropWithLabels:
         arguments: of `timm.data.create_transform`.
 
     Raises:
-        ValueError: auto_augment is AugMix, which shows several places in one.
+        ValueError: auto_augment is not a policy of timm's, or is AugMix, which shows several places in one.
     """
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         if (arguments.get("auto_augment") or "").startswith("augmix"):
             raise ValueError("token labels cannot follow auto_augment augmix: it blends several views")
         # In three parts: crop and flip, auto_augment or colour jitter, what makes a tensor.
-        first, colours, last = create_transform(is_training=True, separate=True, **arguments)
+        first, colours, last = _create({**arguments, "separate": True})
         _mend(colours.transforms)
         for op in _ops(colours.transforms):
             if op.aug_fn in MOVES:
@@ -121,6 +125,25 @@ MOVES: dict[Callable[..., Image.Image], Callable[[float, int, int], Matrix]] = {
     auto_augment.translate_x_rel: lambda share, width, height: _affine(1, 0, share * width, 0, 1, 0),
     auto_augment.translate_y_rel: lambda share, width, height: _affine(1, 0, 0, 0, 1, share * height),
 }
+
+
+def _create(arguments: Mapping[str, Any]) -> Any:
+    policy: str | None = arguments.get("auto_augment")
+    if policy:
+        name, *sections = policy.split("-")
+        # timm leaves out sections that have no number; those of RandAugment with a t name its operations.
+        known = all(re.search(r"\d", part) or (name == "rand" and part[:1] == "t") for part in sections)
+        problem = (
+            f"auto_augment must be timm's name of a policy, such as rand-m9-mstd0.5-inc1, got {policy!r}"
+        )
+        if not known:
+            raise ValueError(problem)
+        try:
+            create_transform(arguments["input_size"], is_training=True, auto_augment=policy)
+        # timm's answers to an unknown one, the first often without a word.
+        except (AssertionError, KeyError, ValueError) as error:
+            raise ValueError(problem) from error
+    return create_transform(is_training=True, **arguments)
 
 
 def _mend(transforms: list[Any]) -> None:

@@ -34,6 +34,19 @@ def test_the_image_is_that_of_timm(more: dict[str, Any]) -> None:
             assert torch.equal(image, theirs(photograph))
 
 
+@pytest.mark.parametrize("policy", ["randaug", "rand-m9-foo", "rand-q9", "v9", "augmix-x"])
+def test_a_policy_that_timm_does_not_have(policy: str) -> None:
+    with pytest.raises(ValueError, match=f"such as rand-m9-mstd0.5-inc1, got '{policy}'"):
+        train_transform(**arguments(auto_augment=policy))
+
+
+@pytest.mark.parametrize(
+    "policy", ["rand-m9-mstd0.5-inc1", "rand-n3-t3a", "original-mstd0.5", "3a", "augmix-m5"]
+)
+def test_policies_of_timm(policy: str) -> None:
+    train_transform(**arguments(auto_augment=policy))
+
+
 def test_the_crop_is_the_part_that_is_seen() -> None:
     """An image whose colours are its coordinates tells which part of it a view shows."""
     height, width = 90, 120
