@@ -79,7 +79,9 @@ class TrainConfig(Recipe):
     remode: str = option("pixel", "what erased places are filled with: const, rand or pixel")
     recount: int = option(1, "places that are erased")
     repeated_aug: int = option(
-        0, "times that an image is drawn in a row, differently augmented; an epoch keeps its size; 0 is 1"
+        0,
+        "times that an image is drawn in a row, differently augmented; an epoch keeps its size; 0 is 1; not "
+        "of streams and digits",
     )
     interpolation: str = option("random", "of training images: bilinear, bicubic or random")
     crop_pct: float | None = option(
@@ -156,6 +158,11 @@ class TrainConfig(Recipe):
                 raise ValueError(f"{name} must be a range (low, high) of positive numbers, got {(low, high)}")
         if not self.distillation_tau > 0:
             raise ValueError(f"distillation_tau must be positive, got {self.distillation_tau}")
+        if self.eval_mode and self.drop_path > 0:
+            raise ValueError(
+                "eval_mode trains without drop path: drop_path must be 0, or eval_mode false, got "
+                f"{self.drop_path}"
+            )
         falls = self.keep_rate is not None and self.keep_rate < 1
         falls = falls and self.keep_rate_start_epoch < self.keep_rate_end_epoch
         if self.compile and falls and self.keep_rate_token_step is None:

@@ -108,6 +108,16 @@ class Loaders:
             raise ValueError(f"token_labels need images that have names of their own, got {config.dataset!r}")
         if config.token_labels is not None and not config.augment:
             raise ValueError("token_labels need augment: it is the random crop that they are cut with")
+        if config.repeated_aug > 1 and not isinstance(self._train, ImageFiles | None):
+            raise ValueError(
+                f"repeated_aug is for image files and 'hfds/NAME', not for {config.dataset!r}: expected "
+                f"0, got {config.repeated_aug}"
+            )
+        if isinstance(self._train, Canvases) and (config.auto_augment or config.reprob):
+            raise ValueError(
+                f"images of {config.dataset!r} are not augmented: auto_augment must be none and reprob 0, "
+                f"got {config.auto_augment} and {config.reprob}"
+            )
 
     def train(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield this process' batches of an epoch from a step on: `accumulation` for each step.

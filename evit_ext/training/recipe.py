@@ -81,6 +81,11 @@ class Recipe:
                 "expected 0 <= keep_rate_start_epoch <= keep_rate_end_epoch, got "
                 f"{self.keep_rate_start_epoch} and {self.keep_rate_end_epoch}"
             )
+        if self.keep_rate is not None and self.keep_rate < 1 and self.keep_rate_end_epoch > self.epochs:
+            raise ValueError(
+                f"keep_rate_end_epoch {self.keep_rate_end_epoch} must be at most epochs {self.epochs}: the "
+                f"keep rate would not reach {self.keep_rate}"
+            )
 
     def for_batch_size(self, batch_size: int) -> Recipe:
         """The recipe for another batch size, with the learning rates scaled in proportion to it."""

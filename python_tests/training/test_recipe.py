@@ -42,9 +42,18 @@ def test_learning_rate_follows_the_batch_size() -> None:
         ({"ema_decay": 1.0}, r"ema_decay must be in \(0, 1\)"),
         ({"keep_rate": 0.0}, r"keep_rate must be in \(0, 1\], got 0.0"),
         ({"keep_rate_start_epoch": 5, "keep_rate_end_epoch": 4}, "keep_rate_start_epoch <= keep_rate_end"),
+        (
+            {"epochs": 20, "keep_rate": 0.7, "keep_rate_end_epoch": 110},
+            "keep_rate_end_epoch 110 must be at most epochs 20: the keep rate would not reach 0.7",
+        ),
         ({"clip_grad": 0.0}, "clip_grad must be positive"),
     ],
 )
 def test_bad_numbers(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Recipe(**change)
+
+
+def test_drop_path_without_effect_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"eval_mode trains without drop path: .* got 0\.1"):
+        load_config("imagenet-finetune-30", drop_path=0.1)

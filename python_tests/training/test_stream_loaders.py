@@ -140,6 +140,8 @@ def test_shards_that_are_none(folder: Path, tmp_path: Path) -> None:
         loaders(data, **{**WDS, "num_classes": None})
     with pytest.raises(ValueError, match=r"flower_\d\.jpg has label 1: expected one from 0 to 0"):
         list(loaders(data, **{**WDS, "num_classes": 1}).val())
+    with pytest.raises(ValueError, match="repeated_aug is for image files.*'wds': expected 0, got 3"):
+        loaders(data, **WDS, repeated_aug=3)
     unknown = {**WDS, "train_split": "train-{000..001}.tar", "val_split": "val-{000..001}.tar"}
     with pytest.raises(ValueError, match="train_images"):
         loaders(data, **unknown)
