@@ -1,4 +1,4 @@
-"""benchmarks/training.py: what it measures, on the smallest model, and its table."""
+"""benchmarks/training_steps.py: what it measures, on the smallest model, and its table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if not BENCHMARKS.exists():
     pytest.skip("tests run without the source tree", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))
 
-import training  # noqa: E402
+import training_steps as training  # noqa: E402
 
 
 def test_processes_are_measured() -> None:

@@ -22,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         status = options.run(options)
+    except KeyboardInterrupt:
+        print("evit: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, TypeError, RuntimeError, AssertionError, OSError) as error:
         print(f"evit: error: {error}", file=sys.stderr)
         return 2

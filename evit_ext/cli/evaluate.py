@@ -15,9 +15,10 @@ from torch import nn
 
 import evit_ext
 from evit_ext.cli.options import add_options, overrides
-from evit_ext.cli.shared import aligned, keep_rates, set_keep_rate
+from evit_ext.cli.shared import aligned
 from evit_ext.training.config import TrainConfig, load_config
 from evit_ext.training.evaluation import Evaluation, evaluate
+from evit_ext.training.keep_rates import keep_rates, set_keep_rate
 from evit_ext.training.precision import Precision, choose_precision
 from evit_ext.training.ranks import Ranks, join
 from evit_ext.training.run_checkpoints import RunCheckpoints
@@ -212,7 +213,13 @@ def _load(model: nn.Module, options: argparse.Namespace) -> str:
     ema = None if options.ema is False else state.get("model_ema")
     if options.ema and ema is None:
         raise ValueError(f"{options.run_folder} has no moving average of the weights: leave out --ema")
-    model.load_state_dict(state["model"] if ema is None else ema)
+    try:
+        model.load_state_dict(state["model"] if ema is None else ema)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights of {options.run_folder} do not fit the model as it is asked for; its data may have "
+            f"other classes, or an option another size: {error}"
+        ) from error
     return f"{folder}, step {step}" + ("" if ema is None else ", moving average")
 
 

@@ -13,8 +13,9 @@ import torch
 
 import evit_ext
 from evit_ext import _C
-from evit_ext.cli.shared import aligned, set_keep_rate
+from evit_ext.cli.shared import aligned
 from evit_ext.models.by_name import create_evit
+from evit_ext.training.keep_rates import set_keep_rate
 
 KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 

@@ -1,6 +1,6 @@
 """Training, thin over timm and torch.distributed; `Run` is all of ``evit train``."""
 
-from evit_ext.training.building import build_criterion, build_model, build_objective
+from evit_ext.training.building import build_criterion, build_model, build_objective, load_initial
 from evit_ext.training.compiling import allow_recompiles
 from evit_ext.training.config import TrainConfig, load_config, recipe_names
 from evit_ext.training.dynamicvit_loss import DynamicViTLoss
@@ -15,7 +15,12 @@ from evit_ext.training.objectives import (
     ObjectiveOutput,
     TokenLabelTraining,
 )
-from evit_ext.training.precision import Precision, autocast, choose_precision
+from evit_ext.training.precision import (
+    Precision,
+    attention_for_training,
+    autocast,
+    choose_precision,
+)
 from evit_ext.training.progress import Progress
 from evit_ext.training.ranks import Ranks, join
 from evit_ext.training.recipe import Recipe
@@ -55,6 +60,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "allow_recompiles",
+    "attention_for_training",
     "autocast",
     "build_criterion",
     "build_model",
@@ -64,6 +70,7 @@ __all__ = [
     "evaluate",
     "join",
     "load_config",
+    "load_initial",
     "measure_throughput",
     "recipe_names",
 ]

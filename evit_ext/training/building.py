@@ -11,7 +11,7 @@ from timm.utils.model import unwrap_model
 from torch import nn
 
 from evit_ext.block import ReorganizingBlock
-from evit_ext.checkpoints import load_checkpoint
+from evit_ext.checkpoints import LoadedCheckpoint, load_checkpoint
 from evit_ext.families import find_blocks
 from evit_ext.models.by_name import create_dense, create_evit, takes_img_size
 from evit_ext.models.dynamicvit import DynamicViT
@@ -46,7 +46,7 @@ _OF_EVIT = ("keep_rate", "drop_loc", "fuse_token")
 
 
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
-    """Return the model to be trained, an EViT or a DynamicViT, with the weights it starts from.
+    """Return the model to be trained, an EViT or a DynamicViT; see :func:`load_initial` for its weights.
 
     Torch's generator draws the weights: seed it before. The model is on torch's default device, in training
     mode.
@@ -57,9 +57,7 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
 
     Raises:
         TypeError: an argument that the model does not take.
-        ValueError: there is no such model, it cannot be an EViT, fields contradict each other, or the weights
-            do not fit.
-        FileNotFoundError: there is no such checkpoint.
+        ValueError: there is no such model, it cannot be an EViT, or fields contradict each other.
         RuntimeError: pretrained weights could not be fetched.
     """
     if num_classes < 1:
@@ -89,11 +87,23 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
             f"{config.model} with {config.model_args} is a {type(model).__name__}, which has no logits of "
             f"{num_classes} classes to train on"
         )
-    if config.initial_checkpoint is not None:
-        load_checkpoint(model, config.initial_checkpoint, resize_pos_embed=True, resize_head=True)
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model.train()
+
+
+def load_initial(config: TrainConfig, model: nn.Module) -> LoadedCheckpoint | None:
+    """Give the model the weights of the configuration's `initial_checkpoint`; None where there is none.
+
+    Position embeddings of another size are resized, and a head for other classes stays as it was.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the weights do not fit.
+    """
+    if config.initial_checkpoint is None:
+        return None
+    return load_checkpoint(model, config.initial_checkpoint, resize_pos_embed=True, resize_head=True)
 
 
 def build_criterion(recipe: Recipe) -> nn.Module:
@@ -189,6 +199,8 @@ def _check(config: TrainConfig, student: Any) -> None:
                 config.token_labels is not None
             ),
             "its losses need training mode: eval_mode must be false": config.eval_mode,
+            "its predictors learn the keep rate, which has no schedule: keep_rate_start_epoch and "
+            "keep_rate_end_epoch must be 0": config.keep_rate_end_epoch > 0,
         }
     elif isinstance(student, LVViT) and student.return_dense:
         without = "or have model_args return_dense=False mix_token=False"

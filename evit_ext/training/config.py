@@ -173,6 +173,28 @@ class TrainConfig(Recipe):
         if self.distillation != "none" and self.teacher is None:
             raise ValueError(f"distillation {self.distillation!r} needs a teacher, got none")
 
+    def micro_batches(self, world_size: int) -> tuple[int, int]:
+        """Return how many images each of the processes takes at once, and how often in an optimizer step.
+
+        Raises:
+            ValueError: the batch size is not a multiple of what all processes take at once, or mixing would
+                have an image without a partner.
+        """
+        micro_batch = self.micro_batch or max(1, self.batch_size // world_size)
+        at_once = micro_batch * world_size
+        if self.batch_size % at_once:
+            below = self.batch_size // at_once * at_once
+            near = f"{below} or {below + at_once}" if below else str(at_once)
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of {world_size} processes times micro_batch "
+                f"{micro_batch} images; {near} would be"
+            )
+        if micro_batch % 2 and (self.mixup > 0 or self.cutmix > 0):
+            raise ValueError(
+                f"mixup and cutmix mix pairs of images: micro_batch must be even, got {micro_batch}"
+            )
+        return micro_batch, self.batch_size // at_once
+
     def to_yaml(self) -> str:
         """Return all fields, as :func:`load_config` reads them."""
         values = {
@@ -210,7 +232,7 @@ def load_config(recipe: str | Path | None = None, **overrides: Any) -> TrainConf
         TypeError: a value of another type than the field's.
     """
     config = TrainConfig(**typed(_read(recipe), str(recipe))) if recipe is not None else TrainConfig()
-    overrides = typed(overrides, "overrides")
+    overrides = typed(overrides, "options")
     batch_size = overrides.get("batch_size")
     if batch_size is not None and batch_size >= 1 and not {"lr", "min_lr", "warmup_lr"} & set(overrides):
         config = typing.cast(TrainConfig, config.for_batch_size(batch_size))

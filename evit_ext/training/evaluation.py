@@ -54,6 +54,7 @@ def evaluate(
     ranks: Ranks = ALONE,
     progress: bool = False,
     total: int | None = None,
+    description: str = "evaluate",
 ) -> Evaluation:
     """Evaluate the model on the batches, in eval mode; its modules' modes are put back, gradients untouched.
 
@@ -69,6 +70,7 @@ def evaluate(
         precision: by default chosen for the model's device.
         ranks: the processes that evaluate together.
         progress: show it, in the first process.
+        description: what the progress says.
         total: number of batches, for the progress; by default their ``len``, where they have one.
 
     Raises:
@@ -85,7 +87,7 @@ def evaluate(
     start = time.perf_counter()
     # FSDP2 makes its parameters in the first forward: in inference mode, they could never be trained.
     gradients_off = torch.no_grad() if collective else torch.inference_mode()
-    with eval_mode(model), gradients_off, Progress("evaluate", total, progress and ranks.is_first) as bar:
+    with eval_mode(model), gradients_off, Progress(description, total, progress and ranks.is_first) as bar:
         for batch, is_real in _in_step(batches, ranks, together):
             images, labels = batch[0], batch[1]
             if is_real:

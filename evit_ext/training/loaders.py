@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -30,6 +31,8 @@ from evit_ext.training.config import TrainConfig
 from evit_ext.training.ranks import Ranks
 
 __all__ = ["Batch", "Loaders", "Unreadable"]
+
+_logger = logging.getLogger(__name__)
 
 # The test canvases do not follow the seed of the training: runs with different seeds see the same ones.
 _TEST_SEED = 1797
@@ -354,4 +357,11 @@ def _num_classes(config: TrainConfig, data: _Data | None) -> int:
         return found
     if config.num_classes < found:
         raise ValueError(f"num_classes is {config.num_classes}, but the data has {found} classes")
+    if 0 < found < config.num_classes:
+        _logger.warning(
+            "the data has %d classes, the model %d: classes are numbered by their names among those that the "
+            "data has, so a part of the classes that a model was trained on is not evaluated rightly",
+            found,
+            config.num_classes,
+        )
     return config.num_classes

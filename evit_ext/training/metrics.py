@@ -82,7 +82,7 @@ class Metrics:
 
         Args:
             step: optimizer steps done.
-            epoch: from 0.
+            epoch: from 1.
             kind: one of :data:`KINDS`.
             figures: of :data:`FIGURES`; top1 and top5 in percent, memory in bytes. None is nothing said.
 

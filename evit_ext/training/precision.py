@@ -61,18 +61,24 @@ def _cpu_bfloat16_features() -> dict[str, bool]:
 
 
 @contextmanager
-def autocast(device: torch.device | str, precision: Precision, training: bool = False) -> Iterator[None]:
-    """Autocast to the precision; a float32 one changes nothing.
-
-    With `training`, scaled_dot_product_attention on the CPU in bfloat16 is composed of matrix products:
-    the backward of its fused CPU kernel was measured at four times the time of the float32 one (batch 128,
-    65 tokens, 4 heads of 32 channels, torch 2.15, AVX512_BF16), which is half of a whole training step.
-    """
+def autocast(device: torch.device | str, precision: Precision) -> Iterator[None]:
+    """Autocast to the precision; a float32 one changes nothing."""
     device = torch.device(device)
     enabled = precision.dtype != torch.float32
     with torch.autocast(device.type, dtype=precision.dtype if enabled else None, enabled=enabled):
-        if enabled and training and device.type == "cpu":
-            with sdpa_kernel(SDPBackend.MATH):
-                yield
-        else:
+        yield
+
+
+@contextmanager
+def attention_for_training(device: torch.device | str, precision: Precision) -> Iterator[None]:
+    """Compose scaled_dot_product_attention of matrix products where its fused kernel is slow to train.
+
+    On the CPU in 16 bits: the backward of the fused kernel was measured at four times the time of the float32
+    one (batch 128, 65 tokens, 4 heads of 32 channels, torch 2.15, AVX512_BF16), which is half of a whole
+    training step. Have it open around forward and backward: gradient checkpointing runs the forward again.
+    """
+    if torch.device(device).type == "cpu" and precision.dtype != torch.float32:
+        with sdpa_kernel(SDPBackend.MATH):
             yield
+    else:
+        yield

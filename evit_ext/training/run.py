@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,29 +12,28 @@ from typing import Any
 
 import timm.data
 import torch
-from safetensors.torch import save
 from timm.utils.model import unwrap_model
-from torch import nn
 
-from evit_ext.families import reorganizing_blocks
 from evit_ext.macs import count_macs
 from evit_ext.randomness import derive_seed, seeded
 from evit_ext.schedule import keep_rate_levels
-from evit_ext.training.building import build_model, build_objective
+from evit_ext.training.building import build_model, build_objective, load_initial
 from evit_ext.training.compiling import allow_recompiles
 from evit_ext.training.config import TrainConfig, load_config
-from evit_ext.training.evaluation import evaluate
+from evit_ext.training.evaluation import Evaluation, evaluate
+from evit_ext.training.folder_lock import FolderLock
+from evit_ext.training.keep_rates import keep_rates
 from evit_ext.training.loaders import Batch, Loaders
 from evit_ext.training.metrics import Metrics
 from evit_ext.training.precision import choose_precision
 from evit_ext.training.ranks import Ranks
+from evit_ext.training.results import Results
 from evit_ext.training.run_checkpoints import RunCheckpoints
-from evit_ext.training.sharding import distribute, share_buffers, whole_state
+from evit_ext.training.sharding import distribute, share_buffers
 from evit_ext.training.stopping import Stopped, StopSignals
-from evit_ext.training.summary import RunSummary, Score, better
+from evit_ext.training.summary import RunSummary, peak_memory
 from evit_ext.training.trainer import Trainer
 from evit_ext.training.unreadable import UnreadableImages
-from evit_ext.training.whole_files import replacing
 
 _WEIGHTS_STREAM = 2  # of the random numbers that the first weights are drawn from
 
@@ -86,10 +82,11 @@ class Run:
         self._progress = progress
         self._checkpoints = RunCheckpoints(self.folder / "checkpoints", config.keep_checkpoints)
         self._unreadable = UnreadableImages(self.folder, ranks, config.max_unreadable)
-        self._results: list[dict[str, Any]] = []
+        self._results = Results(self.folder, ranks, config.model)
         self._seconds = self._training_seconds = 0.0
         self._epoch_start: float | None = None
         self._stop = StopSignals()
+        self._lock = FolderLock(self.folder, ranks)
         self._take_folder(resume)
         self._build()
         resumed = self._load()
@@ -128,16 +125,21 @@ class Run:
         config, ranks = self.config, self.ranks
         if not config.val_split:
             raise ValueError("val_split is empty: a run needs images to evaluate on")
-        micro_batch, accumulation = micro_batches(config, ranks.world_size)
+        micro_batch, accumulation = config.micro_batches(ranks.world_size)
         self._loaders = Loaders(config, ranks, micro_batch, accumulation)
+        goes_on = bool(self._checkpoints.steps())
         with seeded(derive_seed(config.seed, _WEIGHTS_STREAM)):
-            model = build_model(config, self._loaders.num_classes).to(ranks.device)
+            start = dataclasses.replace(config, pretrained=False) if goes_on else config
+            model = build_model(start, self._loaders.num_classes).to(ranks.device)
         embed: Any = model.patch_embed
         self._loaders.image = timm.data.resolve_model_data_config(model, {"img_size": embed.img_size[0]})
         self._loaders.patch_grid = embed.grid_size
         objective = build_objective(config, model, ranks.device)
-        # In a run that goes on, too: perhaps no checkpoint of it can be read.
-        objective.initialize(model)
+        if not goes_on:
+            loaded = load_initial(config, model)
+            if loaded is not None:
+                self._say(str(loaded))
+            objective.initialize(model)
         model, ema = distribute(model, ranks, config.sharding, config.ema_decay, config.compile)
         self.precision = choose_precision(ranks.device, config.precision)
         self.trainer = Trainer(
@@ -163,7 +165,7 @@ class Run:
             return None
         state, step = found
         self.trainer.load_state_dict(state)
-        self._results = state["results"]
+        self._results.load_state(state["results"])
         self._seconds, self._training_seconds = state["seconds"], state["training_seconds"]
         self._unreadable.load_state(state["unreadable"])
         self._say(f"goes on from {self._checkpoints.path(step)}")
@@ -181,6 +183,7 @@ class Run:
         """
         trainer, config = self.trainer, self.config
         self._start = time.perf_counter()
+        self._introduce()
         with self._stop, allow_recompiles(self._programs()):
             for epoch in range(trainer.step // trainer.steps_per_epoch, config.epochs):
                 if trainer.step_in_epoch == 0:
@@ -204,6 +207,20 @@ class Run:
                 self._save()
             self._evaluate_if_due(config.epochs)
         return self._finish()
+
+    def _introduce(self) -> None:
+        config, loaders, model = self.config, self._loaders, unwrap_model(self.trainer.model)
+        micro_batch, accumulation = config.micro_batches(self.ranks.world_size)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        images = "" if loaders.val_images is None else f", {loaders.val_images:,} to evaluate on"
+        shape = f"{self.ranks.world_size} x {accumulation} x {micro_batch} images"
+        self._say(
+            f"{config.model}: {parameters / 1e6:.2f} M parameters, {loaders.num_classes} classes, on "
+            f"{self.ranks.device}, {self.precision}\n"
+            f"{loaders.train_images:,} images an epoch{images}; {loaders.steps_per_epoch:,} steps of "
+            f"{shape} (processes, accumulated, at once)\n"
+            f"the run is in {self.folder}"
+        )
 
     def advice(self) -> str:
         """Return what to do after a failure."""
@@ -237,7 +254,7 @@ class Run:
         """Write a checkpoint; where the first process cannot, all of them stop."""
         state = {
             **self.trainer.state_dict(),
-            "results": self._results,
+            "results": self._results.state(),
             "seconds": self._seconds_so_far(),
             "training_seconds": self._training_seconds_so_far(),
             "unreadable": self._unreadable.state(),
@@ -275,36 +292,39 @@ class Run:
         due = epochs_done > 0 and (epochs_done % config.eval_every == 0 or epochs_done == config.epochs)
         if epochs_done > 0:
             self._stop_if_asked()  # the end of the epoch has been saved
-        if not due or any(result["epoch"] == epochs_done for result in self._results):
+        if not due or self._results.has(epochs_done):
             return
-        result: dict[str, Any] = {"epoch": epochs_done, "step": self.trainer.step}
         models = {"model": unwrap_model(self.trainer.model)}
         if self.trainer.ema is not None:
             models["ema"] = self.trainer.ema.module
+        found = {}
         for name, model in models.items():
             share_buffers(model, self.ranks)
-            found = evaluate(
+            found[name] = evaluate(
                 model,
                 self._interruptible(self._loaders.val()),
                 self.precision,
                 self.ranks,
                 self._progress,
                 self._val_batches(),
+                {"model": "evaluate", "ema": "evaluate the moving average"}[name],
             )
             self._stop_if_asked()  # what was found is of a part of the images, then
-            self._unreadable.add(found.unreadable if self.ranks.is_first else ())
+            self._unreadable.add(found[name].unreadable if self.ranks.is_first else ())
             self._unreadable.share()
-            result[name] = {"top1": found.top1, "top5": found.top5, "loss": found.loss}
             self._write(
                 "val" if name == "model" else "ema",
-                loss=found.loss,
-                top1=found.top1,
-                top5=found.top5,
-                images_per_second=found.images_per_second,
-                tokens_kept=found.tokens_kept,
+                loss=found[name].loss,
+                top1=found[name].top1,
+                top5=found[name].top5,
+                keep_rate=self._keep_rate(),
+                images_per_second=found[name].images_per_second,
+                tokens_kept=found[name].tokens_kept,
             )
-        self._results.append(result)
-        self._keep_weights(result, models)
+        self._say(
+            f"epoch {epochs_done}: " + "; ".join(f"{name} {_short(one)}" for name, one in found.items())
+        )
+        self._results.add(epochs_done, self._keep_rate(), found, models)
 
     def _interruptible(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield batches until a signal asks to stop: the processes then meet at the end of the evaluation."""
@@ -313,54 +333,21 @@ class Run:
             if self._stop.number:
                 return
 
-    def _keep_weights(self, result: dict[str, Any], models: dict[str, nn.Module]) -> None:
-        """Write the weights of this evaluation, and those of the best one."""
-        best_before = max(
-            (found[name]["top1"] for found in self._results[:-1] for name in models), default=-math.inf
-        )
-        for name, model in models.items():
-            state = whole_state(model)  # of a model in parts, all processes take part
-            if not self.ranks.is_first:
-                continue
-            what = {
-                "model": self.config.model,
-                "weights": name,
-                "epoch": str(result["epoch"]),
-                "top1": f"{result[name]['top1']:.3f}",
-                "keep_rate": str(self._keep_rate()),
-            }
-            files = ["last.safetensors" if name == "model" else "last_ema.safetensors"]
-            if result[name]["top1"] > best_before:  # of equals the earlier, as in the summary
-                best_before = result[name]["top1"]
-                files.append("best.safetensors")
-            tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-            for file in files:
-                with replacing(self.folder / file, "wb") as target:
-                    target.write(save(tensors, what))
-
     def _finish(self) -> RunSummary:
         """Write what came of the run."""
         trainer, config, model = self.trainer, self.config, unwrap_model(self.trainer.model)
-        scores = {
-            name: [Score(epoch=result["epoch"] - 1, **result[name]) for result in self._results]
-            for name in ("model", "ema")
-            if name in self._results[-1]
-        }
-        keep_rate = self._keep_rate()
-        # The configured one, unless the run ends before the schedule does.
-        reached = keep_rate if reorganizing_blocks(model) and config.keep_rate is not None else None
         seconds = self._seconds_so_far()
         images = trainer.step * config.batch_size
         summary = RunSummary(
             model=config.model,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            keep_rate=keep_rate,
-            gmacs=self._gmacs(reached),
+            keep_rate=self._keep_rate(),
+            gmacs=self._gmacs(None),
             gmacs_dense=self._gmacs(1.0),
-            best=functools.reduce(better, scores["model"], None),
-            last=scores["model"][-1],
-            best_ema=functools.reduce(better, scores.get("ema", []), None),
-            last_ema=scores["ema"][-1] if "ema" in scores else None,
+            best=self._results.best("model"),
+            last=self._results.last("model"),
+            best_ema=self._results.best("ema"),
+            last_ema=self._results.last("ema"),
             epochs=config.epochs,
             steps=trainer.step,
             images=images,
@@ -374,17 +361,17 @@ class Run:
         self._metrics.close()
         if self.ranks.is_first:
             summary.save(self.folder / "summary.json")
+        self._lock.release()
         return summary
 
     def _keep_rate(self) -> float:
-        """Return the lowest of the model's blocks, now."""
-        blocks = reorganizing_blocks(unwrap_model(self.trainer.model))
-        return min((block.keep_rate for block in blocks), default=1.0)
+        """Return the lowest of the model's stages, now."""
+        return min(keep_rates(unwrap_model(self.trainer.model)))
 
     def _gmacs(self, keep_rate: float | None) -> float:
         """Return the multiply-accumulates of an image in 10^9, of a model on the meta device."""
         config = self.config if keep_rate is None else dataclasses.replace(self.config, keep_rate=keep_rate)
-        config = dataclasses.replace(config, pretrained=False, initial_checkpoint=None)
+        config = dataclasses.replace(config, pretrained=False)
         with torch.device("meta"):
             model = build_model(config, self._loaders.num_classes)
         return count_macs(model.eval(), config.img_size) / 1e9
@@ -397,7 +384,7 @@ class Run:
         self._write("train", loss=loss, grad_norm=last.grad_norm.item(), lr=last.lr, keep_rate=last.keep_rate)
 
     def _write(self, kind: str, **figures: float) -> None:
-        epoch = (self.trainer.step - 1) // self.trainer.steps_per_epoch
+        epoch = (self.trainer.step - 1) // self.trainer.steps_per_epoch + 1
         self._metrics.write(self.trainer.step, epoch, kind, **figures)
 
     def _programs(self) -> int:
@@ -409,7 +396,8 @@ class Run:
         if config.keep_rate is not None and config.keep_rate_token_step is not None:
             embed: Any = unwrap_model(self.trainer.model).patch_embed
             levels = keep_rate_levels(config.keep_rate, embed.num_patches, config.keep_rate_token_step)
-        self._say(f"torch.compile compiles for at most {len(levels)} keep rates, for training and evaluation")
+        rates = "1 keep rate" if len(levels) == 1 else f"{len(levels)} keep rates"
+        self._say(f"torch.compile compiles for at most {rates}, for training and for evaluation")
         # Besides training and evaluation, a last batch that is smaller.
         return 3 * len(levels)
 
@@ -433,27 +421,5 @@ class Run:
             print(text, flush=True)
 
 
-def micro_batches(config: TrainConfig, world_size: int) -> tuple[int, int]:
-    """Return how many images a process takes at once, and how often in an optimizer step.
-
-    Raises:
-        ValueError: the batch size is not a multiple of what all processes take at once.
-    """
-    micro_batch = config.micro_batch or max(1, config.batch_size // world_size)
-    at_once = micro_batch * world_size
-    if config.batch_size % at_once:
-        below, above = config.batch_size // at_once * at_once, -(-config.batch_size // at_once) * at_once
-        near = f"{below} or {above}" if below else str(above)
-        raise ValueError(
-            f"batch_size {config.batch_size} is not a multiple of {world_size} processes times micro_batch "
-            f"{micro_batch} images; {near} would be"
-        )
-    return micro_batch, config.batch_size // at_once
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most memory that was in use, in bytes: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _short(found: Evaluation) -> str:
+    return f"top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} %, loss {found.loss:.4f}"

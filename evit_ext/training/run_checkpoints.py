@@ -70,10 +70,12 @@ class RunCheckpoints:
             # torch reports a failed write as a RuntimeError.
             cause = error if isinstance(error, OSError) else error.__context__
             said = error.strerror if isinstance(error, OSError) else error
+            older = self.steps()
+            left = f"that of step {older[-1]} is intact" if older else "there is none before it"
             number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
             raise OSError(
                 number,
-                f"the checkpoint of step {step} could not be written ({said}); older ones are intact",
+                f"the checkpoint of step {step} could not be written ({said}); {left}",
                 str(path),
             ) from error
         for old in self.steps()[: -self.keep]:
@@ -84,12 +86,21 @@ class RunCheckpoints:
         """Return the state and step of the newest checkpoint that is whole; None where there is none.
 
         One that is damaged, as a failing disk may leave it, is passed over with a warning.
+
+        Raises:
+            ValueError: all of them are damaged: to begin anew would overwrite what is left of the run.
         """
-        for step in reversed(self.steps()):
+        steps = self.steps()
+        for step in reversed(steps):
             try:
                 return self.load(step), step
             except ValueError as error:
                 _logger.warning("%s; trying the one before it", error)
+        if steps:
+            raise ValueError(
+                f"every checkpoint in {self.folder} is damaged: to begin anew, choose another folder, or "
+                "take them away"
+            )
         return None
 
     def load(self, step: int) -> dict[str, Any]:

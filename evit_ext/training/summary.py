@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import sys
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from evit_ext.training.evaluation import Evaluation
 from evit_ext.training.whole_files import replacing
@@ -18,7 +22,7 @@ class Score:
     """An evaluation in the course of a run.
 
     Attributes:
-        epoch: after which it was made, from 0.
+        epoch: after which it was made, from 1.
         top1, top5: in percent.
         loss: mean cross-entropy, in nats.
     """
@@ -44,8 +48,8 @@ class RunSummary:
         keep_rate: at the end of the run; 1 of a model that drops nothing.
         gmacs: multiply-accumulates of one image at that keep rate, in 10^9.
         gmacs_dense: the same where every token is kept.
-        best, last: evaluations of the model: the one of the highest top-1, and that at the end. None where
-            there was none.
+        best, last: evaluations of the model: the one of the highest top-1 at the last keep rate, and that at
+            the end. None where there was none.
         best_ema, last_ema: the same of the weights' moving average; None where none is kept.
         epochs, steps: done in all.
         images: seen in training in all; one that is seen again counts again.
@@ -95,7 +99,7 @@ class RunSummary:
             ),
             "time": f"{timedelta(seconds=round(self.seconds))}, {self.images_per_second:.4g} images/s",
             "peak memory": f"{self.peak_memory / 2**30:.2f} GiB" if self.peak_memory is not None else None,
-            "unreadable images": f"{self.unreadable:,}",
+            "unreadable images": f"{self.unreadable:,}, see unreadable.csv" if self.unreadable else "0",
             "checkpoints": self.checkpoints,
         }
         width = max(map(len, lines)) + 2
@@ -119,9 +123,7 @@ def better(best: Score | None, new: Score) -> Score:
 def _score(score: Score | None) -> str | None:
     if score is None:
         return None
-    return (
-        f"top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f} (epoch {score.epoch + 1})"
-    )
+    return f"top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f} (epoch {score.epoch})"
 
 
 def _counted(number: int, one: str, many: str | None = None) -> str:
@@ -132,3 +134,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(entry) for name, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most memory that was in use, in bytes: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -21,8 +21,14 @@ from evit_ext.families import reorganizing_blocks
 from evit_ext.randomness import derive_seed, random_state, seeded, set_random_state
 from evit_ext.schedule import keep_rate_schedule
 from evit_ext.training.building import build_criterion
+from evit_ext.training.keep_rates import keep_rates
 from evit_ext.training.objectives import Classification, Objective
-from evit_ext.training.precision import Precision, autocast, choose_precision
+from evit_ext.training.precision import (
+    Precision,
+    attention_for_training,
+    autocast,
+    choose_precision,
+)
 from evit_ext.training.progress import Progress
 from evit_ext.training.ranks import ALONE, Ranks
 from evit_ext.training.recipe import Recipe
@@ -38,6 +44,8 @@ from evit_ext.training.sharding import (
 
 # Reading a figure waits for a GPU: there, whether all is finite is asked every so many steps.
 _STEPS_BETWEEN_CHECKS = 10
+# It begins at 65536 and is halved where a gradient overflows; so far down, every one did for long.
+_SMALLEST_SCALE = 2.0**-14
 _MODEL_STREAM = 1  # of the random numbers that mixup, drop path and dropout draw
 
 
@@ -224,9 +232,9 @@ class Trainer:
                     self._check_finite()
                     bar.step(
                         loss=f"{seen.mean_loss:.3f}",
-                        accuracy=f"{seen.accuracy:.1f}%",
-                        keep_rate=f"{self.last.keep_rate:.2f}",
-                        images_per_second=f"{images_per_second():.0f}",
+                        top1=f"{seen.accuracy:.1f}%",
+                        keep=f"{self.last.keep_rate:.2f}",
+                        speed=f"{images_per_second():.0f}/s",
                     )
                 else:
                     bar.step()
@@ -294,9 +302,8 @@ class Trainer:
 
     def _set_keep_rate(self) -> float:
         recipe = self.recipe
-        blocks = reorganizing_blocks(self._unwrapped)
         if not self._reorganizes or recipe.keep_rate is None:
-            return min((block.keep_rate for block in blocks), default=1.0)
+            return min(keep_rates(self._unwrapped))
         keep_rate = keep_rate_schedule(
             self._step,
             steps_per_epoch=self.steps_per_epoch,
@@ -323,6 +330,7 @@ class Trainer:
             with (
                 seeded(key, self.device),
                 gradients_stay(self.model, number + 1 < len(batches)),
+                attention_for_training(self.device, self.precision),
                 self._objective.step(self.model),
             ):
                 loss, logits = self._forward(images, labels, getattr(batch, "token_labels", None))
@@ -348,12 +356,12 @@ class Trainer:
         if self._mixup is not None:
             if len(images) % 2:
                 raise ValueError(
-                    f"mixup and CutMix need an even number of images in a micro-batch, got {len(images)}"
+                    f"mixup and CutMix mix pairs of images: a micro-batch must be even, got {len(images)}"
                 )
             images, targets = self._mixup(images.clone(), labels)  # which it changes in place
         if token_labels is not None:
             token_labels = token_labels.to(self.device, non_blocking=True)
-        with autocast(self.device, self.precision, training=True):
+        with autocast(self.device, self.precision):
             return self._objective(self.model, images, targets, token_labels)
 
     def _step_optimizer(self) -> Tensor:
@@ -376,6 +384,11 @@ class Trainer:
         return done % every == 0 or done == self.steps_per_epoch
 
     def _check_finite(self) -> None:
+        if self._scaler.is_enabled() and self._scaler.get_scale() < _SMALLEST_SCALE:
+            raise FloatingPointError(
+                f"no gradient fits float16 at step {self._step}: the scaler is down to "
+                f"{self._scaler.get_scale():g}; try bfloat16, float32 or a smaller learning rate"
+            )
         (bad,) = self._ranks.sum([not self._finite.item()])
         if bad and self.last is not None:
             raise FloatingPointError(

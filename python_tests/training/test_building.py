@@ -30,6 +30,7 @@ from evit_ext.training import (
     build_model,
     build_objective,
     load_config,
+    load_initial,
     recipe_names,
 )
 
@@ -73,6 +74,7 @@ def test_recipes_train(recipe: str, dense: str) -> None:
     changes |= {"oracle_args": TINY, "oracle_checkpoint": dense} if loaded.oracle else {}
     settings = load_config(recipe, **changes)
     model = build_model(settings, 5).train(not settings.eval_mode)
+    load_initial(settings, model)
     objective = build_objective(settings, model, "cpu")
     objective.initialize(model)
     images, targets = torch.randn(4, 3, 32, 32), torch.arange(4)
@@ -139,7 +141,11 @@ def test_the_models_own() -> None:
 def test_initial_checkpoint(dense: str) -> None:
     """Of another size and other classes, too."""
     weights = torch.load(dense)
-    model = build_model(config(initial_checkpoint=dense, img_size=48), 9)
+    settings = config(initial_checkpoint=dense, img_size=48)
+    model = build_model(settings, 9)
+    loaded = load_initial(settings, model)
+    assert "head as it was, for other classes" in str(loaded)
+    assert load_initial(config(), model) is None
     assert model.state_dict()["pos_embed"].shape[1] == 37
     assert torch.equal(model.state_dict()["blocks.2.mlp.fc1.weight"], weights["blocks.2.mlp.fc1.weight"])
     assert model.state_dict()["head.weight"].shape == (9, 24)

@@ -9,7 +9,7 @@ import torch
 from tiny_config import TINY, config
 
 from evit_ext.models.by_name import create_dense, create_evit
-from evit_ext.training import TrainConfig, build_model, build_objective
+from evit_ext.training import TrainConfig, build_model, build_objective, load_initial
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,12 +42,17 @@ def test_other_errors_of_models() -> None:
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         build_model(TrainConfig(), 0)
     with pytest.raises(FileNotFoundError):
-        build_model(config(initial_checkpoint="nowhere.pth"), 5)
+        load_initial(config(initial_checkpoint="nowhere.pth"), build_model(config(), 5))
 
 
 @pytest.mark.parametrize(
     ("model", "fields", "message"),
     [
+        (
+            "dynamicvit_tiny",
+            {"keep_rate": 0.7, "keep_rate_end_epoch": 3},
+            "DynamicViT: its predictors learn the keep rate, which has no schedule",
+        ),
         (
             "dynamicvit_tiny",
             {"oracle": "deit_tiny"},

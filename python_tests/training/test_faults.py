@@ -111,7 +111,9 @@ def test_asked_to_stop_in_evaluation(tmp_path: Path) -> None:
     folder, log = tmp_path / "run", tmp_path / "log"
     # 3,600 images to evaluate on, which take seconds to draw.
     data = ["--dataset", "cluttered-digits", "--train-images", "12", "--epochs", "2"]
-    started = runs.start(folder, [*runs.SMALL, *data, "--micro-batch", "6"], 2, log)
+    started = runs.start(
+        folder, [*runs.SMALL, *data, "--micro-batch", "6", "--auto-augment", "none", "--reprob", "0"], 2, log
+    )
     while not (folder / "checkpoints" / "checkpoint-000000001.pth").exists():
         assert all(process.is_alive() for process in started), log.read_text()
         time.sleep(0.01)
@@ -122,24 +124,39 @@ def test_asked_to_stop_in_evaluation(tmp_path: Path) -> None:
     assert "val" not in {row["kind"] for row in runs.metrics(folder)}
 
 
-def test_no_checkpoint_is_whole(options: list[str], whole: dict[int, Path], tmp_path: Path) -> None:
-    """The run begins anew, under an oracle with the oracle's weights."""
-    folder = tmp_path / "run"
-    size = ["patch_size=8", "embed_dim=24", "depth=4", "num_heads=2"]
-    oracle = ["--oracle", "vit_tiny_patch16_224", "--oracle-args", *size, "--oracle-checkpoint"]
-    options = [*options, *oracle, str(whole[1] / "last.safetensors"), "--epochs", "1"]
-    options += ["--keep-rate-end-epoch", "1"]
-    runs.train(folder, options)
-    before = (folder / "last.safetensors").read_bytes()
+def test_no_checkpoint_is_whole(options: list[str], tmp_path: Path) -> None:
+    """To begin anew would overwrite what is left of the run."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    runs.train(folder, [*options, "--epochs", "1", "--keep-rate-end-epoch", "1"])
     for path in (folder / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:-1000])
-    assert "damaged" in runs.train(folder, options)
-    assert (folder / "last.safetensors").read_bytes() == before
+    assert runs.wait(
+        runs.start(folder, [*options, "--epochs", "1", "--keep-rate-end-epoch", "1"], 1, log)
+    ) == [2]
+    assert f"every checkpoint in {folder / 'checkpoints'} is damaged" in log.read_text()
+
+
+def test_two_runs_in_a_folder(options: list[str], tmp_path: Path) -> None:
+    folder, logs = tmp_path / "run", [tmp_path / "first", tmp_path / "second"]
+    first = runs.start(folder, [*options, "--epochs", "50"], 1, logs[0])
+    while not (folder / "metrics.csv").exists():
+        time.sleep(0.01)
+    assert runs.wait(runs.start(folder, [*options, "--epochs", "50"], 2, logs[1])) == [2, 2]
+    assert f"another run is at work in {folder}" in logs[1].read_text()
+    first[0].kill()
+    first[0].join()
+    second = runs.start(folder, [*options, "--epochs", "50"], 1, logs[1])  # the lock went with the process
+    while "epoch" not in logs[1].read_text() and "goes on" not in logs[1].read_text():
+        assert second[0].is_alive()
+        time.sleep(0.01)
+    second[0].kill()
+    second[0].join()
 
 
 def test_truncated_checkpoint(options: list[str], whole: dict[int, Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    kill_at_random(folder, options, random.Random(7), 1)
+    while len(list(folder.glob("checkpoints/*.pth"))) < 2:
+        kill_at_random(folder, options, random.Random(7), 1)
     newest = max((folder / "checkpoints").glob("*.pth"))
     newest.write_bytes(newest.read_bytes()[:-1000])
     text = runs.train(folder, options)
@@ -165,7 +182,7 @@ def test_full_disk(options: list[str], whole: dict[int, Path], tmp_path: Path) -
     # The system refuses to write more than this to one file, as it does where the disk is full.
     started = runs.start(folder, options, 1, log, largest_file=100_000)
     assert runs.wait(started) == [1]
-    assert "could not be written" in log.read_text() and "older ones are intact" in log.read_text()
+    assert "could not be written" in log.read_text() and "is intact" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert {path.name: path.read_bytes() for path in (folder / "checkpoints").iterdir()} == before
     runs.train(folder, options)

@@ -15,9 +15,9 @@ SUMMARY = RunSummary(
     keep_rate=0.7,
     gmacs=3.0294,
     gmacs_dense=4.5979,
-    best=Score(epoch=7, top1=79.5, top5=94.75, loss=0.91234),
-    last=Score(epoch=9, top1=79.25, top5=94.5, loss=0.925),
-    best_ema=Score(epoch=9, top1=79.75, top5=94.875, loss=0.9),
+    best=Score(epoch=8, top1=79.5, top5=94.75, loss=0.91234),
+    last=Score(epoch=10, top1=79.25, top5=94.5, loss=0.925),
+    best_ema=Score(epoch=10, top1=79.75, top5=94.875, loss=0.9),
     epochs=10,
     steps=12_510,
     images=12_810_240,
@@ -40,7 +40,7 @@ def test_table() -> None:
         "trained               10 epochs, 12,510 steps, 12,810,240 images, 8 processes",
         "time                  1:02:03, 3457 images/s",
         "peak memory           1.50 GiB",
-        "unreadable images     2",
+        "unreadable images     2, see unreadable.csv",
         "checkpoints           runs/a/checkpoints",
     ]
 
@@ -53,9 +53,9 @@ def test_what_there_is_not_has_no_line() -> None:
 def test_file(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     path.write_text("old")
-    replace(SUMMARY, last=Score(epoch=9, top1=1.0, top5=5.0, loss=float("nan"))).save(path)
+    replace(SUMMARY, last=Score(epoch=10, top1=1.0, top5=5.0, loss=float("nan"))).save(path)
     read = json.loads(path.read_text())
-    assert read["best"] == {"epoch": 7, "top1": 79.5, "top5": 94.75, "loss": 0.91234}
+    assert read["best"] == {"epoch": 8, "top1": 79.5, "top5": 94.75, "loss": 0.91234}
     assert read["last"]["loss"] is None and read["last_ema"] is None
     assert (read["images"], read["seconds"], read["gmacs"]) == (12_810_240, 3723.4, 3.0294)
     assert list(tmp_path.iterdir()) == [path]

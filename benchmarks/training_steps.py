@@ -1,6 +1,6 @@
 """Time training steps, and their memory, by keep rate, batch, resolution and number of processes.
 
-    python benchmarks/training.py --output benchmarks/results/training-scaling-cpu
+    python benchmarks/training_steps.py --output benchmarks/results/training-scaling-cpu
 
 On the CPU, each process with one thread; several are joined by gloo and DistributedDataParallel. Every
 configuration has processes of its own, which stay, so that its peak memory is its own, and which take turns,
