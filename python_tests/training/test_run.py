@@ -203,6 +203,7 @@ KINDS: dict[str, Any] = {
     "bfloat16": ["--precision", "bfloat16"],
     "float16": ["--precision", "float16"],
     "checkpointing": ["--grad-checkpointing"],
+    "checkpointing in bfloat16": ["--grad-checkpointing", "--precision", "bfloat16"],
     "workers": ["--workers", "2"],
     "repeated": ["--repeated-aug", "3"],
     "compiled": [
@@ -236,6 +237,8 @@ def test_kinds_of_runs(images: Path, alone: Path, tmp_path: Path, name: str, opt
     elif name in ("workers", "checkpointing"):
         assert losses == pytest.approx(numbers(alone, "loss"), rel=2e-6)
     else:
+        if name == "dynamicvit":
+            assert set(numbers(tmp_path / "run", "keep_rate").values()) == {0.7}
         assert losses != pytest.approx(numbers(alone, "loss"), rel=1e-5)
 
 
