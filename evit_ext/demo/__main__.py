@@ -10,7 +10,6 @@ from pathlib import Path
 
 from evit_ext.data import DIFFICULTIES
 from evit_ext.demo import FULL, QUICK, Demo
-from evit_ext.training.precision import PRECISIONS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"of the DeiT (default: {FULL.dense.epochs}, with --quick {QUICK.dense.epochs})",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the training images")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto asks the processor")
+    parser.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto asks the processor"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="every step in seconds; the networks learn nothing"
     )

@@ -78,7 +78,7 @@ def test_log(run: tuple[Path, str], rows: list[dict[str, Any]]) -> None:
     for part in (
         "precision: float32 (as asked)",
         "DeiT epoch 2/2: 4/4",
-        "keep_rate 0.70",
+        "keep 0.70",
         "speed-up",
         "before",
     ):
