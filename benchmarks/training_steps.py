@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import socket
 import statistics
 import subprocess
@@ -33,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import evit_ext
 from evit_ext import models
+from evit_ext.training.summary import peak_memory
 
 WARM_UP = 2
 
@@ -93,8 +93,8 @@ class Step:
 
 
 def peak_mib() -> float:
-    """The most memory that this process had, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    """Return the most main memory that this process has had."""
+    return peak_memory(torch.device("cpu")) / 2**20
 
 
 def work(name: str, setup: Setup) -> None:
