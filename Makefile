@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 
-.PHONY: help env demo test test-python test-faults test-cpp test-cuda-on-host test-sanitize test-oldest-torch lint format wheel gpu-check clean
+.PHONY: help env demo bench test test-python test-faults test-cpp test-cuda-on-host test-sanitize test-oldest-torch lint format wheel gpu-check clean
 
 help:
 	@echo "make demo               train a DeiT and EViTs on real digits, compare them (about 10 minutes)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-faults        kill a hundred training runs at random moments; none must be lost"
 	@echo "make test-sanitize      the C++ tests with address and undefined-behaviour sanitizers"
 	@echo "make test-oldest-torch  one binary, built on the newest torch, tested on the oldest supported"
+	@echo "make bench              DeiT-S end to end, next to what people would use instead (about 20 minutes)"
 	@echo "make gpu-check          every test and benchmark that needs a GPU, with the installed Python and torch"
 	@echo "make lint | format      check | mend formatting, style and types"
 	@echo "make wheel              build a wheel into dist/"
@@ -71,6 +72,10 @@ test-oldest-torch: env
 # ARGS="--quick", for example; scripts/gpu-check.py --help lists them.
 gpu-check:
 	$(PYTHON) scripts/gpu-check.py $(ARGS)
+
+# ARGS="--quick", or "--device cuda" on a machine with a GPU, for example.
+bench: env
+	$(BIN)/python benchmarks/end_to_end.py --output benchmarks/results/end-to-end-cpu $(ARGS)
 
 lint: env
 	PATH="$(abspath $(BIN)):$$PATH" scripts/lint

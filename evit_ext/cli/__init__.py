@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import evit_ext
-from evit_ext.cli import evaluate, info, train
+from evit_ext.cli import benchmark, evaluate, info, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"evit_ext {evit_ext.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (train, evaluate, info):
+    for command in (train, evaluate, benchmark, info):
         command.add_parser(commands)
     options = parser.parse_args(arguments)
     try:

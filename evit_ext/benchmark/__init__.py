@@ -1,0 +1,7 @@
+"""Models side by side: inference and training steps, measured in turns."""
+
+from evit_ext.benchmark.contestants import Contestant, contestants
+from evit_ext.benchmark.measure import MODES, TASKS, Row, measure
+from evit_ext.benchmark.timing import time_in_turns
+
+__all__ = ["MODES", "TASKS", "Contestant", "Row", "contestants", "measure", "time_in_turns"]

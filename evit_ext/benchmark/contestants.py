@@ -1,0 +1,67 @@
+"""What takes part in a benchmark: a model's dense form, and what drops patches of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import evit_ext
+from evit_ext.models.by_name import create_dense, create_evit
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model in a benchmark.
+
+    Attributes:
+        name: to be shown.
+        model: in eval mode, in which it returns logits; on its device.
+        keep_rate: of its stages; 1 of a dense one.
+        gmacs: multiply-accumulates of an image in 10^9; None where they were not counted.
+    """
+
+    name: str
+    model: nn.Module
+    keep_rate: float
+    gmacs: float | None
+
+
+def contestants(
+    name: str,
+    keep_rates: Sequence[float] = (0.7, 0.5),
+    device: torch.device | str = "cpu",
+    **arguments: Any,
+) -> list[Contestant]:
+    """Return a model's dense form and, for each keep rate, one that drops patches, with the same weights.
+
+    The dense form is the fastest ordinary way to have the model: timm's own modules, with
+    scaled_dot_product_attention. That of a DynamicViT keeps all patches, and its predictors.
+
+    Args:
+        name: of :mod:`evit_ext.models`, or of timm's registry.
+        keep_rates: each in (0, 1].
+        device: where the models are put.
+        arguments: of the model, such as ``img_size``.
+
+    Raises:
+        TypeError, ValueError: as :func:`evit_ext.models.by_name.create_evit`.
+    """
+    dense = create_dense(name, **arguments).to(device).eval()
+    if hasattr(dense, "score_predictor"):
+        dense.keep_rate = 1.0  # type: ignore[assignment]
+    found = [Contestant("dense", dense, 1.0, _gmacs(dense, arguments))]
+    state = dense.state_dict()
+    for keep_rate in keep_rates:
+        model = create_evit(name, keep_rate=keep_rate, **arguments).to(device).eval()
+        model.load_state_dict(state)
+        kind = "DynamicViT" if hasattr(model, "score_predictor") else "EViT"
+        found.append(Contestant(f"{kind} {keep_rate:g}", model, keep_rate, _gmacs(model, arguments)))
+    return found
+
+
+def _gmacs(model: nn.Module, arguments: dict[str, Any]) -> float:
+    return evit_ext.count_macs(model, arguments.get("img_size")) / 1e9

@@ -1,0 +1,182 @@
+"""Inference and training steps of several models, in turns: eager, compiled, and under CUDA graphs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from evit_ext.benchmark.contestants import Contestant
+from evit_ext.benchmark.timing import time_in_turns
+from evit_ext.training.compiling import allow_recompiles
+from evit_ext.training.precision import Precision, attention_for_training, autocast
+
+#: How a model is run: as it is, compiled by torch.compile, or replayed from a CUDA graph, which needs a GPU.
+MODES = ("eager", "compile", "cudagraph")
+#: A forward without gradients; or forward, backward and a step of AdamW.
+TASKS = ("inference", "training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What was measured of a model.
+
+    Attributes:
+        model: its name in the benchmark.
+        keep_rate, gmacs: as of :class:`Contestant`.
+        task, mode, precision, batch: what was run.
+        images_per_second: batch / the median time.
+        speedup: over the first model of the same task, mode, precision and batch.
+        milliseconds, milliseconds_90, milliseconds_99: median and percentiles of the time of a call.
+        calls: that were timed.
+        peak_memory: most bytes of GPU memory in use during a call, with the weights; None on the CPU.
+    """
+
+    model: str
+    keep_rate: float
+    gmacs: float | None
+    task: str
+    mode: str
+    precision: str
+    batch: int
+    images_per_second: float
+    speedup: float
+    milliseconds: float
+    milliseconds_90: float
+    milliseconds_99: float
+    calls: int
+    peak_memory: int | None
+
+
+def measure(
+    models: Sequence[Contestant],
+    images: Tensor,
+    task: str = "inference",
+    modes: Sequence[str] = ("eager",),
+    precision: Precision | None = None,
+    seconds: float = 5.0,
+) -> list[Row]:
+    """Measure models on one batch, in all modes, taking turns call by call.
+
+    Args:
+        models: the first is what the others are compared with. In training, their weights change.
+        images: [B, 3, height, width], on the models' device.
+        task: of :data:`TASKS`.
+        modes: of :data:`MODES`.
+        precision: of autocast; float32 by default.
+        seconds: for all models and modes together.
+
+    Returns:
+        A row for each mode and model.
+
+    Raises:
+        ValueError: an unknown task or mode, or CUDA graphs without a GPU or for training.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    for mode in modes:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if mode == "cudagraph" and (task == "training" or not images.is_cuda):
+            raise ValueError("CUDA graphs are for inference on a GPU: leave the mode 'cudagraph' out")
+    precision = precision or Precision(torch.float32, "the default")
+    cases = {f"{mode} {model.name}": (mode, model) for mode in modes for model in models}
+    with allow_recompiles(len(cases)):
+        calls = {
+            name: _call(mode, task, model.model, images, precision) for name, (mode, model) in cases.items()
+        }
+        times = time_in_turns(calls, images.device, seconds)
+        memory = {name: _peak_memory(call, images.device) for name, call in calls.items()}
+    rows = []
+    for name, (mode, model) in cases.items():
+        taken = sorted(times[name])
+        median = statistics.median(taken)
+        rows.append(
+            Row(
+                model=model.name,
+                keep_rate=model.keep_rate,
+                gmacs=model.gmacs,
+                task=task,
+                mode=mode,
+                precision=str(precision.dtype).removeprefix("torch."),
+                batch=len(images),
+                images_per_second=len(images) / median,
+                speedup=statistics.median(times[f"{mode} {models[0].name}"]) / median,
+                milliseconds=1e3 * median,
+                milliseconds_90=1e3 * _percentile(taken, 0.9),
+                milliseconds_99=1e3 * _percentile(taken, 0.99),
+                calls=len(taken),
+                peak_memory=memory[name],
+            )
+        )
+    return rows
+
+
+def _call(
+    mode: str, task: str, model: nn.Module, images: Tensor, precision: Precision
+) -> Callable[[], object]:
+    run: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False) if mode == "compile" else model
+    if task == "training":
+        return _training_step(model, run, images, precision)
+    model.eval()
+
+    def forward() -> Tensor:
+        with torch.inference_mode(), autocast(images.device, precision):
+            return run(images)
+
+    return _captured(forward) if mode == "cudagraph" else forward
+
+
+def _training_step(
+    model: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, precision: Precision
+) -> Callable[[], object]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    labels = torch.arange(len(images), device=images.device) % 10
+
+    def step() -> None:
+        model.train()
+        with attention_for_training(images.device, precision):
+            with autocast(images.device, precision):
+                logits = run(images)
+            nn.functional.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _captured(call: Callable[[], object]) -> Callable[[], object]:
+    """Return what replays a call from a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is set up at the first calls must not be captured
+        call()
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def _percentile(ordered: list[float], share: float) -> float:
+    """Return the smallest time that so large a share of the calls did not exceed."""
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def _peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)

@@ -1,0 +1,144 @@
+"""``evit benchmark``: how fast a model is, dense and at several keep rates, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evit_ext.benchmark import MODES, TASKS, Row, contestants, measure
+from evit_ext.cli.shared import aligned
+from evit_ext.training.precision import PRECISIONS, choose_precision
+from evit_ext.training.progress import Progress
+
+_BATCHES = {"cpu": [1, 4, 16], "cuda": [1, 8, 64, 256]}
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``evit benchmark`` to the commands."""
+    parser = commands.add_parser(
+        "benchmark",
+        help="speed of a model, dense and at several keep rates, side by side",
+        description="Time a model and what drops patches of it, in turns, so that what else happens on the "
+        "machine happens to all. Weights and images are random: they do not change how long it takes.",
+        epilog="Example: evit benchmark deit_small --batch-size 1 16 --mode eager compile",
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="deit_small",
+        metavar="MODEL",
+        help="of evit_ext.models, or any of timm's that evit_ext.apply supports (default: deit_small)",
+    )
+    parser.add_argument(
+        "--keep-rate", nargs="+", type=float, default=[0.7, 0.5], metavar="RATE", help="(default: 0.7 0.5)"
+    )
+    parser.add_argument(
+        "--batch-size", nargs="+", type=int, metavar="N", help="(default: 1 4 16; on a GPU 1 8 64 256)"
+    )
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=PRECISIONS,
+        default=["float32", "bfloat16"],
+        help="of autocast (default: float32 bfloat16)",
+    )
+    parser.add_argument(
+        "--mode",
+        nargs="+",
+        choices=MODES,
+        default=["eager"],
+        help="as it is, by torch.compile, or from a CUDA graph (default: eager)",
+    )
+    parser.add_argument(
+        "--task",
+        nargs="+",
+        choices=TASKS,
+        default=["inference"],
+        help="a forward, or a whole step with AdamW (default: inference)",
+    )
+    parser.add_argument(
+        "--img-size", type=int, metavar="N", help="of square images (default: the model's own)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: torch's own choice)")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, metavar="N", help="for each group of rows (default: 5)"
+    )
+    parser.add_argument("--output", type=Path, metavar="STEM", help="write STEM.json and STEM.md, too")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=_benchmark)
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    kind = options.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(kind)
+    size = {} if options.img_size is None else {"img_size": options.img_size}
+    torch.manual_seed(0)
+    models = contestants(options.model, options.keep_rate, device, **size)
+    embed: Any = models[0].model.patch_embed
+    groups = [
+        (task, precision, batch)
+        for task in options.task
+        for precision in options.precision
+        for batch in options.batch_size or _BATCHES[kind]
+    ]
+    rows: list[Row] = []
+    with Progress("benchmark", len(groups), not options.json) as progress:
+        for task, precision, batch in groups:
+            images = torch.randn(batch, 3, *embed.img_size, device=device)
+            modes = [mode for mode in options.mode if mode != "cudagraph" or task == "inference"]
+            chosen = choose_precision(device, precision)
+            rows += measure(models, images, task, modes, chosen, options.seconds)
+            progress.step(task=task, precision=precision, batch=str(batch))
+    everything = {
+        "model": options.model,
+        "device": _device_name(device),
+        "rows": [asdict(row) for row in rows],
+    }
+    text = table(rows)
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
+        options.output.with_suffix(".md").write_text(f"# {options.model}\n\n{text}\n")
+    print(json.dumps(everything, indent=2) if options.json else text)
+
+
+def table(rows: list[Row]) -> str:
+    """Return the rows in columns."""
+    lines = [
+        ["model", "task", "mode", "precision", "batch", "images/s", "speed-up", "ms", "90 %", "99 %", "GMACs"]
+    ]
+    for row in rows:
+        lines.append(
+            [
+                row.model,
+                row.task,
+                row.mode,
+                row.precision,
+                str(row.batch),
+                f"{row.images_per_second:.1f}",
+                f"{row.speedup:.2f}",
+                f"{row.milliseconds:.2f}",
+                f"{row.milliseconds_90:.2f}",
+                f"{row.milliseconds_99:.2f}",
+                "" if row.gmacs is None else f"{row.gmacs:.3g}",
+            ]
+        )
+    return aligned(lines)
+
+
+def _device_name(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
