@@ -62,7 +62,7 @@ def test_unknown_cpu_capability_is_the_lowest_and_warned_about() -> None:
         text=True,
         check=True,
     )
-    assert "EVIT_CPU_CAPABILITY must be one of baseline, avx2, avx512, got 'AVX2'" in run.stderr
+    assert "EVIT_CPU_CAPABILITY must be one of baseline, avx2, avx512, avx512_bf16, got 'AVX2'" in run.stderr
 
 
 def setup(command: str = "--version", **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""The operators of EViT: class-token scores, token gather, scatter, fusion, reorganisation and its inverse.
+"""The operators of EViT: attention, class-token scores, token gather, scatter, fusion, reorganisation and its inverse.
 
 Each but `mean_attention`, which is made of PyTorch's, is a C++ operator (``torch.ops.evit.<name>``) with
 shape inference for tracing, a gradient and a twin in :mod:`evit_ext.ops.reference`, which also runs on
@@ -9,6 +9,7 @@ including 0, and work under autocast, ``torch.compile`` and ``torch.export``. Un
 
 from evit_ext.ops import reference
 from evit_ext.ops.add_reorganize_norm import add_reorganize_norm
+from evit_ext.ops.attention_with_scores import attention_with_scores
 from evit_ext.ops.class_attention import class_attention
 from evit_ext.ops.fuse_tokens import fuse_tokens
 from evit_ext.ops.gather_tokens import gather_tokens
@@ -19,6 +20,7 @@ from evit_ext.ops.scatter_tokens import scatter_tokens
 
 __all__ = [
     "add_reorganize_norm",
+    "attention_with_scores",
     "class_attention",
     "fuse_tokens",
     "gather_tokens",

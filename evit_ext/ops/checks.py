@@ -32,12 +32,15 @@ def autocast(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Cast queries and keys as autocast casts those of scaled_dot_product_attention, where it is on."""
     if not isinstance(q, Tensor) or not isinstance(k, Tensor):
         return q, k  # the checks say what is wrong
-    device_type = q.device.type
-    if not autocast_enabled(device_type):
-        return q, k
-    dtype = torch.get_autocast_dtype(device_type)
-    castable = (torch.float32, torch.float16, torch.bfloat16)
-    return q.to(dtype) if q.dtype in castable else q, k.to(dtype) if k.dtype in castable else k
+    return autocast_one(q), autocast_one(k)
+
+
+def autocast_one(value: Tensor) -> Tensor:
+    """Cast one tensor as :func:`autocast` casts two."""
+    if not isinstance(value, Tensor) or not autocast_enabled(value.device.type):
+        return value
+    castable = value.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return value.to(torch.get_autocast_dtype(value.device.type)) if castable else value
 
 
 def _tensor(name: str, value: object, dim: int, shape: str) -> None:
@@ -154,6 +157,23 @@ def mean_attention(q: Tensor, k: Tensor, scale: float | None) -> float:
                 f"{name} must have at least one head, token and channel, got shape {tuple(tensor.shape)}"
             )
     return float(q.shape[3]) ** -0.5 if scale is None else _number("scale", scale, "a float or None")
+
+
+def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None) -> float:
+    """Check `qkv` [B, N, 3 * C] with C a multiple of `num_heads`; return the scale (default D ** -0.5)."""
+    _tensor("qkv", qkv, 3, "[B, N, 3 * C]")
+    _floating("qkv", qkv)
+    _integer("num_heads", num_heads)
+    if num_heads < 1:
+        raise ValueError(f"num_heads must be at least 1, got {num_heads}")
+    if qkv.shape[2] < 1 or qkv.shape[2] % (3 * num_heads) != 0:
+        raise ValueError(
+            f"qkv must have 3 * num_heads * D channels with num_heads = {num_heads} and D at least 1, "
+            f"got shape {tuple(qkv.shape)}"
+        )
+    if scale is None:
+        return float(qkv.shape[2] // (3 * num_heads)) ** -0.5
+    return _number("scale", scale, "a float or None")
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> None:

@@ -16,7 +16,7 @@ from evit_ext.ops import checks
 #: Device types that have compiled kernels. Meta tensors go through the operators' shape inference.
 KERNEL_DEVICES = frozenset({"cpu", "meta"} | ({"cuda"} if _C.build_info()["cuda_operators"] else set()))
 
-_CAPABILITIES = ("baseline", "avx2", "avx512")
+_CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
 _wanted = os.environ.get("EVIT_CPU_CAPABILITY")
 if _wanted and _wanted not in _CAPABILITIES:
     warnings.warn(

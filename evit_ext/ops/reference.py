@@ -50,6 +50,22 @@ def mean_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
         return logits.softmax(dim=-1).mean(dim=(1, 2))
 
 
+def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """Attention, and that of the first token. See :func:`evit_ext.ops.attention_with_scores`."""
+    scale = checks.attention_with_scores(qkv, num_heads, scale)
+    q, k, v = unpacked(qkv.to(accumulation_dtype(qkv.dtype)), num_heads)
+    with torch.autocast(qkv.device.type, enabled=False) if _has_autocast(qkv.device) else nullcontext():
+        attention = (q @ k.transpose(2, 3) * scale).softmax(dim=-1)
+        out = (attention @ v).transpose(1, 2).flatten(2)
+    return out.to(qkv.dtype), attention[:, :, :1].sum(dim=2).mean(dim=1)
+
+
+def unpacked(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values [B, H, N, D] as views of `qkv` [B, N, 3 * H * D]."""
+    q, k, v = qkv.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` of `x`. See :func:`evit_ext.ops.gather_tokens`."""
     checks.gather_tokens(x, index)

@@ -2,23 +2,9 @@
 
 #include <memory>
 
-#include "simd/row_kernels.h"
+#include "class_scores.h"
 
 namespace evit::cpu {
-namespace {
-
-// q . k_n of one head, into products[padded(N)]. query is padded(D) long.
-template <typename T>
-void head_products(const RowKernels<T>& kernels, const ClassAttentionSizes& sizes,
-                   const ClassAttentionInput<T>& input, int64_t b, int64_t h, accumulate_t<T>* query,
-                   accumulate_t<T>* products) {
-  kernels.load_row(input.query(b, h), sizes.channels, query);
-  kernels.dot_rows(query, input.keys(b, h), input.k_stride_n, nullptr, sizes.tokens, sizes.channels,
-                   products);
-}
-
-}  // namespace
-
 template <typename T>
 void class_attention(const ClassAttentionSizes& sizes, const ClassAttentionInput<T>& input,
                      accumulate_t<T>* scores, const Executor& executor) {
@@ -42,14 +28,8 @@ void class_attention(const ClassAttentionSizes& sizes, const ClassAttentionInput
     }
   });
   executor.for_range(sizes.batch, heads * tokens, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      A* out = scores + b * tokens;
-      const A* head = &probabilities[b * heads * row];
-      for (int64_t n = 0; n < tokens; ++n) out[n] = head[n];
-      for (int64_t h = 1; h < heads; ++h)
-        for (int64_t n = 0; n < tokens; ++n) out[n] += head[h * row + n];
-      for (int64_t n = 0; n < tokens; ++n) out[n] /= static_cast<A>(heads);
-    }
+    for (int64_t b = begin; b < end; ++b)
+      mean_of_heads(&probabilities[b * heads * row], row, heads, tokens, scores + b * tokens);
   });
 }
 

@@ -1,7 +1,11 @@
 // The loops for processors with AVX-512 (F, BW, DQ, VL).
+#include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
+#include <utility>
 
+#include "attention_kernels.h"
 #include "row_kernels.h"
 
 #if defined(__x86_64__)
@@ -19,7 +23,12 @@
 
 #define EVIT_SIMD_NAMESPACE avx512
 #define EVIT_SIMD_BYTES 64
+#include "vectors.inc"
+
+// In its terms.
+#include "attention_kernels.inc"
 #include "row_kernels.inc"
+#include "tables.inc"
 
 #if defined(__clang__)
 #pragma clang attribute pop

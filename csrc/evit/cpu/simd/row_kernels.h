@@ -9,10 +9,11 @@
 
 namespace evit::cpu {
 
-enum class SimdLevel { baseline = 0, avx2 = 1, avx512 = 2 };
+// avx512_bf16 has loops of its own for attention in bfloat16 only.
+enum class SimdLevel { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 // The level in use: the best of this processor, or the lower one that the environment variable
-// EVIT_CPU_CAPABILITY (baseline, avx2, avx512) asks for.
+// EVIT_CPU_CAPABILITY (baseline, avx2, avx512, avx512_bf16) asks for.
 SimdLevel simd_level();
 const char* simd_level_name(SimdLevel level);
 // Whether this build has the level and this processor runs it.

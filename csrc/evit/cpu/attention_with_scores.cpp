@@ -1,0 +1,74 @@
+#include "../attention_with_scores.h"
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "class_scores.h"
+#include "simd/attention_kernels.h"
+
+namespace evit::cpu {
+namespace {
+
+constexpr std::align_val_t kCacheLine{64};
+
+struct Free {
+  void operator()(void* memory) const { ::operator delete(memory, kCacheLine); }
+};
+
+}  // namespace
+
+template <typename T>
+void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T>& qkv, T* out,
+                           accumulate_t<T>* scores, const Executor& executor) {
+  using A = accumulate_t<T>;
+  const auto [batch, tokens, heads, channels, scale] = sizes;
+  if (batch == 0 || tokens == 0) return;
+  const auto& rows = row_kernels<T>();
+  const auto& kernels = attention_kernels<T>();
+  const int64_t width = heads * channels, row = padded(tokens);
+  const ClassAttentionSizes class_sizes = {batch, heads, tokens, channels, scale};
+  const ClassAttentionInput<T> class_input = {qkv.data,     qkv.stride_b, channels,    qkv.data + width,
+                                              qkv.stride_b, channels,     qkv.stride_n};
+  const std::unique_ptr<A[]> probabilities(new A[buffer_size(batch, heads, row)]);
+  // Some queries of a head are an item, so that even a batch of one feeds several threads. A thread gets
+  // neighbouring items and packs the keys and values of a head once for all that it has of it.
+  const int64_t blocks = (tokens + attention_queries - 1) / attention_queries;
+  executor.for_range(
+      batch * heads * blocks, std::min(tokens, attention_queries) * tokens * channels,
+      [&](int64_t begin, int64_t end) {
+        const std::unique_ptr<void, Free> scratch(
+            ::operator new(kernels.scratch_bytes(tokens, channels), kCacheLine));
+        const std::unique_ptr<A[]> query(new A[padded(channels)]);
+        int64_t packed = -1;
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t head = i / blocks, b = head / heads, h = head % heads;
+          const T* q = qkv.row(b, 0) + h * channels;
+          if (head != packed) {
+            kernels.pack(q + width, q + 2 * width, qkv.stride_n, tokens, channels, scratch.get());
+            packed = head;
+          }
+          const int64_t first = i % blocks * attention_queries;
+          if (first == 0) {
+            A* p = &probabilities[head * row];
+            head_products(rows, class_sizes, class_input, b, h, query.get(), p);
+            rows.softmax(p, tokens, static_cast<A>(scale));
+          }
+          kernels.attend(q + first * qkv.stride_n, qkv.stride_n, std::min(attention_queries, tokens - first),
+                         tokens, channels, static_cast<A>(scale), scratch.get(),
+                         out + (b * tokens + first) * width + h * channels, width);
+        }
+      });
+  executor.for_range(batch, heads * tokens, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      mean_of_heads(&probabilities[b * heads * row], row, heads, tokens, scores + b * tokens);
+  });
+}
+
+#define EVIT_INSTANTIATE(T)                                                                             \
+  template void attention_with_scores<T>(const AttentionWithScoresSizes&, const Tokens<T>&, T*,         \
+                                         accumulate_t<T>*, const Executor&);
+EVIT_FOR_EACH_TYPE(EVIT_INSTANTIATE)
+#undef EVIT_INSTANTIATE
+
+}  // namespace evit::cpu

@@ -1,0 +1,28 @@
+// What class_attention and attention_with_scores have in common, so that their scores are the same to the bit.
+#pragma once
+
+#include "../class_attention.h"
+#include "simd/row_kernels.h"
+
+namespace evit::cpu {
+
+// q . k_n of one head, into products[padded(N)]. query is padded(D) long.
+template <typename T>
+void head_products(const RowKernels<T>& kernels, const ClassAttentionSizes& sizes,
+                   const ClassAttentionInput<T>& input, int64_t b, int64_t h, accumulate_t<T>* query,
+                   accumulate_t<T>* products) {
+  kernels.load_row(input.query(b, h), sizes.channels, query);
+  kernels.dot_rows(query, input.keys(b, h), input.k_stride_n, nullptr, sizes.tokens, sizes.channels,
+                   products);
+}
+
+// scores[n] = mean_h of rows of `stride` values, one for each head, in the order of heads.
+template <typename A>
+void mean_of_heads(const A* rows, int64_t stride, int64_t heads, int64_t tokens, A* scores) {
+  for (int64_t n = 0; n < tokens; ++n) scores[n] = rows[n];
+  for (int64_t h = 1; h < heads; ++h)
+    for (int64_t n = 0; n < tokens; ++n) scores[n] += rows[h * stride + n];
+  for (int64_t n = 0; n < tokens; ++n) scores[n] /= static_cast<A>(heads);
+}
+
+}  // namespace evit::cpu

@@ -1,0 +1,76 @@
+"""`attention_with_scores`: multi-head attention and the class token's scores at once, for inference on the CPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evit_ext.ops import checks, library, reference
+from evit_ext.ops.class_attention import class_attention
+
+
+def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """Return the attention of all tokens to all, and how much the class token attends to each.
+
+    What an EViT block does with its projection (Liang et al., ICLR 2022, section 3.2)::
+
+        q, k, v = qkv.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        out = scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+        scores = class_attention(q[:, :, 0], k, scale)
+
+    with a kernel for the CPU that reads the projection in place and takes no memory of N × N. On other devices,
+    and where a gradient is needed, these steps run instead. A model that does something to queries or keys
+    between the projection and the attention (norms, rotary embeddings) cannot use it.
+
+    Args:
+        qkv: the packed projection [B, N, 3 * C] of tokens, the class token first, as timm's ``qkv`` gives it:
+            queries, keys and values, each ordered (H, D). float32, float16, bfloat16 or float64; any strides
+            (only a tensor whose last dimension is strided is copied first); N may be 0.
+        num_heads: H, a divisor of C.
+        scale: factor of the dot products; default ``D ** -0.5``.
+
+    Returns:
+        out [B, N, C], dtype of `qkv`, heads one after the other; and scores [B, N], float32 (float64 for
+        float64 `qkv`), which sum to 1 over N and are equal to the bit to :func:`class_attention`'s.
+
+    Products are summed in float32 (float64 for float64). In bfloat16, on processors that multiply it
+    (``avx512_bf16``), the probabilities are rounded to bfloat16 before they weigh the values, as PyTorch's
+    scaled_dot_product_attention does; `scores` are not. Under autocast `qkv` is cast to the autocast dtype, as
+    scaled_dot_product_attention casts. Differentiable once. The kernel is deterministic, whatever the number of
+    threads.
+
+    Raises:
+        TypeError: the dtype is not supported, `num_heads` is not an int or `scale` not a number.
+        ValueError: the shape does not fit `num_heads`.
+    """
+    qkv = checks.autocast_one(qkv)
+    scale = checks.attention_with_scores(qkv, num_heads, scale)
+    if not library.runs_kernel(qkv):
+        return reference.attention_with_scores(qkv, num_heads, scale)
+    if qkv.device.type not in ("cpu", "meta") or library.needs_gradient(qkv):
+        return _composed(qkv, num_heads, scale)
+    return torch.ops.evit.attention_with_scores(qkv, num_heads, scale)
+
+
+def _composed(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    if qkv.shape[1] == 0:
+        return reference.attention_with_scores(qkv, num_heads, scale)
+    q, k, v = reference.unpacked(qkv, num_heads)
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+    return out.contiguous(), class_attention(q[:, :, 0], k, scale)
+
+
+@torch.library.register_fake("evit::attention_with_scores")
+def _fake(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    checks.attention_with_scores(qkv, num_heads, scale)
+    batch, num_tokens, width = qkv.shape
+    scores = qkv.new_empty((batch, num_tokens), dtype=checks.accumulation_dtype(qkv.dtype))
+    return qkv.new_empty((batch, num_tokens, width // 3)), scores
+
+
+library.refuse_gradient(
+    "attention_with_scores",
+    "torch.ops.evit.attention_with_scores has no gradient: call evit_ext.ops.attention_with_scores, which is "
+    "differentiable, or evit_ext.ops.reference.attention_with_scores",
+)
