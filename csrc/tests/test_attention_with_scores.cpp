@@ -1,0 +1,208 @@
+// attention_with_scores against plain loops in double, at every instruction level.
+#include "../evit/attention_with_scores.h"
+
+#include <algorithm>
+
+#include "../evit/class_attention.h"
+#include "../evit/cpu/simd/attention_kernels.h"
+#include "check.h"
+#include "data.h"
+
+namespace evit::tests {
+namespace {
+
+using cpu::AttentionKernels;
+using cpu::SimdLevel;
+
+// A packed projection [B, N, 3, H, D] with `gap` elements between tokens and between batch entries.
+template <typename T>
+struct Projection {
+  Projection(int64_t batch, int64_t tokens, int64_t heads, int64_t channels, int64_t gap, uint32_t seed)
+      : width(heads * channels),
+        stride_n(3 * width + gap),
+        stride_b(std::max<int64_t>(tokens, 1) * stride_n + gap),
+        // No gap behind the last token: the sanitizer sees the first element beyond.
+        data(random_values<T>(
+            batch > 0 && tokens > 0 ? (batch - 1) * stride_b + (tokens - 1) * stride_n + 3 * width : 0,
+            seed)) {}
+  Tokens<T> view() const { return {data.data.get(), stride_b, stride_n}; }
+  // part 0: queries, 1: keys, 2: values
+  double at(int64_t b, int64_t n, int64_t part, int64_t offset) const {
+    return to_double(data[b * stride_b + n * stride_n + part * width + offset]);
+  }
+  int64_t width, stride_n, stride_b;
+  Buffer<T> data;
+};
+
+// softmax(q_m . k * scale) v of one head, in double.
+template <typename T>
+std::vector<double> expected_row(const Projection<T>& qkv, int64_t b, int64_t m, int64_t first_channel,
+                                 int64_t tokens, int64_t channels, double scale) {
+  std::vector<double> p(tokens, 0), out(channels, 0);
+  double largest = -INFINITY, sum = 0;
+  for (int64_t n = 0; n < tokens; ++n) {
+    for (int64_t c = 0; c < channels; ++c)
+      p[n] += qkv.at(b, m, 0, first_channel + c) * qkv.at(b, n, 1, first_channel + c) * scale;
+    largest = std::max(largest, p[n]);
+  }
+  for (auto& value : p) sum += value = std::exp(value - largest);
+  for (int64_t n = 0; n < tokens; ++n)
+    for (int64_t c = 0; c < channels; ++c) out[c] += p[n] / sum * qkv.at(b, n, 2, first_channel + c);
+  return out;
+}
+
+template <typename Body>
+void for_each_level(const Body& body) {
+  for (const SimdLevel level :
+       {SimdLevel::baseline, SimdLevel::avx2, SimdLevel::avx512, SimdLevel::avx512_bf16}) {
+    if (cpu::simd_level_available(level))
+      body(level);
+    else
+      std::printf("not run: %s, which this processor has not\n", cpu::simd_level_name(level));
+  }
+}
+
+constexpr int64_t kTokens[] = {1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 129, 197};
+constexpr int64_t kChannels[] = {1, 2, 8, 24, 31, 32, 33, 64, 65, 80, 128};
+
+template <typename T>
+void kernels_agree(SimdLevel level) {
+  const AttentionKernels<T>& kernels = cpu::attention_kernels<T>(level);
+  // Probabilities of 8 bits weigh values of about 1: the errors of many are smaller than that of one.
+  const double allowed = tolerance<T>() * (std::is_same_v<T, BFloat16> ? 1.5 : 1);
+  for (const int64_t tokens : kTokens)
+    for (const int64_t channels : kChannels) {
+      const Projection<T> qkv(1, tokens, 1, channels, 3, 21);
+      const double scale = 0.7 / std::sqrt(channels);
+      const int64_t bytes = kernels.scratch_bytes(tokens, channels);
+      // As aligned as promised, and exactly as long.
+      Buffer<unsigned char> memory(bytes + 64);
+      const int64_t offset = (64 - reinterpret_cast<uintptr_t>(memory.data.get()) % 64) % 64;
+      std::memset(memory.data.get(), 0xff, memory.size);  // NaN, if it is read before it is written
+      void* scratch = memory.data.get() + offset;
+      const T* q = qkv.data.data.get();
+      kernels.pack(q + channels, q + 2 * channels, qkv.stride_n, tokens, channels, scratch);
+      const int64_t out_stride = channels + 2;
+      Buffer<T> out((tokens - 1) * out_stride + channels);
+      for (int64_t i = 0; i < out.size; ++i) out[i] = from_double<T>(7);
+      for (int64_t first = 0; first < tokens; first += cpu::attention_queries)
+        kernels.attend(q + first * qkv.stride_n, qkv.stride_n,
+                       std::min(cpu::attention_queries, tokens - first), tokens, channels,
+                       static_cast<accumulate_t<T>>(scale), scratch, &out[first * out_stride], out_stride);
+      for (int64_t i = offset + bytes; i < memory.size; ++i) CHECK(memory[i] == 0xff);
+      for (int64_t m = 0; m < tokens; ++m) {
+        const std::vector<double> expected = expected_row(qkv, 0, m, 0, tokens, channels, scale);
+        for (int64_t c = 0; c < channels; ++c)
+          CHECK_NEAR(to_double(out[m * out_stride + c]), expected[c], allowed);
+        for (int64_t c = channels; m + 1 < tokens && c < out_stride; ++c)
+          CHECK(to_double(out[m * out_stride + c]) == 7);
+      }
+    }
+}
+
+TEST(attention_kernels_agree_at_every_level) {
+  for_each_level([](SimdLevel level) {
+    kernels_agree<float>(level);
+    kernels_agree<double>(level);
+    kernels_agree<Half>(level);
+    kernels_agree<BFloat16>(level);
+  });
+}
+
+template <typename T>
+void agrees(int64_t batch, int64_t tokens, int64_t heads, int64_t channels, double scale) {
+  using A = accumulate_t<T>;
+  const Projection<T> qkv(batch, tokens, heads, channels, 5, 22);
+  const AttentionWithScoresSizes sizes = {batch, tokens, heads, channels, scale};
+  const int64_t width = heads * channels;
+  Buffer<T> out(batch * tokens * width), again(batch * tokens * width);
+  Buffer<A> scores(batch * tokens), scores_again(batch * tokens), wanted(batch * tokens);
+  cpu::attention_with_scores<T>(sizes, qkv.view(), out.data.get(), scores.data.get(), serial_executor());
+  cpu::attention_with_scores<T>(sizes, qkv.view(), again.data.get(), scores_again.data.get(),
+                                thread_executor());
+  CHECK(std::memcmp(out.data.get(), again.data.get(), out.size * sizeof(T)) == 0);
+  CHECK(std::memcmp(scores.data.get(), scores_again.data.get(), scores.size * sizeof(A)) == 0);
+  if (tokens > 0) {
+    const T* data = qkv.data.data.get();
+    cpu::class_attention<T>(
+        {batch, heads, tokens, channels, scale},
+        {data, qkv.stride_b, channels, data + width, qkv.stride_b, channels, qkv.stride_n}, wanted.data.get(),
+        serial_executor());
+  }
+  CHECK(std::memcmp(scores.data.get(), wanted.data.get(), scores.size * sizeof(A)) == 0);
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t m = 0; m < tokens; ++m)
+      for (int64_t h = 0; h < heads; ++h) {
+        const auto expected = expected_row(qkv, b, m, h * channels, tokens, channels, scale);
+        for (int64_t c = 0; c < channels; ++c)
+          CHECK_NEAR(to_double(out[(b * tokens + m) * width + h * channels + c]), expected[c],
+                     tolerance<T>() * (std::is_same_v<T, BFloat16> ? 1.5 : 1));
+      }
+}
+
+template <typename T>
+void agrees_on_all_sizes() {
+  agrees<T>(0, 5, 2, 4, 1.0);
+  agrees<T>(2, 0, 2, 4, 1.0);
+  agrees<T>(1, 1, 1, 1, 1.0);
+  agrees<T>(3, 17, 3, 5, -0.37);
+  agrees<T>(2, 197, 6, 64, 0.125);
+  agrees<T>(5, 50, 2, 33, 0.2);
+  agrees<T>(1, 577, 2, 80, 0.1);
+}
+
+TEST(attention_with_scores_agrees) {
+  agrees_on_all_sizes<float>();
+  agrees_on_all_sizes<double>();
+  agrees_on_all_sizes<Half>();
+  agrees_on_all_sizes<BFloat16>();
+}
+
+// Two tokens a head; what is not finite in one row of queries stays there.
+template <typename T>
+void bad_logits(SimdLevel level) {
+  const AttentionKernels<T>& kernels = cpu::attention_kernels<T>(level);
+  const double inf = INFINITY, nan = NAN;
+  const double queries[] = {1, nan, inf, -inf, 1e4};
+  for (const double key : {1.0, nan, inf, -inf}) {
+    Buffer<T> q(5), k(3), v(3), out(5);
+    const auto set = [](T& element, double value) {
+      if constexpr (sizeof(T) == 2)
+        element.bits = std::isnan(value) ? (std::is_same_v<T, Half> ? 0x7e00 : 0x7fc0)
+                       : std::isinf(value)
+                           ? (std::is_same_v<T, Half> ? 0x7c00 : 0x7f80) | (value < 0 ? 0x8000 : 0)
+                           : from_double<T>(value).bits;
+      else
+        element = static_cast<T>(value);
+    };
+    for (int64_t i = 0; i < 5; ++i) set(q[i], queries[i]);
+    const double keys[] = {0.5, key, -0.25};
+    for (int64_t n = 0; n < 3; ++n) set(k[n], keys[n]), set(v[n], n + 1.0);
+    std::vector<unsigned char> memory(kernels.scratch_bytes(3, 1) + 64);
+    void* scratch = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+    kernels.pack(k.data.get(), v.data.get(), 1, 3, 1, scratch);
+    kernels.attend(q.data.get(), 1, 5, 3, 1, 1, scratch, out.data.get(), 1);
+    for (int64_t m = 0; m < 5; ++m) {
+      double largest = -inf, sum = 0, expected = 0;
+      for (const double value : keys) largest = std::max(largest, queries[m] * value);
+      for (int64_t n = 0; n < 3; ++n) {
+        const double e = std::exp(queries[m] * keys[n] - largest);
+        sum += e;
+        expected += e * (n + 1);
+      }
+      CHECK_NEAR(to_double(out[m]), expected / sum, tolerance<T>() * 1.5);
+    }
+  }
+}
+
+TEST(attention_is_nan_where_softmax_is) {
+  for_each_level([](SimdLevel level) {
+    bad_logits<float>(level);
+    bad_logits<double>(level);
+    bad_logits<Half>(level);
+    bad_logits<BFloat16>(level);
+  });
+}
+
+}  // namespace
+}  // namespace evit::tests

@@ -9,6 +9,7 @@
 #include "row_kernels.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
 
 // After the standard headers, so that no function of theirs is compiled for a processor that is not there.
 #if defined(__clang__)
@@ -20,6 +21,9 @@
 
 // Nothing here crosses the ABI with a vector in a register: every such function is inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
+// What GCC 12 says of its own header's _mm512_undefined_ps.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
 #define EVIT_SIMD_NAMESPACE avx512
 #define EVIT_SIMD_BYTES 64
