@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from evit_ext import ops
@@ -32,7 +33,8 @@ class Inputs:
             qkv = torch.randn(batch, tokens, 3, heads, channels, generator=generator).to(dtype)
             q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
             x = torch.randn(batch, tokens, width, generator=generator).to(dtype)
-            self.items.append((q[:, :, 0], k, x, ops.class_attention(q[:, :, 0], k), torch.empty_like(x)))
+            scores = ops.class_attention(q[:, :, 0], k)
+            self.items.append((q[:, :, 0], k, x, scores, torch.empty_like(x), qkv.flatten(2)))
         self.turn = 0
 
     def next(self) -> tuple[Tensor, ...]:
@@ -58,7 +60,7 @@ def measure(model: str, batch: int, dtype: torch.dtype, seconds: float, cache_by
     """One row of the results: microseconds and GB/s."""
     inputs = Inputs(model, batch, dtype, cache_bytes)
     keep = inputs.num_keep
-    q, k, x, scores, _ = inputs.next()
+    q, k, x, scores, _, qkv = inputs.next()
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(scores, ops.reference.class_attention(q, k), rtol=tolerance, atol=1e-6)
     tokens, kept = ops.reorganize_tokens(x, scores, keep)
@@ -70,16 +72,36 @@ def measure(model: str, batch: int, dtype: torch.dtype, seconds: float, cache_by
     torch.testing.assert_close(eager_tokens, expected, rtol=5 * tolerance, atol=5 * tolerance)
     assert torch.equal(eager_kept, expected_kept)
 
+    heads = MODELS[model][0]
+    with torch.no_grad():
+        for actual, wanted in zip(
+            ops.attention_with_scores(qkv, heads),
+            ops.reference.attention_with_scores(qkv.float(), heads),
+            strict=True,
+        ):
+            torch.testing.assert_close(actual.float(), wanted, rtol=tolerance, atol=tolerance / 2)
+
+    def attention(qkv: Tensor) -> Tensor:
+        """Attention alone, as a block does it that wants no scores."""
+        q, k, v = ops.reference.unpacked(qkv, heads)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
     def on_next(function: Callable[..., Any]) -> Callable[[], Any]:
         return lambda: function(*inputs.next())
 
     seconds_of = time_interleaved(
         {
-            "copy": on_next(lambda q, k, x, s, out: out.copy_(x)),
-            "class_attention": on_next(lambda q, k, x, s, out: ops.class_attention(q, k)),
-            "class_attention, eager": on_next(lambda q, k, x, s, out: chains.class_attention(q, k)),
-            "reorganize_tokens": on_next(lambda q, k, x, s, out: ops.reorganize_tokens(x, s, keep)),
-            "reorganize_tokens, eager": on_next(lambda q, k, x, s, out: chains.reorganize_tokens(x, s, keep)),
+            "copy": on_next(lambda q, k, x, s, out, qkv: out.copy_(x)),
+            "class_attention": on_next(lambda q, k, x, s, out, qkv: ops.class_attention(q, k)),
+            "class_attention, eager": on_next(lambda q, k, x, s, out, qkv: chains.class_attention(q, k)),
+            "reorganize_tokens": on_next(lambda q, k, x, s, out, qkv: ops.reorganize_tokens(x, s, keep)),
+            "reorganize_tokens, eager": on_next(
+                lambda q, k, x, s, out, qkv: chains.reorganize_tokens(x, s, keep)
+            ),
+            "attention_with_scores": on_next(
+                lambda q, k, x, s, out, qkv: ops.attention_with_scores(qkv, heads)
+            ),
+            "attention, eager": on_next(lambda q, k, x, s, out, qkv: attention(qkv)),
         },
         seconds,
     )
@@ -100,8 +122,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
         "| model | batch | dtype | copy of x: µs, GB/s | class_attention: µs, GB/s | eager µs | times "
-        "| reorganize_tokens: µs, GB/s | eager µs | times |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| reorganize_tokens: µs, GB/s | eager µs | times "
+        "| attention_with_scores: µs | attention without scores, eager µs | times |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [row["model"], row["batch"], row["dtype"]]
@@ -110,5 +133,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         for name in ("class_attention", "reorganize_tokens"):
             eager = micro[f"{name}, eager"]
             cells += [f"{micro[name]:.0f}, {rate[name]:.1f}", f"{eager:.0f}", f"{eager / micro[name]:.1f}"]
+        ours, eager = micro["attention_with_scores"], micro["attention, eager"]
+        cells += [f"{ours:.0f}", f"{eager:.0f}", f"{eager / ours:.1f}"]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""The operators of EViT: attention, class-token scores, token gather, scatter, fusion, reorganisation and its inverse.
+"""The operators of EViT: attention, class scores, token gather, scatter, fusion, reorganisation, its inverse.
 
 Each but `mean_attention`, which is made of PyTorch's, is a C++ operator (``torch.ops.evit.<name>``) with
 shape inference for tracing, a gradient and a twin in :mod:`evit_ext.ops.reference`, which also runs on

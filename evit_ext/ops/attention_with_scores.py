@@ -1,4 +1,4 @@
-"""`attention_with_scores`: multi-head attention and the class token's scores at once, for inference on the CPU."""
+"""`attention_with_scores`: multi-head attention and the class token's scores, for inference on the CPU."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None = Non
         out = scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
         scores = class_attention(q[:, :, 0], k, scale)
 
-    with a kernel for the CPU that reads the projection in place and takes no memory of N × N. On other devices,
-    and where a gradient is needed, these steps run instead. A model that does something to queries or keys
-    between the projection and the attention (norms, rotary embeddings) cannot use it.
+    with a kernel for the CPU that reads the projection in place and takes no memory of N × N. On other
+    devices, and where a gradient is needed, these steps run instead. A model that does something to queries
+    or keys between the projection and the attention (norms, rotary embeddings) cannot use it.
 
     Args:
         qkv: the packed projection [B, N, 3 * C] of tokens, the class token first, as timm's ``qkv`` gives it:
@@ -36,9 +36,9 @@ def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None = Non
 
     Products are summed in float32 (float64 for float64). In bfloat16, on processors that multiply it
     (``avx512_bf16``), the probabilities are rounded to bfloat16 before they weigh the values, as PyTorch's
-    scaled_dot_product_attention does; `scores` are not. Under autocast `qkv` is cast to the autocast dtype, as
-    scaled_dot_product_attention casts. Differentiable once. The kernel is deterministic, whatever the number of
-    threads.
+    scaled_dot_product_attention does; `scores` are not. Under autocast `qkv` is cast to the autocast dtype,
+    as scaled_dot_product_attention casts. Differentiable once. The kernel is deterministic, whatever the
+    number of threads.
 
     Raises:
         TypeError: the dtype is not supported, `num_heads` is not an int or `scale` not a number.

@@ -46,6 +46,7 @@ def test_operators_run_their_reference(device: torch.device, no_kernels: None) -
         "reorganize_tokens": (x, scores, 3),
         "restore_tokens": (x[:, :4], torch.tensor([[0, 8], [3, 4]], device=device), 9),
         "add_reorganize_norm": (x, x, scores, 3),
+        "attention_with_scores": (torch.randn(2, 9, 24).to(device), 2),
     }.items():
         result = getattr(ops, name)(*arguments)
         expected = getattr(ops.reference, name)(*arguments)
@@ -105,6 +106,12 @@ def functions(
         "restore_tokens": (lambda o, t: o.restore_tokens(t, kept, 6) * t.sum(), x),
         "restore_tokens, tensor": (lambda o, t: o.restore_tokens(x, kept, 4, 1, t), x),
         "add_reorganize_norm": (lambda o, t: o.add_reorganize_norm(t, x, scores, 2, t[0, 0])[1], x),
+        "attention_with_scores": (
+            lambda o, t: torch.cat(
+                [a.flatten() for a in o.attention_with_scores(t.flatten().repeat(6).view(2, 5, 18), 2)]
+            ),
+            x,
+        ),
     }
     return {name: (partial(f, ops), partial(f, ops.reference), value) for name, (f, value) in calls.items()}
 

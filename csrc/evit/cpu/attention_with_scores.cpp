@@ -12,6 +12,13 @@ namespace {
 
 constexpr std::align_val_t kCacheLine{64};
 
+// Asks for rows of one head, which lie apart, so that the processor does not foresee them.
+template <typename T>
+void prefetch(const T* rows, int64_t stride, int64_t count, int64_t channels) {
+  for (int64_t n = 0; n < count; ++n)
+    for (int64_t c = 0; c < channels; c += 64 / sizeof(T)) __builtin_prefetch(rows + n * stride + c, 0, 2);
+}
+
 struct Free {
   void operator()(void* memory) const { ::operator delete(memory, kCacheLine); }
 };
@@ -34,32 +41,37 @@ void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T
   // Some queries of a head are an item, so that even a batch of one feeds several threads. A thread gets
   // neighbouring items and packs the keys and values of a head once for all that it has of it.
   const int64_t blocks = (tokens + attention_queries - 1) / attention_queries;
-  executor.for_range(batch * heads * blocks, std::min(tokens, attention_queries) * tokens * channels,
-                     [&](int64_t begin, int64_t end) {
-                       const std::unique_ptr<void, Free> scratch(
-                           ::operator new(kernels.scratch_bytes(tokens, channels), kCacheLine));
-                       const std::unique_ptr<A[]> query(new A[padded(channels)]);
-                       int64_t packed = -1;
-                       for (int64_t i = begin; i < end; ++i) {
-                         const int64_t head = i / blocks, b = head / heads, h = head % heads;
-                         const T* q = qkv.row(b, 0) + h * channels;
-                         const int64_t first = i % blocks * attention_queries;
-                         T* result = out + (b * tokens + first) * width + h * channels;
-                         const int64_t count = std::min(attention_queries, tokens - first);
-                         if (head != packed) {
-                           kernels.pack(q + width, q + 2 * width, qkv.stride_n, tokens, channels,
-                                        scratch.get());
-                           packed = head;
-                         }
-                         if (first == 0) {
-                           A* p = &probabilities[head * row];
-                           head_products(rows, class_sizes, class_input, b, h, query.get(), p);
-                           rows.softmax(p, tokens, static_cast<A>(scale));
-                         }
-                         kernels.attend(q + first * qkv.stride_n, qkv.stride_n, count, tokens, channels,
-                                        static_cast<A>(scale), scratch.get(), result, width);
-                       }
-                     });
+  executor.for_range(
+      batch * heads * blocks, std::min(tokens, attention_queries) * tokens * channels,
+      [&](int64_t begin, int64_t end) {
+        const std::unique_ptr<void, Free> scratch(
+            ::operator new(kernels.scratch_bytes(tokens, channels), kCacheLine));
+        const std::unique_ptr<A[]> query(new A[padded(channels)]);
+        int64_t packed = -1;
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t head = i / blocks, b = head / heads, h = head % heads;
+          const T* q = qkv.row(b, 0) + h * channels;
+          const int64_t first = i % blocks * attention_queries;
+          T* result = out + (b * tokens + first) * width + h * channels;
+          const int64_t count = std::min(attention_queries, tokens - first);
+          if (head != packed) {
+            kernels.pack(q + width, q + 2 * width, qkv.stride_n, tokens, channels, scratch.get());
+            packed = head;
+          }
+          if (first == 0) {
+            A* p = &probabilities[head * row];
+            head_products(rows, class_sizes, class_input, b, h, query.get(), p);
+            rows.softmax(p, tokens, static_cast<A>(scale));
+          }
+          // What the next head will read comes into the second-level cache while this one is computed.
+          if (head + 1 < batch * heads)
+            for (int64_t part = 0; part < 3; ++part)
+              prefetch(qkv.row((head + 1) / heads, first) + part * width + (head + 1) % heads * channels,
+                       qkv.stride_n, count, channels);
+          kernels.attend(q + first * qkv.stride_n, qkv.stride_n, count, tokens, channels,
+                         static_cast<A>(scale), scratch.get(), result, width);
+        }
+      });
   executor.for_range(batch, heads * tokens, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
       mean_of_heads(&probabilities[b * heads * row], row, heads, tokens, scores + b * tokens);

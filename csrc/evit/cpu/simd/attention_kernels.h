@@ -1,8 +1,8 @@
 // The inner loops of attention_with_scores: attention of some queries of one head to all its keys.
 //
-// As with row_kernels.h, the same source (attention_kernels.inc) is compiled once per instruction level. Every
-// product is summed over its depth in order, in one accumulator; the levels differ only where one has a fused
-// multiply-add or rounds probabilities to bfloat16 (avx512_bf16) and another does not.
+// As with row_kernels.h, the same source (attention_kernels.inc) is compiled once per instruction level.
+// Every product is summed over its depth in order, in one accumulator; the levels differ only where one has a
+// fused multiply-add or rounds probabilities to bfloat16 (avx512_bf16) and another does not.
 #pragma once
 
 #include "../../types.h"
@@ -19,7 +19,8 @@ struct AttentionKernels {
 
   // Bytes that a head of `tokens` keys of `channels` needs as scratch memory, aligned to 64: linear in both.
   int64_t (*scratch_bytes)(int64_t tokens, int64_t channels);
-  // Copies keys and values, whose rows are `stride` apart, into scratch in the order that `attend` reads them.
+  // Copies keys and values, whose rows are `stride` apart, into scratch in the order that `attend` reads
+  // them.
   void (*pack)(const T* k, const T* v, int64_t stride, int64_t tokens, int64_t channels, void* scratch);
   // out_i = softmax_n(q_i . k_n * scale) . v_n for `count` queries; n has `tokens` values, at least one.
   void (*attend)(const T* q, int64_t stride, int64_t count, int64_t tokens, int64_t channels, A scale,

@@ -13,20 +13,20 @@ template <typename T>
 const RowKernels<T>& table();
 template <typename T>
 const AttentionKernels<T>& attention_table();
-}
+}  // namespace baseline
 #if defined(__x86_64__)
 namespace avx2 {
 template <typename T>
 const RowKernels<T>& table();
 template <typename T>
 const AttentionKernels<T>& attention_table();
-}
+}  // namespace avx2
 namespace avx512 {
 template <typename T>
 const RowKernels<T>& table();
 template <typename T>
 const AttentionKernels<T>& attention_table();
-}
+}  // namespace avx512
 namespace avx512_bf16 {
 const AttentionKernels<BFloat16>& attention_table();
 }
@@ -105,8 +105,8 @@ const AttentionKernels<T>& attention_kernels(SimdLevel level) {
   return baseline::attention_table<T>();
 }
 
-#define EVIT_INSTANTIATE(T)                                    \
-  template const RowKernels<T>& row_kernels<T>(SimdLevel);    \
+#define EVIT_INSTANTIATE(T)                                \
+  template const RowKernels<T>& row_kernels<T>(SimdLevel); \
   template const AttentionKernels<T>& attention_kernels<T>(SimdLevel);
 EVIT_FOR_EACH_TYPE(EVIT_INSTANTIATE)
 #undef EVIT_INSTANTIATE
