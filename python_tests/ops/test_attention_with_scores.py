@@ -67,12 +67,17 @@ def test_sizes(device: torch.device, dtype: torch.dtype, tokens: int, channels: 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_is_attention_and_class_attention(device: torch.device, dtype: torch.dtype) -> None:
+def test_is_attention_and_class_attention(
+    device: torch.device, dtype: torch.dtype, pytestconfig: pytest.Config
+) -> None:
     batch, tokens, heads, channels = 2, 61, 3, 24
     qkv = make(batch, tokens, heads, channels).to(device, dtype)
     q, k, v = qkv.view(batch, tokens, 3, heads, channels).permute(2, 0, 3, 1, 4).unbind(0)
     out, scores = ops.attention_with_scores(qkv, heads)
-    assert torch.equal(scores, ops.class_attention(q[:, :, 0], k))
+    if pytestconfig.getoption("--cuda-on-host"):  # another kernel's, which sums in another order
+        assert_near(scores, ops.class_attention(q[:, :, 0], k).double())
+    else:
+        assert torch.equal(scores, ops.class_attention(q[:, :, 0], k))
     wide = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     assert_near(out, wide.transpose(1, 2).reshape(batch, tokens, heads * channels))
 
