@@ -1,15 +1,18 @@
-// attention_with_scores: multi-head attention from the packed projection, and the attention of the first token.
+// attention_with_scores: multi-head attention from the packed projection, and the attention of the first
+// token.
 //
 //   out[b, m, h] = sum_n softmax_n(q[b, h, m] . k[b, h, n] * scale) v[b, h, n]
 //   scores[b, n] = mean_h softmax_n(q[b, h, 0] . k[b, h, n] * scale), to the bit what class_attention gives
 //
-// qkv [B, N, 3 * H * D] with a dense last dimension, ordered (3, H, D), and any other strides. out [B, N, H * D]
-// and scores [B, N], dense, scores in the accumulation type. B and N may be 0; H and D at least 1. A NaN logit
-// makes its row NaN, as does a row whose maximum is +Inf or all of -Inf. Not differentiable. Deterministic:
-// every sum has one fixed order, whatever the threads. Memory besides the results is linear in N.
+// qkv [B, N, 3 * H * D] with a dense last dimension, ordered (3, H, D), and any other strides. out [B, N, H *
+// D] and scores [B, N], dense, scores in the accumulation type. B and N may be 0; H and D at least 1. A NaN
+// logit makes its row NaN, as does a row whose maximum is +Inf or all of -Inf. Not differentiable.
+// Deterministic: every sum has one fixed order, whatever the threads. Memory besides the results is linear in
+// N.
 //
-// In bfloat16, where the processor multiplies it (SimdLevel::avx512_bf16), probabilities are rounded to bfloat16
-// before they are multiplied with the values; otherwise everything between is in the accumulation type.
+// In bfloat16, where the processor multiplies it (SimdLevel::avx512_bf16), probabilities are rounded to
+// bfloat16 before they are multiplied with the values; otherwise everything between is in the accumulation
+// type.
 #pragma once
 
 #include "executor.h"

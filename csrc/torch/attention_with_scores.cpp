@@ -22,8 +22,9 @@ std::tuple<Tensor, Tensor> attention_with_scores(const Tensor& qkv_any, int64_t 
   Tensor scores = empty(qkv, {batch, tokens}, accumulate_dtype(dtype));
   dispatch(dtype, "attention_with_scores", [&](auto zero) {
     using T = decltype(zero);
-    cpu::attention_with_scores<T>({batch, tokens, num_heads, width / num_heads, scale}, evit::adapter::tokens<T>(qkv),
-                                  mutable_data<T>(out), mutable_data<accumulate_t<T>>(scores), executor());
+    cpu::attention_with_scores<T>({batch, tokens, num_heads, width / num_heads, scale},
+                                  evit::adapter::tokens<T>(qkv), mutable_data<T>(out),
+                                  mutable_data<accumulate_t<T>>(scores), executor());
   });
   return {out, scores};
 }

@@ -1,4 +1,5 @@
-// What class_attention and attention_with_scores have in common, so that their scores are the same to the bit.
+// What class_attention and attention_with_scores have in common, so that their scores are the same to the
+// bit.
 #pragma once
 
 #include "../class_attention.h"
