@@ -20,7 +20,7 @@ help:
 	@echo "make test-faults        kill a hundred training runs at random moments; none must be lost"
 	@echo "make test-sanitize      the C++ tests with address and undefined-behaviour sanitizers"
 	@echo "make test-oldest-torch  one binary, built on the newest torch, tested on the oldest supported"
-	@echo "make bench              DeiT-S end to end, next to what people would use instead (about 20 minutes)"
+	@echo "make bench              DeiT-S end to end, next to what people would use instead"
 	@echo "make gpu-check          every test and benchmark that needs a GPU, with the installed Python and torch"
 	@echo "make lint | format      check | mend formatting, style and types"
 	@echo "make wheel              build a wheel into dist/"
