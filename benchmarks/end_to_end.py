@@ -64,7 +64,7 @@ def plot(rows: list[Row], path: Path, device: str) -> None:
     for axis, precision in zip(axes[0], precisions, strict=True):
         here = [row for row in shown if row.precision == precision]
         dense = next(row for row in here if row.model == "dense")
-        axis.axhline(dense.images_per_second, color="gray", linestyle="--", label="DeiT-S, dense")
+        axis.axhline(dense.images_per_second, color="gray", linestyle="--", label="dense")
         for kind in ("EViT", "plain EViT", "DynamicViT"):
             line = [row for row in here if row.model.rpartition(" ")[0] == kind]
             axis.plot(
@@ -76,7 +76,7 @@ def plot(rows: list[Row], path: Path, device: str) -> None:
         axis.set(
             title=f"{precision}, batch {batch}, {device}", xlabel="keep rate", ylabel="images per second"
         )
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * max(row.images_per_second for row in here))
         axis.invert_xaxis()
         axis.legend()
     figure.tight_layout()
