@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,8 +53,9 @@ class Ranks:
         if self.control is None:
             return [float(value) for value in values]
         sums = torch.tensor(values, dtype=torch.float64)
+        group = self._group()
         with _talking(self.rank, self.world_size):
-            dist.all_reduce(sums, group=self.control)
+            dist.all_reduce(sums, group=group)
         return sums.tolist()
 
     def gather(self, value: Any) -> list[Any]:
@@ -64,18 +66,28 @@ class Ranks:
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.world_size
+        group = self._group()
         with _talking(self.rank, self.world_size):
-            dist.all_gather_object(values, value, group=self.control)
+            dist.all_gather_object(values, value, group=group)
         return values
 
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.control is not None:
+            group = self._group()
             with _talking(self.rank, self.world_size):
-                dist.barrier(group=self.control)
+                dist.barrier(group=group)
+
+    def _group(self) -> Any:
+        if self.control is _LEFT:
+            raise RuntimeError("the processes have left each other: join() has ended")
+        return self.control
 
 
 ALONE = Ranks()
+
+#: In the place of the control group of a process that has left.
+_LEFT = object()
 
 
 def launched(environment: Mapping[str, str] | None = None) -> tuple[int, int, int] | None:
@@ -145,14 +157,28 @@ def join(device: str = "auto", timeout: float = 1800.0) -> Iterator[Ranks]:
             device_id=chosen if on_gpu else None,
         )
         control = dist.new_group(backend="gloo", timeout=limit)
+    here = Ranks(rank, world_size, local_rank, chosen, control)
+    del control
     try:
-        yield Ranks(rank, world_size, local_rank, chosen, control)
+        yield here
     except BaseException:
         # NCCL's would wait for work that the others may never do their part of; the process ends anyway.
         if not on_gpu:
-            dist.destroy_process_group()
+            _leave(here)
         raise
+    _leave(here)
+
+
+def _leave(here: Ranks) -> None:
+    """Leave the other processes, and let go of the groups, so that gloo's threads end.
+
+    A thread of it that lets go of a tensor while Python shuts down aborts the process, all work done, and the
+    launcher then takes the whole run for failed. An abort at the very end was seen once, on a crowded machine.
+    """
     dist.destroy_process_group()
+    # Not None, with which it would be alone: collectives of a group that is gone raise.
+    object.__setattr__(here, "control", _LEFT)
+    gc.collect()  # models hold groups, too
 
 
 @contextmanager

@@ -6,8 +6,18 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from evit_ext.training import ranks
+
+
+def gloo_threads() -> int:
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sum("gloo" in name for name in names)
 
 
 def main(dying: bool) -> None:
@@ -25,7 +35,17 @@ def main(dying: bool) -> None:
         before = time.time()
         here.barrier()
         said["waited"] = time.time() - before
-        print(json.dumps(said))
+        model = DistributedDataParallel(nn.Linear(2, 2))
+        model(torch.zeros(1, 2)).sum().backward()
+        model.itself = model  # a cycle, as real models have
+        del model
+        said["threads"] = gloo_threads()
+    said["threads left"] = gloo_threads()
+    try:
+        here.barrier()
+    except RuntimeError as error:
+        said["barrier"] = str(error)
+    print(json.dumps(said))
 
 
 if __name__ == "__main__":

@@ -92,6 +92,11 @@ def test_two_processes() -> None:
     assert first["none"] == []
     assert first["gather"] == second["gather"] == [{"rank": rank, "nothing": None} for rank in (0, 1)]
     assert first["waited"] > 0.25  # for the second, which is half a second late
+    for said in (first, second):
+        # One that is at work while Python shuts down can abort the process.
+        assert said["threads"] > 0
+        assert said["threads left"] == 0
+        assert "join() has ended" in said["barrier"]
 
 
 def test_a_process_that_dies() -> None:
