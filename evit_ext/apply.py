@@ -10,8 +10,9 @@ from typing import TypeVar
 
 from torch import nn
 
+from evit_ext import cpu_overrides
 from evit_ext.block import AdoptedBlock
-from evit_ext.families import FAMILIES, applied_blocks, check_block, family_of, find_blocks
+from evit_ext.families import FAMILIES, Blocks, applied_blocks, check_block, family_of, find_blocks
 from evit_ext.full_grid import FullGridIntermediates
 from evit_ext.override import ReplicateOverrides, overrides, remove_overrides
 
@@ -27,8 +28,10 @@ def apply(
     """Make `vit` drop the patches that are paid the least attention; in place.
 
     Method of Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token
-    Reorganizations" (ICLR 2022). Parameters, state-dict keys and all other blocks stay as they are. With
-    keep rate 1 the model computes what it did before, to the last bit.
+    Reorganizations" (ICLR 2022). Parameters and state-dict keys stay as they are, and what the other blocks
+    compute. With keep rate 1 the model computes what it did before, to the last bit; below 1, without
+    gradients on the CPU, all blocks of timm's models run faster forwards, which differ by rounding
+    (:mod:`evit_ext.cpu_inference`).
 
     Args:
         vit: a vision transformer of timm (VisionTransformer, Eva, Beit) or of transformers (ViT, DeiT,
@@ -88,11 +91,23 @@ def apply(
             blocks[number] = following(block, stage)
     if following is not None:
         family.install(vit)
+    _compute_faster(blocks, rates)
     if FullGridIntermediates.fits(vit):
         FullGridIntermediates(vit, "forward_intermediates").install()
     if overrides(vit):
         ReplicateOverrides(vit, "_replicate_for_data_parallel").install()
     return vit
+
+
+def _compute_faster(blocks: Blocks, rates: Sequence[float]) -> None:
+    """Put faster forwards for the CPU in place; where no patch is dropped, take them away.
+
+    They round otherwise than timm's, and with keep rate 1 the model is to be what it was, to the last bit.
+    """
+    if min(rates) < 1:
+        cpu_overrides.install(blocks, tuple(kind for family in FAMILIES for kind in family.attentions))
+    else:
+        cpu_overrides.uninstall(blocks)
 
 
 def _is_changed(vit: nn.Module) -> bool:
@@ -140,6 +155,7 @@ def remove(vit: Model) -> Model:
     for number, block in enumerate(blocks):
         if isinstance(block, AdoptedBlock):
             blocks[number] = block.original()
+    cpu_overrides.uninstall(blocks)
     remove_overrides(inner)
     for family in FAMILIES:
         if family.model is not None and isinstance(inner, family.model):
@@ -166,8 +182,10 @@ def set_keep_rate(vit: Model, keep_rate: float | Sequence[float]) -> Model:
         ValueError: :func:`apply` was not called, a keep rate is not in (0, 1] or their number is wrong.
     """
     blocks = applied_blocks(vit)
-    for block, rate in zip(blocks, _keep_rates(keep_rate, len(blocks)), strict=True):
+    rates = _keep_rates(keep_rate, len(blocks))
+    for block, rate in zip(blocks, rates, strict=True):
         block.keep_rate = rate
+    _compute_faster(find_blocks(getattr(vit, "_orig_mod", vit)) or nn.ModuleList(), rates)
     return vit
 
 

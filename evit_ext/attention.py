@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 
-from evit_ext import ops
+from evit_ext import cpu_inference, ops
 from evit_ext.ops import checks
+
+#: Applies a linear layer to a tensor, with its own bias or, where that is not None, another.
+Linear = Callable[[Any, Tensor, Tensor | None], Tensor]
 
 #: Gives the scores [B, N] of queries and keys [B, H, N, D] and an attention bias, or None.
 Score = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -52,25 +55,28 @@ def mean_score(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 
 def project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values [B, H, N, D] of `x` [B, N, C], as timm's attentions project them."""
-    batch, num_tokens, _ = x.shape
     if attention.qkv is None:
         projections = (attention.q_proj(x), attention.k_proj(x), attention.v_proj(x))
         head_dim = projections[0].shape[2] // attention.num_heads
         # Keys and values may have fewer heads.
         q, k, v = (y.unflatten(2, (y.shape[2] // head_dim, head_dim)).transpose(1, 2) for y in projections)
         return q, k, v
+    return ops.reference.unpacked(project_packed(attention, x), attention.num_heads)
+
+
+def _apply(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = layer(x) if bias is None else F.linear(x, layer.weight, bias)
+    return out
+
+
+def project_packed(attention: Any, x: Tensor, linear: Linear = _apply) -> Tensor:
+    """Return queries, keys and values of `x` in one tensor [B, N, 3 * H * D]; `linear` applies a layer."""
     if getattr(attention, "q_bias", None) is None:
-        qkv = attention.qkv(x)
-    else:
-        bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
-        if attention.qkv_bias_separate:
-            qkv = attention.qkv(x) + bias
-        else:
-            qkv = F.linear(x, attention.qkv.weight, bias)
-    head_dim = qkv.shape[2] // (3 * attention.num_heads)
-    qkv = qkv.reshape(batch, num_tokens, 3, attention.num_heads, head_dim)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # views of qkv, which class_attention reads in place
-    return q, k, v
+        return linear(attention.qkv, x, None)
+    bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+    if attention.qkv_bias_separate:
+        return linear(attention.qkv, x, None) + bias
+    return linear(attention.qkv, x, bias)
 
 
 def attend(
@@ -82,8 +88,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Run one of timm's attentions on `x` and also return how much attention every token is paid.
 
-    The output is that of the attention itself; it always goes through scaled_dot_product_attention, so no
-    N × N map is formed. Hooks on `attention` itself do not run, those on its projections do.
+    The output is that of the attention itself. It goes through scaled_dot_product_attention, or, on the CPU
+    and without gradients, through :func:`evit_ext.ops.attention_with_scores` where that computes the same; so
+    no N × N map is formed. Hooks on `attention` itself do not run, those on its projections do.
 
     Args:
         attention: timm's ``Attention``, ``AttentionRope``, ``EvaAttention`` or BEiT's ``Attention``, with or
@@ -97,9 +104,15 @@ def attend(
     Returns:
         The attention's output [B, N, C] and the scores [B, N], float32 (float64 for float64), which sum to 1.
     """
+    if rope is None and bias is None and cpu_inference.attends(attention, x):
+        qkv = project_packed(attention, x, cpu_inference.linear)
+        out, scores = ops.attention_with_scores(qkv, attention.num_heads)
+        if score is not class_token_score:
+            q, k, _ = ops.reference.unpacked(qkv, attention.num_heads)
+            scores = score(q, k, None)
+        return _output(attention, x, out, cpu_inference.linear), scores
     # What not every attention, or not every version of timm, has.
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    gate, norm = getattr(attention, "gate", None), getattr(attention, "norm", None)
     q, k, v = project(attention, x)
     if q_norm is not None and k_norm is not None:
         q, k = q_norm(q), k_norm(k)
@@ -119,9 +132,15 @@ def attend(
     dropout = attention.attn_drop.p if attention.training else 0.0
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     scores = score(q, k, bias)
-    out = out.transpose(1, 2).flatten(2)
+    return _output(attention, x, out.transpose(1, 2).flatten(2), _apply), scores
+
+
+def _output(attention: Any, x: Tensor, attended: Tensor, linear: Linear) -> Tensor:
+    """Return what one of timm's attentions makes of its heads' outputs [B, N, H * D]."""
+    norm, gate = getattr(attention, "norm", None), getattr(attention, "gate", None)
     if norm is not None:
-        out = norm(out)
+        attended = norm(attended)
     if gate is not None:
-        out = out * gate(x).sigmoid()
-    return attention.proj_drop(attention.proj(out)), scores
+        attended = attended * gate(x).sigmoid()
+    out: Tensor = attention.proj_drop(linear(attention.proj, attended, None))
+    return out

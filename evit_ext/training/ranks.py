@@ -173,7 +173,7 @@ def _leave(here: Ranks) -> None:
     """Leave the other processes, and let go of the groups, so that gloo's threads end.
 
     A thread of it that lets go of a tensor while Python shuts down aborts the process, all work done, and the
-    launcher then takes the whole run for failed. An abort at the very end was seen once, on a crowded machine.
+    launcher then takes the whole run for failed. An abort at the very end was seen once, on a busy machine.
     """
     dist.destroy_process_group()
     # Not None, with which it would be alone: collectives of a group that is gone raise.
