@@ -71,7 +71,7 @@ def attends(attention: Any, x: Tensor) -> bool:
 
     Queries and keys must be as they are projected: no norms, no biases between places, no dropout.
     """
-    # Asked of the attention, so that a block computes the same bits whoever runs it: with keep rate 1, timm's.
+    # Asked of the attention, so that a block computes the same bits whoever runs it: timm's with keep rate 1.
     if not isinstance(attention.__dict__.get("forward"), CpuForward):
         return False
     if not runs_on(x) or getattr(attention, "qkv", None) is None or not attention.fused_attn:

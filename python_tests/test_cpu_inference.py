@@ -345,10 +345,11 @@ def test_compiled_without_break(small_vit: Build) -> None:
     assert len(graphs) == 1
 
 
-def test_exported_in_operators_that_every_device_has(small_vit: Build) -> None:
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+def test_exported_in_operators_that_every_device_has(small_vit: Build, strict: bool) -> None:
     vit = evit_ext.apply(small_vit(), 0.7)
     with torch.no_grad():
-        program = torch.export.export(vit, (images(),))
+        program = torch.export.export(vit, (images(),), strict=strict)
     targets = {str(node.target) for node in program.graph.nodes}
     assert not any("attention_with_scores" in target or "mkldnn" in target for target in targets)
     assert "aten.scaled_dot_product_attention.default" in targets
