@@ -364,7 +364,8 @@ def test_other_families(calls: Calls) -> None:
     # With positions, attention is timm's.
     for vit, expected in ((eva, FAST), (rotary, (0, 8, 4)), (beit, FAST), (biased, (0, 8, 4))):
         evit_ext.apply(vit, 0.7)
-        nn.init.normal_(vit.blocks[0].attn.q_bias)
+        for parameter in vit.parameters():
+            nn.init.normal_(parameter, std=0.2)
         out, counted = calls.during(vit, images())
         torch.testing.assert_close(out, vit(images()), rtol=1e-5, atol=1e-5)
         assert counted == expected
