@@ -52,6 +52,7 @@ def runs_on(x: Tensor) -> bool:
     if not SUPPORTED or torch.is_grad_enabled() or x.device.type != "cpu" or type(x) is not Tensor:
         return False
     if torch.compiler.is_compiling():
+        # To the compiler of torch 2.10 all is exporting: there, compiled models run as timm wrote them.
         return not torch.compiler.is_exporting()
     return not checks.in_function_transform()
 
