@@ -12,7 +12,7 @@ from torch import nn
 
 from evit_ext import cpu_overrides
 from evit_ext.block import AdoptedBlock
-from evit_ext.families import FAMILIES, Blocks, applied_blocks, check_block, family_of, find_blocks
+from evit_ext.families import FAMILIES, applied_blocks, check_block, cpu_forwards, family_of, find_blocks
 from evit_ext.full_grid import FullGridIntermediates
 from evit_ext.override import ReplicateOverrides, overrides, remove_overrides
 
@@ -30,7 +30,7 @@ def apply(
     Method of Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token
     Reorganizations" (ICLR 2022). Parameters and state-dict keys stay as they are, and what the other blocks
     compute. With keep rate 1 the model computes what it did before, to the last bit; below 1, without
-    gradients on the CPU, all blocks of timm's models run faster forwards, which differ by rounding
+    gradients on the CPU, all blocks run faster forwards, which differ by rounding
     (:mod:`evit_ext.cpu_inference`).
 
     Args:
@@ -91,7 +91,7 @@ def apply(
             blocks[number] = following(block, stage)
     if following is not None:
         family.install(vit)
-    _compute_faster(blocks, rates)
+    _compute_faster(vit, rates)
     if FullGridIntermediates.fits(vit):
         FullGridIntermediates(vit, "forward_intermediates").install()
     if overrides(vit):
@@ -99,13 +99,14 @@ def apply(
     return vit
 
 
-def _compute_faster(blocks: Blocks, rates: Sequence[float]) -> None:
+def _compute_faster(vit: nn.Module, rates: Sequence[float]) -> None:
     """Put faster forwards for the CPU in place; where no patch is dropped, take them away.
 
-    They round otherwise than timm's, and with keep rate 1 the model is to be what it was, to the last bit.
+    They round otherwise than the model's own, and with keep rate 1 it is to be what it was, to the last bit.
     """
+    blocks = find_blocks(vit) or nn.ModuleList()
     if min(rates) < 1:
-        cpu_overrides.install(blocks, tuple(kind for family in FAMILIES for kind in family.attentions))
+        cpu_overrides.install(blocks, cpu_forwards(vit))
     else:
         cpu_overrides.uninstall(blocks)
 
@@ -185,7 +186,7 @@ def set_keep_rate(vit: Model, keep_rate: float | Sequence[float]) -> Model:
     rates = _keep_rates(keep_rate, len(blocks))
     for block, rate in zip(blocks, rates, strict=True):
         block.keep_rate = rate
-    _compute_faster(find_blocks(getattr(vit, "_orig_mod", vit)) or nn.ModuleList(), rates)
+    _compute_faster(getattr(vit, "_orig_mod", vit), rates)
     return vit
 
 

@@ -53,30 +53,33 @@ def mean_score(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     return ops.mean_attention(q, k)
 
 
-def project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values [B, H, N, D] of `x` [B, N, C], as timm's attentions project them."""
-    if attention.qkv is None:
-        projections = (attention.q_proj(x), attention.k_proj(x), attention.v_proj(x))
-        head_dim = projections[0].shape[2] // attention.num_heads
-        # Keys and values may have fewer heads.
-        q, k, v = (y.unflatten(2, (y.shape[2] // head_dim, head_dim)).transpose(1, 2) for y in projections)
-        return q, k, v
-    return ops.reference.unpacked(project_packed(attention, x), attention.num_heads)
-
-
-def _apply(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+def apply_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Return what a linear layer makes of `x`, with its own bias or another."""
     out: Tensor = layer(x) if bias is None else F.linear(x, layer.weight, bias)
     return out
 
 
-def project_packed(attention: Any, x: Tensor, linear: Linear = _apply) -> Tensor:
-    """Return queries, keys and values of `x` in one tensor [B, N, 3 * H * D]; `linear` applies a layer."""
+def project(attention: Any, x: Tensor, linear: Linear) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Project `x` [B, N, C] as timm's attentions do, with `linear` to apply a layer.
+
+    Returns:
+        Queries, keys and values in one tensor [B, N, 3 * H * D], or None where they are not; and each by
+        itself, [B, H, N, D]. Keys and values may have fewer heads.
+    """
+    if attention.qkv is None:
+        layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+        projections = [linear(layer, x, None) for layer in layers]
+        head_dim = projections[0].shape[2] // attention.num_heads
+        q, k, v = (y.unflatten(2, (y.shape[2] // head_dim, head_dim)).transpose(1, 2) for y in projections)
+        return None, q, k, v
     if getattr(attention, "q_bias", None) is None:
-        return linear(attention.qkv, x, None)
-    bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
-    if attention.qkv_bias_separate:
-        return linear(attention.qkv, x, None) + bias
-    return linear(attention.qkv, x, bias)
+        qkv = linear(attention.qkv, x, None)
+    else:
+        bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+        separate = attention.qkv_bias_separate
+        qkv = linear(attention.qkv, x, None) + bias if separate else linear(attention.qkv, x, bias)
+    # Views, which class_attention reads in place.
+    return qkv, *ops.reference.unpacked(qkv, attention.num_heads)
 
 
 def attend(
@@ -104,18 +107,16 @@ def attend(
     Returns:
         The attention's output [B, N, C] and the scores [B, N], float32 (float64 for float64), which sum to 1.
     """
-    if rope is None and bias is None and cpu_inference.attends(attention, x):
-        qkv = project_packed(attention, x, cpu_inference.linear)
-        out, scores = ops.attention_with_scores(qkv, attention.num_heads)
-        if score is not class_token_score:
-            q, k, _ = ops.reference.unpacked(qkv, attention.num_heads)
-            scores = score(q, k, None)
-        return _output(attention, x, out, cpu_inference.linear), scores
+    dropout = attention.attn_drop.p if attention.training else 0.0
+    on_cpu = bias is None and cpu_inference.may_attend(attention, x)
+    linear = cpu_inference.linear if on_cpu else apply_linear
+    qkv, q, k, v = project(attention, x, linear)
+    as_projected = True
     # What not every attention, or not every version of timm, has.
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    q, k, v = project(attention, x)
     if q_norm is not None and k_norm is not None:
         q, k = q_norm(q), k_norm(k)
+        as_projected &= cpu_inference.is_identity(q_norm) and cpu_inference.is_identity(k_norm)
     if rope is not None:
         prefix = attention.num_prefix_tokens
         # An older timm knows no halves.
@@ -126,13 +127,27 @@ def attend(
             )
             for t in (q, k)
         )
+        as_projected = False
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    dropout = attention.attn_drop.p if attention.training else 0.0
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    scores = score(q, k, bias)
-    return _output(attention, x, out.transpose(1, 2).flatten(2), _apply), scores
+    if on_cpu and cpu_inference.attends(q, k, v):
+        if qkv is None or not as_projected:
+            qkv = cpu_inference.pack(q, k, v)
+        out, scores = packed_attention(qkv, attention.num_heads, score)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        out, scores = out.transpose(1, 2).flatten(2), score(q, k, bias)
+    return _output(attention, x, out, linear), scores
+
+
+def packed_attention(qkv: Tensor, num_heads: int, score: Score) -> tuple[Tensor, Tensor]:
+    """Return the attention [B, N, H * D] of packed queries, keys and values, and what `score` is of them."""
+    out, scores = ops.attention_with_scores(qkv, num_heads)
+    if score is class_token_score:
+        return out, scores
+    q, k, _ = ops.reference.unpacked(qkv, num_heads)
+    return out, score(q, k, None)
 
 
 def _output(attention: Any, x: Tensor, attended: Tensor, linear: Linear) -> Tensor:

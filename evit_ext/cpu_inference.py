@@ -1,11 +1,11 @@
-"""What timm's attentions and MLPs compute, on the CPU and without gradients, in fewer passes over memory.
+"""What attentions and MLPs compute, on the CPU and without gradients, in fewer passes over memory.
 
-Attention goes through :func:`evit_ext.ops.attention_with_scores`, straight from the packed projection, which
-scaled_dot_product_attention would have permuted; and linear layers through oneDNN with bias and GELU in the
-product's last pass, where ``F.linear`` copies the bias into the result first and GELU is a pass of its own.
-Results differ from timm's by rounding; so :func:`evit_ext.apply` puts this in place only where a keep rate is
-below 1. Whatever is not known to compute the same runs as timm wrote it: under autograd and
-``torch.export``, with hooks or a forward put in the place of a class's, with dropout, masks and positions.
+Attention goes through :func:`evit_ext.ops.attention_with_scores`, straight from the packed projection where
+nothing is done to queries and keys; and linear layers through oneDNN with bias and GELU in the product's last
+pass, where ``F.linear`` copies the bias into the result first and GELU is a pass of its own. Results differ
+by rounding; so :func:`evit_ext.apply` puts this in place only where a keep rate is below 1. Whatever is not
+known to compute the same runs as it was written: under autograd and ``torch.export``, with hooks or a forward
+put in the place of a class's, with dropout, masks and biases between places.
 
 Notation: B batch, H heads, N tokens, C channels.
 """
@@ -57,7 +57,7 @@ def runs_on(x: Tensor) -> bool:
     return not checks.in_function_transform()
 
 
-def _as_written(module: nn.Module, kind: type[nn.Module]) -> bool:
+def as_written(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether `module` computes what `kind` does, and nobody wants to see it being called."""
     watched = module._forward_hooks or module._forward_pre_hooks
     return type(module) is kind and not watched and "forward" not in module.__dict__
@@ -67,24 +67,38 @@ def _globally_watched() -> bool:
     return torch.nn.modules.module._has_any_global_hook()
 
 
-def attends(attention: Any, x: Tensor) -> bool:
-    """Return whether one of timm's attentions, without mask and positions, may attend to `x` with our kernel.
+def may_replace(module: nn.Module, x: Tensor) -> bool:
+    """Return whether `module`, whose ``forward`` is overridden, may compute as this module does of `x`.
 
-    Queries and keys must be as they are projected: no norms, no biases between places, no dropout.
+    Asked of the override, so that a block computes the same bits whoever runs it: timm's with keep rate 1.
     """
-    # Asked of the attention, so that a block computes the same bits whoever runs it: timm's with keep rate 1.
-    if not isinstance(attention.__dict__.get("forward"), CpuForward):
+    return isinstance(module.__dict__.get("forward"), CpuForward) and runs_on(x)
+
+
+def may_attend(attention: Any, x: Tensor) -> bool:
+    """Return whether one of timm's attentions, without mask and bias, may attend with our kernel."""
+    # timm's switch is off for those who want to see the map.
+    if not may_replace(attention, x) or not attention.fused_attn or not attends(x):
         return False
-    if not runs_on(x) or getattr(attention, "qkv", None) is None or not attention.fused_attn:
-        return False
-    in_autocast = checks.autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if in_autocast else x.dtype
-    if dtype not in _ATTENTION_DTYPES or getattr(attention, "relative_position_bias_table", None) is not None:
-        return False
-    if attention.training and attention.attn_drop.p > 0:
-        return False
-    norms = (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
-    return all(norm is None or _as_written(norm, nn.Identity) for norm in norms)
+    dropout = attention.training and attention.attn_drop.p > 0
+    return not dropout and getattr(attention, "relative_position_bias_table", None) is None
+
+
+def attends(*tensors: Tensor) -> bool:
+    """Return whether our attention kernel is for the dtype of `tensors`, or for what autocast casts to."""
+    if checks.autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") in _ATTENTION_DTYPES
+    return tensors[0].dtype in _ATTENTION_DTYPES and len({t.dtype for t in tensors}) == 1
+
+
+def is_identity(module: nn.Module) -> bool:
+    """Return whether `module` returns what it is given, and nobody watches."""
+    return as_written(module, nn.Identity)
+
+
+def pack(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return [B, H, N, D] thrice as [B, N, 3 * H * D]: one copy."""
+    return torch.stack([t.transpose(1, 2) for t in (q, k, v)], dim=2).flatten(2)
 
 
 def linear(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -102,7 +116,7 @@ def linear(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _fuses(layer: Any, x: Tensor) -> bool:
     """Return whether oneDNN may compute a linear layer of `x`."""
-    if not _as_written(layer, nn.Linear) or x.dtype not in _LINEAR_DTYPES or x.numel() == 0:
+    if not as_written(layer, nn.Linear) or x.dtype not in _LINEAR_DTYPES or x.numel() == 0:
         return False
     if torch.compiler.is_compiling() or checks.autocast_enabled("cpu") or not torch._C._get_mkldnn_enabled():
         return False  # a compiler fuses by itself
@@ -110,20 +124,21 @@ def _fuses(layer: Any, x: Tensor) -> bool:
     return type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == x.dtype
 
 
-def mlp(module: Any, x: Tensor) -> Tensor | None:
-    """Return timm's ``Mlp`` of `x`; None where it has to run as timm wrote it."""
-    if not runs_on(x) or not _fuses(module.fc1, x) or not _is_two_layers_and_gelu(module):
+def gelu_between(first: nn.Module, approximate: str, second: nn.Module, x: Tensor) -> Tensor | None:
+    """Return two linear layers of `x` with a GELU between; None where oneDNN may not compute the first."""
+    if not _fuses(first, x) or _globally_watched():
         return None
-    x = _linear_pointwise(x, module.fc1.weight, module.fc1.bias, "gelu", [], module.act.approximate)
-    return linear(module.fc2, x)
+    hidden = _linear_pointwise(x, first.weight, first.bias, "gelu", [], approximate)
+    return linear(second, hidden)
 
 
-def _is_two_layers_and_gelu(mlp: Any) -> bool:
-    """Return whether between the linear layers of an MLP there is a GELU, and nothing else is done."""
-    for dropout in (mlp.drop1, mlp.drop2):
-        if not _as_written(dropout, nn.Dropout) or (dropout.training and dropout.p > 0):
-            return False
+def mlp(module: Any, x: Tensor) -> Tensor | None:
+    """Return timm's ``Mlp`` of `x`, for which :func:`runs_on`; None where it has to run as timm wrote it."""
+    for dropout in (module.drop1, module.drop2):
+        if not as_written(dropout, nn.Dropout) or (dropout.training and dropout.p > 0):
+            return None
     # An older timm has no norm there.
-    norm = getattr(mlp, "norm", None)
-    without_norm = norm is None or _as_written(norm, nn.Identity)
-    return without_norm and _as_written(mlp.act, nn.GELU) and not _globally_watched()
+    norm = getattr(module, "norm", None)
+    if (norm is not None and not is_identity(norm)) or not as_written(module.act, nn.GELU):
+        return None
+    return gelu_between(module.fc1, module.act.approximate, module.fc2, x)

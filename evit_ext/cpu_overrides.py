@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from evit_ext import cpu_inference
 from evit_ext.attention import attend
 from evit_ext.cpu_inference import CpuForward
-from evit_ext.override import Override, ReplicateOverrides, remove_overrides
+from evit_ext.override import ReplicateOverrides, remove_overrides
 
 
 class CpuAttention(CpuForward):
@@ -18,10 +18,11 @@ class CpuAttention(CpuForward):
 
     def __call__(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
         """Return the attention of `x` [B, N, C]; further arguments are the attention's own."""
-        # No mask, no positions; False is that of is_causal.
-        plain = not arguments and all(value is None or value is False for value in named.values())
-        if plain and cpu_inference.attends(self.module, x):
-            return attend(self.module, x)[0]
+        rope = named.get("rope")
+        # No mask, no bias; False is that of is_causal.
+        plain = not arguments and all(v is None or v is False for name, v in named.items() if name != "rope")
+        if plain and cpu_inference.may_attend(self.module, x):
+            return attend(self.module, x, rope=rope)[0]
         out: Tensor = self.original()(x, *arguments, **named)
         return out
 
@@ -31,32 +32,28 @@ class CpuMlp(CpuForward):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the MLP of `x` [B, N, C]."""
-        out = cpu_inference.mlp(self.module, x)
+        out = cpu_inference.mlp(self.module, x) if cpu_inference.runs_on(x) else None
         return self.original()(x) if out is None else out
 
 
-def install(blocks: nn.Module, attentions: tuple[type[nn.Module], ...]) -> None:
-    """Put the overrides in the place of the forwards of timm's attentions and MLPs in `blocks`.
+def install(blocks: nn.Module, forwards: Mapping[type[nn.Module], type[CpuForward]]) -> None:
+    """Put overrides in the place of forwards.
 
     Args:
         blocks: of a model.
-        attentions: classes of attentions that take ``attend``. Compared exactly, as a subclass is free to
-            compute something else.
+        forwards: for classes of attentions and MLPs in a block, what takes the place of their forward.
+            Compared exactly, as a subclass is free to compute something else.
     """
     for block in blocks.children():
-        _override(getattr(block, "attn", None), attentions, CpuAttention)
-        _override(getattr(block, "mlp", None), (Mlp,), CpuMlp)
-
-
-def _override(module: Any, kinds: tuple[type[nn.Module], ...], override: type[Override]) -> None:
-    if type(module) in kinds and "forward" not in module.__dict__:
-        override(module, "forward").install()
-        ReplicateOverrides(module, "_replicate_for_data_parallel").install()
+        for module in block.children():
+            override = forwards.get(type(module))
+            if override is not None and "forward" not in module.__dict__:
+                override(module, "forward").install()
+                ReplicateOverrides(module, "_replicate_for_data_parallel").install()
 
 
 def uninstall(blocks: nn.Module) -> None:
     """Undo :func:`install`."""
     for block in blocks.children():
-        for module in (getattr(block, "attn", None), getattr(block, "mlp", None)):
-            if isinstance(module, nn.Module):
-                remove_overrides(module)
+        for module in block.children():
+            remove_overrides(module)

@@ -194,7 +194,7 @@ def _dropout(vit: Any, name: str) -> None:
         (_hook, "mlp", FAST),
         (_hook, "attn.qkv", (4, 15, 4)),
         (_hook, "attn.proj", (4, 15, 4)),
-        (_hook, "attn.q_norm", (3, 14, 4)),
+        (_hook, "attn.q_norm", FAST),
         (_hook, "mlp.fc1", (4, 14, 3)),
         (_hook, "mlp.act", (4, 14, 3)),
         (_hook, "mlp.drop1", (4, 14, 3)),
@@ -242,7 +242,7 @@ def test_dropout_drops(small_vit: Build, calls: Calls, name: str, expected: tupl
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"qk_norm": True}, (0, 8, 4)),
+        ({"qk_norm": True}, FAST),
         ({"scale_attn_norm": True}, FAST),
         ({"scale_mlp_norm": True}, (4, 8, 0)),
         ({"act_layer": nn.ReLU}, (4, 8, 0)),
@@ -365,8 +365,15 @@ def test_other_families(calls: Calls) -> None:
     rotary = timm.models.eva.Eva(**small, use_rot_pos_emb=True).eval()
     beit = timm.models.beit.Beit(**small).eval()
     biased = timm.models.beit.Beit(**small, use_rel_pos_bias=True).eval()
-    # With positions, attention is timm's.
-    for vit, expected in ((eva, FAST), (rotary, (0, 8, 4)), (beit, FAST), (biased, (0, 8, 4))):
+    separate = timm.models.eva.Eva(**small, qkv_fused=False, use_rot_pos_emb=True).eval()
+    # With biases between places, attention is timm's.
+    for vit, expected in (
+        (eva, FAST),
+        (rotary, FAST),
+        (separate, (4, 24, 4)),
+        (beit, FAST),
+        (biased, (0, 8, 4)),
+    ):
         evit_ext.apply(vit, 0.7)
         for parameter in vit.parameters():
             nn.init.normal_(parameter, std=0.2)

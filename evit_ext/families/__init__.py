@@ -10,11 +10,13 @@ import importlib
 import importlib.metadata
 import re
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from evit_ext.block import ReorganizingBlock
+from evit_ext.cpu_inference import CpuForward
 from evit_ext.families import beit, eva, vision_transformer
 from evit_ext.families.family import Blocks, Family
 
@@ -24,6 +26,7 @@ __all__ = [
     "Family",
     "applied_blocks",
     "check_block",
+    "cpu_forwards",
     "family_of",
     "find_blocks",
     "reorganizing_blocks",
@@ -139,6 +142,13 @@ def find_blocks(vit: Any) -> Blocks | None:
         return _huggingface().find_blocks(vit)
     blocks = getattr(vit, "blocks", None)
     return blocks if isinstance(blocks, (nn.Sequential, nn.ModuleList)) else None
+
+
+def cpu_forwards(vit: Any) -> Mapping[type[nn.Module], type[CpuForward]]:
+    """Return, for classes of modules in the blocks of `vit`, what takes the place of their forward."""
+    if _is_of_transformers(vit):
+        return _huggingface().CPU_FORWARDS
+    return {module: forward for family in FAMILIES for module, forward in family.cpu_forwards.items()}
 
 
 def vision_tower(vit: Any) -> Any:

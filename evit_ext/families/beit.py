@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.layers import Mlp
 from timm.models.beit import Attention, Beit, Block
 from torch import Tensor, nn
 
 from evit_ext.attention import Score, attend
 from evit_ext.block import AdoptedBlock, ReorganizingBlock
+from evit_ext.cpu_overrides import CpuAttention, CpuMlp
 from evit_ext.families.family import Family
 from evit_ext.families.gamma import GammaBranches
 from evit_ext.trail import TokenTrail
@@ -142,4 +144,5 @@ FAMILY = Family(
     has_positions=_has_positions,
     install=_install,
     uninstall=_uninstall,
+    cpu_forwards={Attention: CpuAttention, Mlp: CpuMlp},
 )

@@ -14,11 +14,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.layers import Mlp
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
 from evit_ext.attention import Score, attend
 from evit_ext.block import AdoptedBlock, ReorganizingBlock
+from evit_ext.cpu_overrides import CpuAttention, CpuMlp
 from evit_ext.families.family import Family
 from evit_ext.families.gamma import GammaBranches
 from evit_ext.families.vision_transformer import mask_arguments
@@ -148,4 +150,5 @@ FAMILY = Family(
     following=FollowingEvaBlock,
     has_positions=_has_positions,
     install=_install,
+    cpu_forwards={**dict.fromkeys(_ATTENTIONS, CpuAttention), Mlp: CpuMlp},
 )

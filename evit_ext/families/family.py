@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from evit_ext.block import AdoptedBlock, ReorganizingBlock
+from evit_ext.cpu_inference import CpuForward
 
 Blocks = nn.Sequential | nn.ModuleList
 
@@ -47,6 +48,7 @@ class Family:
         find_blocks: returns the blocks of a model.
         num_prefix_tokens: returns how many tokens stand before the patches.
         has_class_token: returns whether the first of them is a class token.
+        cpu_forwards: for classes of modules in a block, what takes the place of their forward.
     """
 
     name: str
@@ -61,3 +63,4 @@ class Family:
     find_blocks: Callable[[Any], Blocks] = _blocks_of_timm
     num_prefix_tokens: Callable[[Any], int] = _prefix_tokens_of_timm
     has_class_token: Callable[[Any], bool] = _class_token_of_timm
+    cpu_forwards: Mapping[type[nn.Module], type[CpuForward]] = field(default_factory=dict)

@@ -8,6 +8,7 @@ their class to record hidden states, and that class brings gradient checkpointin
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from transformers.activations import ACT2FN, GELUActivation
 from transformers.models.clip import modeling_clip as clip
 from transformers.models.deit import modeling_deit as deit
 from transformers.models.dinov2 import modeling_dinov2 as dinov2
@@ -22,8 +24,10 @@ from transformers.models.dinov2_with_registers import modeling_dinov2_with_regis
 from transformers.models.siglip import modeling_siglip as siglip
 from transformers.models.vit import modeling_vit as vit
 
-from evit_ext.attention import Score
+from evit_ext import cpu_inference
+from evit_ext.attention import Score, apply_linear, class_token_score, packed_attention
 from evit_ext.block import ReorganizingBlock
+from evit_ext.cpu_inference import CpuForward
 from evit_ext.families.family import Blocks, Family
 
 
@@ -52,6 +56,117 @@ _DINOV2 = Layout("norm1", "attention", "norm2", ("layer_scale1", "drop_path"), (
 _CLIP = Layout("layer_norm1", "self_attn", "layer_norm2", out="out_proj", dropout="dropout")
 
 
+def attend(attention: Any, layout: Layout, x: Tensor, score: Score) -> tuple[Tensor, Tensor]:
+    """Run one of transformers' attentions on `x` [B, N, C]; as :func:`evit_ext.attention.attend`.
+
+    Returns:
+        The attention's output [B, N, C] and the scores [B, N].
+    """
+    dropout = getattr(attention, layout.dropout) if attention.training else 0.0
+    on_cpu = dropout == 0 and cpu_inference.may_replace(attention, x) and cpu_inference.attends(x)
+    linear = cpu_inference.linear if on_cpu else apply_linear
+    q, k, v = (
+        linear(projection, x, None).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    if on_cpu and cpu_inference.attends(q, k, v):
+        out, scores = packed_attention(cpu_inference.pack(q, k, v), q.shape[1], score)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
+        scores = score(q, k, None)
+    return linear(getattr(attention, layout.out), out, None), scores
+
+
+class CpuAttention(CpuForward):
+    """In the place of the ``forward`` of an attention; subclasses say of which layout."""
+
+    LAYOUT: Layout
+
+    def __call__(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **named: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the attention does: its output, and its map, which only "eager" attention gives."""
+        attention: Any = self.module
+        # Another implementation was asked for by name, for its map or its bits.
+        plain = attention_mask is None and attention.config._attn_implementation == "sdpa"
+        plain = plain and not any(value for name, value in named.items() if name not in _RECORDING)
+        dropout = attention.training and getattr(attention, self.LAYOUT.dropout) > 0
+        x = hidden_states
+        if plain and not dropout and cpu_inference.may_replace(attention, x) and cpu_inference.attends(x):
+            return attend(attention, self.LAYOUT, x, class_token_score)[0], None
+        out: tuple[Tensor, Tensor | None] = self.original()(hidden_states, attention_mask, **named)
+        return out
+
+
+#: What transformers hands on to attentions that asks nothing of them.
+_RECORDING = frozenset({"output_hidden_states", "return_dict"})
+
+
+class CpuViTAttention(CpuAttention):
+    """In the place of ``ViTAttention``'s and ``DeiTAttention``'s forward."""
+
+    LAYOUT = _VIT
+
+
+class CpuDinov2Attention(CpuAttention):
+    """In the place of the forward of DINOv2's attentions."""
+
+    LAYOUT = _DINOV2
+
+
+class CpuCLIPAttention(CpuAttention):
+    """In the place of ``CLIPAttention``'s and ``SiglipAttention``'s forward."""
+
+    LAYOUT = _CLIP
+
+
+class CpuMlp(CpuForward):
+    """In the place of the ``forward`` of an MLP of two linear layers."""
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """Return the MLP of `hidden_states` [B, N, C]."""
+        mlp: Any = self.module
+        out: Tensor | None = None
+        approximate = _gelu(mlp.activation_fn)
+        if approximate is not None and cpu_inference.runs_on(hidden_states):
+            out = cpu_inference.gelu_between(mlp.fc1, approximate, mlp.fc2, hidden_states)
+        return self.original()(hidden_states) if out is None else out
+
+
+def _gelu(activation: Any) -> str | None:
+    """Return the `approximate` of the GELU that an activation computes; None for others, and watched ones."""
+    if cpu_inference.as_written(activation, nn.GELU):
+        return str(activation.approximate)
+    if not any(cpu_inference.as_written(activation, kind) for kind in _GELUS):
+        return None
+    # What these call, which may be a formula in Python.
+    function = activation.act
+    if function is F.gelu:
+        return "none"
+    is_tanh = isinstance(function, functools.partial) and function.keywords == {"approximate": "tanh"}
+    return "tanh" if is_tanh and function.func is F.gelu and not function.args else None
+
+
+#: Transformers' own modules for GELU and its approximation by tanh.
+_GELUS = (GELUActivation, type(ACT2FN["gelu_pytorch_tanh"]))
+
+
+CPU_FORWARDS: dict[type[nn.Module], type[CpuForward]] = {
+    vit.ViTAttention: CpuViTAttention,
+    vit.ViTMLP: CpuMlp,
+    deit.DeiTAttention: CpuViTAttention,
+    deit.DeiTMLP: CpuMlp,
+    dinov2.Dinov2Attention: CpuDinov2Attention,
+    dinov2.Dinov2MLP: CpuMlp,
+    dinov2_with_registers.Dinov2WithRegistersAttention: CpuDinov2Attention,
+    dinov2_with_registers.Dinov2WithRegistersMLP: CpuMlp,
+    clip.CLIPAttention: CpuCLIPAttention,
+    clip.CLIPMLP: CpuMlp,
+    siglip.SiglipAttention: CpuCLIPAttention,
+    siglip.SiglipMLP: CpuMlp,
+}
+
+
 class ReorganizingLayer(ReorganizingBlock):
     """A layer of transformers with token reorganisation; subclasses say of which class."""
 
@@ -68,18 +183,10 @@ class ReorganizingLayer(ReorganizingBlock):
     def attention_branch(self, x: Tensor, score: Score, positions: Any) -> tuple[Tensor, Tensor]:
         """See :meth:`ReorganizingBlock.attention_branch`."""
         layout = self.LAYOUT
-        attention: Any = getattr(self, layout.attention)
-        normed = getattr(self, layout.norm1)(x)
-        q, k, v = (
-            projection(normed).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        dropout = getattr(attention, layout.dropout) if attention.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        out = getattr(attention, layout.out)(out.transpose(1, 2).flatten(2))
+        out, scores = attend(getattr(self, layout.attention), layout, getattr(self, layout.norm1)(x), score)
         for name in layout.after_attention:
             out = getattr(self, name)(out)
-        return out, score(q, k, None)
+        return out, scores
 
     def mlp_norm(self) -> nn.Module | None:
         """See :meth:`ReorganizingBlock.mlp_norm`."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 # Not from timm.layers, where its oldest versions do not have Attention.
+from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import Tensor, nn
 
 from evit_ext.attention import Score, attend
 from evit_ext.block import ReorganizingBlock
+from evit_ext.cpu_overrides import CpuAttention, CpuMlp
 from evit_ext.families.family import Family
 
 
@@ -80,4 +82,5 @@ FAMILY = Family(
     model=None,  # other models with such blocks and a class token work, too
     blocks={Block: ReorganizingViTBlock, ResPostBlock: ReorganizingResPostBlock},
     attentions=(Attention,),
+    cpu_forwards={Attention: CpuAttention, Mlp: CpuMlp},
 )
