@@ -54,7 +54,8 @@ def runs_on(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         # To the compiler of torch 2.10 all is exporting: there, compiled models run as timm wrote them.
         return not torch.compiler.is_exporting()
-    return not checks.in_function_transform()
+    # What is traced is to be moved elsewhere, as what is exported.
+    return not torch.jit.is_tracing() and not checks.in_function_transform()
 
 
 def as_written(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -359,6 +359,17 @@ def test_exported_in_operators_that_every_device_has(small_vit: Build, strict: b
     assert "aten.scaled_dot_product_attention.default" in targets
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")
+def test_traced_as_timm_wrote_it(small_vit: Build) -> None:
+    vit = evit_ext.apply(small_vit(), 0.7)
+    with torch.no_grad():
+        traced = torch.jit.trace(vit, images())
+        graph = str(traced.inlined_graph)
+        assert "scaled_dot_product" in graph
+        assert "attention_with_scores" not in graph and "mkldnn" not in graph
+        torch.testing.assert_close(traced(images()), vit(images()), rtol=1e-5, atol=1e-5)
+
+
 def test_other_families(calls: Calls) -> None:
     small = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2, "num_classes": 5}
     eva = timm.models.eva.Eva(**small, qkv_fused=True).eval()
