@@ -20,7 +20,7 @@ help:
 	@echo "make test-faults        kill a hundred training runs at random moments; none must be lost"
 	@echo "make test-sanitize      the C++ tests with address and undefined-behaviour sanitizers"
 	@echo "make test-oldest-torch  one binary, built on the newest torch, tested on the oldest supported"
-	@echo "make bench              DeiT-S end to end, next to what people would use instead"
+	@echo "make bench              DeiT-S next to what people would use instead; its growth with the image"
 	@echo "make gpu-check          every test and benchmark that needs a GPU, with the installed Python and torch"
 	@echo "make lint | format      check | mend formatting, style and types"
 	@echo "make wheel              build a wheel into dist/"
@@ -73,9 +73,14 @@ test-oldest-torch: env
 gpu-check:
 	$(PYTHON) scripts/gpu-check.py $(ARGS)
 
-# ARGS="--quick", or "--device cuda" on a machine with a GPU, for example.
-bench: env
-	$(BIN)/python benchmarks/end_to_end.py --output benchmarks/results/end-to-end-cpu $(ARGS)
+# DEVICE=cuda on a machine with a GPU; ARGS="--quick", "--model tiny" or "--seconds 5", for example: what both know.
+# RESULTS is the folder of the results, those of the repository by default.
+DEVICE ?= cpu
+RESULTS ?= benchmarks/results
+bench: $(BIN)/.created
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable ".[bench]"
+	$(BIN)/python benchmarks/end_to_end.py --device $(DEVICE) --output $(RESULTS)/end-to-end-$(DEVICE) $(ARGS)
+	$(BIN)/python benchmarks/growth.py --device $(DEVICE) --output $(RESULTS)/growth-$(DEVICE) $(ARGS)
 
 lint: env
 	PATH="$(abspath $(BIN)):$$PATH" scripts/lint

@@ -10,17 +10,19 @@ import pytest
 from evit_ext.cli import main
 
 OPTIONS = ["--device", "cpu", "--batch-size", "1", "2", "--precision", "float32", "--seconds", "0.01"]
+OPTIONS += ["--latency-calls", "10"]
 
 
 def test_table_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stem = tmp_path / "results" / "tiny"
     assert main(["benchmark", "deit_tiny", "--img-size", "32", *OPTIONS, "--output", str(stem)]) == 0
     out = capsys.readouterr().out
-    assert "speed-up" in out and out.count("EViT 0.5") == 2
+    assert "speed-up" in out and "MiB" in out and out.count("EViT 0.5") == 2
     rows = json.loads(stem.with_suffix(".json").read_text())["rows"]
     assert [(row["model"], row["batch"]) for row in rows] == [
         (name, batch) for batch in (1, 2) for name in ("dense", "EViT 0.7", "EViT 0.5")
     ]
+    assert [row["milliseconds_90"] is not None and row["calls"] >= 10 for row in rows[:3]] == [True] * 3
     assert "EViT 0.7" in stem.with_suffix(".md").read_text()
 
 

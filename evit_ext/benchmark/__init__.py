@@ -2,6 +2,7 @@
 
 from evit_ext.benchmark.contestants import Contestant, contestants
 from evit_ext.benchmark.measure import MODES, TASKS, Row, measure
+from evit_ext.benchmark.memory import memory_added
 from evit_ext.benchmark.timing import time_in_turns
 
-__all__ = ["MODES", "TASKS", "Contestant", "Row", "contestants", "measure", "time_in_turns"]
+__all__ = ["MODES", "TASKS", "Contestant", "Row", "contestants", "measure", "memory_added", "time_in_turns"]

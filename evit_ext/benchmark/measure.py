@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from evit_ext.benchmark.contestants import Contestant
+from evit_ext.benchmark.memory import memory_added
 from evit_ext.benchmark.timing import time_in_turns
 from evit_ext.training.compiling import allow_recompiles
 from evit_ext.training.precision import Precision, attention_for_training, autocast
@@ -30,9 +32,12 @@ class Row:
         task, mode, precision, batch: what was run.
         images_per_second: batch / the median time.
         speedup: over the first model of the same task, mode, precision and batch.
-        milliseconds, milliseconds_90, milliseconds_99: median and percentiles of the time of a call.
+        milliseconds: median time of a call.
+        milliseconds_90, milliseconds_99: percentiles of it; None where fewer than 10 or 100 calls were timed,
+            of which the percentile would be the slowest.
         calls: that were timed.
-        peak_memory: most bytes of GPU memory in use during a call, with the weights; None on the CPU.
+        peak_memory: most bytes in use during a call, beyond those before it, see :func:`memory_added`; None
+            where not measured, as of CUDA graphs, which set their memory aside when they are captured.
     """
 
     model: str
@@ -45,8 +50,8 @@ class Row:
     images_per_second: float
     speedup: float
     milliseconds: float
-    milliseconds_90: float
-    milliseconds_99: float
+    milliseconds_90: float | None
+    milliseconds_99: float | None
     calls: int
     peak_memory: int | None
 
@@ -58,6 +63,7 @@ def measure(
     modes: Sequence[str] = ("eager",),
     precision: Precision | None = None,
     seconds: float = 5.0,
+    least: int = 5,
 ) -> list[Row]:
     """Measure models on one batch, in all modes, taking turns call by call.
 
@@ -68,6 +74,7 @@ def measure(
         modes: of :data:`MODES`.
         precision: of autocast; float32 by default.
         seconds: for all models and modes together.
+        least: calls of each that are timed in any case.
 
     Returns:
         A row for each mode and model.
@@ -88,8 +95,11 @@ def measure(
         calls = {
             name: _call(mode, task, model.model, images, precision) for name, (mode, model) in cases.items()
         }
-        times = time_in_turns(calls, images.device, seconds)
-        memory = {name: _peak_memory(call, images.device) for name, call in calls.items()}
+        times = time_in_turns(calls, images.device, seconds, least)
+        memory = {
+            name: None if cases[name][0] == "cudagraph" else memory_added(call, images.device)
+            for name, call in calls.items()
+        }
     rows = []
     for name, (mode, model) in cases.items():
         taken = sorted(times[name])
@@ -106,8 +116,8 @@ def measure(
                 images_per_second=len(images) / median,
                 speedup=statistics.median(times[f"{mode} {models[0].name}"]) / median,
                 milliseconds=1e3 * median,
-                milliseconds_90=1e3 * _percentile(taken, 0.9),
-                milliseconds_99=1e3 * _percentile(taken, 0.99),
+                milliseconds_90=_percentile(taken, 90),
+                milliseconds_99=_percentile(taken, 99),
                 calls=len(taken),
                 peak_memory=memory[name],
             )
@@ -167,16 +177,8 @@ def _captured(call: Callable[[], object]) -> Callable[[], object]:
     return replay
 
 
-def _percentile(ordered: list[float], share: float) -> float:
-    """Return the smallest time that so large a share of the calls did not exceed."""
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
-def _peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    if device.type != "cuda":
+def _percentile(ordered: list[float], percent: int) -> float | None:
+    """Return the smallest time, in ms, that so large a share of the calls did not exceed."""
+    if len(ordered) * (100 - percent) < 100:
         return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+    return 1e3 * ordered[math.ceil(percent * len(ordered) / 100) - 1]

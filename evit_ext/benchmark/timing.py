@@ -13,10 +13,11 @@ def time_in_turns(
     device: torch.device | str = "cpu",
     seconds: float = 5.0,
     least: int = 5,
+    warm_up: int = 2,
 ) -> dict[str, list[float]]:
     """Time calls, one after another, round after round.
 
-    Every call is made twice before, untimed. The order of a round is that of the one before, moved on by one:
+    Every call is made before, untimed. The order of a round is that of the one before, moved on by one:
     no call always follows the same other one.
 
     Args:
@@ -24,6 +25,7 @@ def time_in_turns(
         device: what they compute on; on a GPU a call ends when its work has.
         seconds: for all rounds together, but for the last one.
         least: rounds that are made in any case.
+        warm_up: untimed rounds before them.
 
     Returns:
         For each name the seconds of its calls, in order; as many for each.
@@ -35,7 +37,7 @@ def time_in_turns(
         raise ValueError(f"nothing to time: {len(calls)} calls, {least} rounds; each must be at least 1")
     device = torch.device(device)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for call in (*calls.values(), *calls.values()):
+    for call in list(calls.values()) * warm_up:
         call()
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}

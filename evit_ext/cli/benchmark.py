@@ -15,6 +15,8 @@ from evit_ext.cli.shared import aligned
 from evit_ext.training.precision import PRECISIONS, choose_precision
 from evit_ext.training.progress import Progress
 
+#: Calls at batch 1, where latency is what matters: as few as have a 99th percentile.
+LATENCY_CALLS = 100
 _BATCHES = {"cpu": [1, 4, 16], "cuda": [1, 8, 64, 256]}
 
 
@@ -25,7 +27,9 @@ def add_parser(commands: Any) -> None:
         help="speed of a model, dense and at several keep rates, side by side",
         description="Time a model and what drops patches of it, in turns, so that what else happens on the "
         "machine happens to all. Weights and images are random: they do not change how long it takes.",
-        epilog="Example: evit benchmark deit_small --batch-size 1 16 --mode eager compile",
+        epilog="ms is the median time of a call; MiB is what a call needs at its peak beyond what is there "
+        "before it; a dash is not measured. Example: evit benchmark deit_small --batch-size 1 16 --mode "
+        "eager compile",
     )
     parser.add_argument(
         "model",
@@ -69,6 +73,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--seconds", type=float, default=5.0, metavar="N", help="for each group of rows (default: 5)"
     )
+    parser.add_argument(
+        "--latency-calls",
+        type=int,
+        default=LATENCY_CALLS,
+        metavar="N",
+        help="at least, of each model at batch 1 in inference (default: 100, for the 99th percentile)",
+    )
     parser.add_argument("--output", type=Path, metavar="STEM", help="write STEM.json and STEM.md, too")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=_benchmark)
@@ -97,7 +108,8 @@ def _benchmark(options: argparse.Namespace) -> None:
             images = torch.randn(batch, 3, *embed.img_size, device=device)
             modes = [mode for mode in options.mode if mode != "cudagraph" or task == "inference"]
             chosen = choose_precision(device, precision)
-            rows += measure(models, images, task, modes, chosen, options.seconds)
+            least = max(5, options.latency_calls) if (task, batch) == ("inference", 1) else 5
+            rows += measure(models, images, task, modes, chosen, options.seconds, least)
             progress.step(task=task, precision=precision, batch=str(batch))
     everything = {
         "model": options.model,
@@ -113,10 +125,12 @@ def _benchmark(options: argparse.Namespace) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """Return the rows in columns."""
-    lines = [
-        ["model", "task", "mode", "precision", "batch", "images/s", "speed-up", "ms", "90 %", "99 %", "GMACs"]
-    ]
+    """Return the rows in columns; a dash is what was not measured."""
+    columns = (
+        *("model", "task", "mode", "precision", "batch", "images/s", "speed-up"),
+        *("ms", "90 %", "99 %", "calls", "MiB", "GMACs"),
+    )
+    lines = [list(columns)]
     for row in rows:
         lines.append(
             [
@@ -128,12 +142,18 @@ def table(rows: list[Row]) -> str:
                 f"{row.images_per_second:.1f}",
                 f"{row.speedup:.2f}",
                 f"{row.milliseconds:.2f}",
-                f"{row.milliseconds_90:.2f}",
-                f"{row.milliseconds_99:.2f}",
-                "" if row.gmacs is None else f"{row.gmacs:.3g}",
+                _or_dash(row.milliseconds_90, ".2f"),
+                _or_dash(row.milliseconds_99, ".2f"),
+                str(row.calls),
+                _or_dash(None if row.peak_memory is None else row.peak_memory / 2**20, ".0f"),
+                _or_dash(row.gmacs, ".3g"),
             ]
         )
     return aligned(lines)
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _device_name(device: torch.device) -> str:
