@@ -172,6 +172,8 @@ def groups(options: argparse.Namespace) -> list[Group]:
     found = []
     for precision in ("float32", "bfloat16"):
         for modes in (("eager",), ("compile", *(["cudagraph"] if on_gpu else []))):
+            if options.quick and (precision, modes) == ("bfloat16", ("compile",)):
+                continue  # compiling is what a quick run mostly takes
             for batch in batches:
                 rates = (
                     one if options.quick or modes != ("eager",) else every if batch == batches[-1] else some

@@ -52,7 +52,7 @@ def test_groups() -> None:
     assert {group.batch for group in on_gpu} == {1, 8, 64, 256}
     assert ("compile", "cudagraph") in {group.modes for group in on_gpu}
     quick = end_to_end.groups(options(quick=True))
-    assert len(quick) == 4 and {group.keep_rates for group in quick} == {(0.7,)}
+    assert len(quick) == 3 and {group.keep_rates for group in quick} == {(0.7,)}
 
 
 def test_rows_and_files(tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
