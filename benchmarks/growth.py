@@ -39,7 +39,7 @@ from plain_evit import PlainEViT
 
 from evit_ext.benchmark import memory_added, time_in_turns
 from evit_ext.models.by_name import create_dense, create_evit
-from evit_ext.training.precision import autocast, choose_precision
+from evit_ext.training.precision import choose_precision
 
 PATCH = 16
 SIDES = (224, 320, 384, 448, 512, 768, 1024)  # 197 to 4,097 tokens
@@ -83,12 +83,12 @@ def create(setup: Setup) -> torch.nn.Module:
 def forward(setup: Setup) -> Callable[[], None]:
     """Return what runs the model once, without gradients."""
     device = torch.device(setup.device)
-    precision = choose_precision(device, setup.precision)
-    model = create(setup)
-    images = torch.randn(setup.batch, 3, setup.side, setup.side, device=device)
+    dtype = choose_precision(device, setup.precision).dtype
+    model = create(setup).to(dtype)
+    images = torch.randn(setup.batch, 3, setup.side, setup.side, device=device, dtype=dtype)
 
     def run() -> None:
-        with torch.inference_mode(), autocast(device, precision):
+        with torch.inference_mode():
             model(images)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> None:
         nargs="+",
         choices=PRECISIONS,
         default=["float32", "bfloat16"],
-        help="of autocast (default: float32 bfloat16)",
+        help="of weights and images, in training of autocast (default: float32 bfloat16)",
     )
     parser.add_argument(
         "--mode",

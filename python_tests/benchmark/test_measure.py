@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from evit_ext.benchmark import Contestant, contestants, measure, memory_added
 from evit_ext.training import Precision
@@ -110,3 +111,27 @@ def test_the_plain_evit_is_one(keep_rate: float, monkeypatch: pytest.MonkeyPatch
     plain = PlainEViT(dense.model, keep_rate, (1, 2, 3)).double().eval()
     with torch.no_grad():
         torch.testing.assert_close(plain(images), ours.model.double().eval()(images), rtol=1e-12, atol=1e-13)
+
+
+def test_inference_casts_weights_and_images_once_and_training_autocasts() -> None:
+    seen: list[tuple[torch.dtype, torch.dtype, bool]] = []
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(12, 10)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append((images.dtype, self.head.weight.dtype, torch.is_autocast_enabled("cpu")))
+            return self.head(images.flatten(1))
+
+    model, images = Model(), torch.randn(2, 3, 2, 2)
+    precision = BFLOAT16
+    for task, expected in (
+        ("inference", (torch.bfloat16, torch.bfloat16, False)),
+        ("training", (torch.float32, torch.float32, True)),
+    ):
+        seen.clear()
+        measure([Contestant("model", model, 1.0, None)], images, task, precision=precision, seconds=0.01)
+        assert set(seen) == {expected}
+    assert model.head.weight.dtype == torch.float32
