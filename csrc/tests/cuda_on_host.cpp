@@ -39,6 +39,19 @@ struct Wait {
 
 enum class State { kRunnable, kWaiting, kReturned };
 
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+  size_t bytes;
+
+  void run() const {
+    if (from != nullptr)
+      std::memcpy(to, from, bytes);
+    else
+      std::memset(to, 0, bytes);
+  }
+};
+
 struct Thread {
   uint3 index = {};
   State state = State::kReturned;
@@ -46,7 +59,8 @@ struct Thread {
   Wait wait = {};
   uint64_t value = 0;  // what it brings to the meeting, and
   int source = 0;
-  uint64_t result = 0;  // what it takes away
+  uint64_t result = 0;            // what it takes away
+  std::vector<Copy> copies = {};  // under way
 };
 
 struct Warp {
@@ -173,6 +187,8 @@ void set_current(Thread& thread) {
 void run_current() {
   try {
     if (error.empty()) (*body)();
+    if (error.empty() && !current->copies.empty())
+      report("a thread returned while its copies were under way, in " + launch_and_block());
   } catch (const Cancelled&) {
   } catch (const std::exception& exception) {
     report(std::string("the kernel threw ") + exception.what() + " in " + launch_and_block());
@@ -283,6 +299,27 @@ void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
 void* shared_memory() {
   if (current == nullptr) internal::fail("shared_memory() outside of a kernel", Where::current());
   return shared;
+}
+
+void copy_async(void* to, const void* from, size_t bytes, bool there, Where at) {
+  Thread& self = enter_meeting("copy_async", at);
+  if (bytes != 4 && bytes != 8 && bytes != 16)
+    internal::fail("an asynchronous copy of " + std::to_string(bytes) + " bytes, which a device has not", at);
+  check_aligned(to, bytes, at);
+  check_aligned(from, bytes, at);
+  interleave();
+  const Copy copy = {to, there ? from : nullptr, bytes};
+  if (here.interrupts && internal::draw(2) == 0)
+    copy.run();
+  else
+    self.copies.push_back(copy);
+}
+
+void wait_for_copies(Where at) {
+  Thread& self = enter_meeting("wait_for_copies", at);
+  interleave();
+  for (const Copy& copy : self.copies) copy.run();
+  self.copies.clear();
 }
 
 std::string expect_error(const std::function<void()>& body) {

@@ -48,6 +48,8 @@
 
 namespace cuda_on_host {
 
+using Where = std::source_location;
+
 // ---- Launching
 
 // Runs body() once for every thread. A launch that a device would refuse runs nothing, and leaves its error
@@ -57,6 +59,12 @@ void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
 
 // The block's dynamic shared memory, of just the size launched with, and all 0xFF (NaN, or -1) at its start.
 void* shared_memory();
+
+// An asynchronous copy of the calling thread, or zeros instead of what lies at `from`. On a device it may
+// happen at any time until the thread waits for its copies: here as late as that, or, in an order that draws
+// lots, at once. A thread may not return while copies are under way.
+void copy_async(void* to, const void* from, size_t bytes, bool there, Where at = Where::current());
+void wait_for_copies(Where at = Where::current());
 
 // ---- The order in which threads and blocks run
 
@@ -100,8 +108,6 @@ void for_each_order(Body&& body, unsigned shuffles = 3) {
 // and is returned; further launches of body fail with cudaErrorLaunchFailure. The threads of the failed block
 // are unwound by an exception, which a noexcept function in a kernel would turn into an end of the process.
 std::string expect_error(const std::function<void()>& body);
-
-using Where = std::source_location;
 
 // For the loads and stores of a kernel, in builds without -fsanitize=alignment too.
 void misaligned(const void* address, size_t alignment, Where at);
@@ -323,6 +329,7 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value, CUDA_ON_HOST_CA
   return cuda_on_host::internal::reduce<cuda_on_host::internal::Larger>("__reduce_max_sync", mask, value, at);
 }
 
-#include "cuda_on_host_device.h"  // what needs no other thread: atomics and arithmetic
+#include "cuda_on_host_device.h"        // what needs no other thread: atomics and arithmetic
+#include "cuda_on_host_tensor_cores.h"  // products of matrices
 
 #undef CUDA_ON_HOST_CALL_SITE

@@ -284,21 +284,33 @@ __device__ Vector<T> load_shared(const T* from) {
 #endif
 }
 
+// Copies 16 bytes to shared memory, or zeros where there is nothing to copy (`from` must be a valid address
+// all the same). They are complete after copies_arrived and a barrier; on their way they take no registers,
+// so that any number of copies is under way at once.
+template <typename T>
+__device__ void copy_vector_to_shared(T* to, const T* from, bool there = true) {
+#ifdef EVIT_CUDA_ON_HOST
+  cuda_on_host::copy_async(to, from, sizeof(Vector<T>), there);
+#else
+  __pipeline_memcpy_async(to, from, sizeof(Vector<T>), there ? 0 : sizeof(Vector<T>));
+#endif
+}
+
 // Copies what `load` would return to shared memory, which is complete after copies_arrived and a barrier.
-// Where rows are aligned, without a way through registers, so that any number of copies is under way at once.
+// Where rows are not aligned, the way is through registers.
 template <bool kAligned, typename T>
 __device__ void copy_to_shared(T* to, const T* from, int64_t left) {
-#ifndef EVIT_CUDA_ON_HOST
   if constexpr (kAligned) {
-    __pipeline_memcpy_async(to, from, sizeof(Vector<T>));
-    return;
+    copy_vector_to_shared(to, from);
+  } else {
+    const Vector<T> value = load<kAligned>(from, left);
+    memcpy(static_cast<void*>(to), &value, sizeof value);
   }
-#endif
-  const Vector<T> value = load<kAligned>(from, left);
-  memcpy(static_cast<void*>(to), &value, sizeof value);
 }
 __device__ inline void copies_arrived() {
-#ifndef EVIT_CUDA_ON_HOST
+#ifdef EVIT_CUDA_ON_HOST
+  cuda_on_host::wait_for_copies();
+#else
   __pipeline_commit();
   __pipeline_wait_prior(0);
 #endif
