@@ -2,7 +2,7 @@
 // token.
 //
 //   out[b, m, h] = sum_n softmax_n(q[b, h, m] . k[b, h, n] * scale) v[b, h, n]
-//   scores[b, n] = mean_h softmax_n(q[b, h, 0] . k[b, h, n] * scale), to the bit what class_attention gives
+//   scores[b, n] = mean_h softmax_n(q[b, h, 0] . k[b, h, n] * scale), on the CPU to the bit class_attention's
 //
 // qkv [B, N, 3 * H * D] with a dense last dimension, ordered (3, H, D), and any other strides. out [B, N, H *
 // D] and scores [B, N], dense, scores in the accumulation type. B and N may be 0; H and D at least 1. A NaN
@@ -10,12 +10,13 @@
 // Deterministic: every sum has one fixed order, whatever the threads. Memory besides the results is linear in
 // N.
 //
-// In bfloat16, where the processor multiplies it (SimdLevel::avx512_bf16), probabilities are rounded to
-// bfloat16 before they are multiplied with the values; otherwise everything between is in the accumulation
-// type.
+// In bfloat16, where the processor multiplies it (SimdLevel::avx512_bf16), and always on CUDA, probabilities
+// are rounded to the element type before they are multiplied with the values; otherwise everything between is
+// in the accumulation type.
 #pragma once
 
 #include "executor.h"
+#include "stream.h"
 #include "types.h"
 
 namespace evit {
@@ -35,4 +36,24 @@ void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T
                            accumulate_t<T>* scores, const Executor& executor);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// For Half and BFloat16 only, by tensor cores. Not measured yet: whether it is faster than the attention of
+// PyTorch and class_attention is not known.
+
+// Whether the kernel takes this: 32, 64 or 128 channels a head, data and strides aligned to 16 bytes.
+template <typename T>
+bool attention_with_scores_available(const AttentionWithScoresSizes& sizes, const Tokens<T>& qkv);
+
+// The bytes of device memory that it needs as `workspace`, aligned to 16.
+int64_t attention_with_scores_workspace(const AttentionWithScoresSizes& sizes);
+
+// As the CPU's, but that scores agree with class_attention's to rounding in float32, and that out must be
+// aligned to 16 bytes. Two launches.
+template <typename T>
+void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T>& qkv, T* out, float* scores,
+                           void* workspace, const Stream& stream);
+
+}  // namespace cuda
 }  // namespace evit

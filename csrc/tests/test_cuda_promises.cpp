@@ -3,6 +3,7 @@
 #include <functional>
 #include <limits>
 
+#include "../evit/attention_with_scores.h"
 #include "../evit/fuse_tokens.h"
 #include "../evit/gather_tokens.h"
 #include "../evit/reorganize_tokens.h"
@@ -55,6 +56,38 @@ TEST(cuda_gradients_of_restored_tokens_are_the_same_on_every_device_and_in_every
     const Buffer<float> small = run(3, 1), large = run(3, 1000), one = run(1, 1000);
     CHECK(same_bits(small, large));
     CHECK(std::memcmp(small.data.get(), one.data.get(), static_cast<size_t>(one.size) * sizeof(float)) == 0);
+    cuda_on_host::device() = {};
+  }
+}
+
+// The device and the batch decide how many queries a block takes, from 16 to 128 of them. The tests of
+// results run with the fewest; here it is shown, under every order of the threads, that it makes no
+// difference.
+TEST(cuda_attention_is_the_same_on_every_device_and_in_every_batch) {
+  for (const auto& [num_tokens, channels] :
+       {std::pair<int64_t, int64_t>{197, 64}, {129, 128}, {100, 32}, {17, 64}}) {
+    const int64_t heads = 2, width = heads * channels;
+    const auto qkv = random_values<BFloat16>(3 * num_tokens * 3 * width, 1);
+    const DeviceBuffer<BFloat16> device_qkv(qkv);
+    const auto run = [&, num_tokens = num_tokens, channels = channels](int64_t batch, int multiprocessors) {
+      cuda_on_host::device().multiprocessors = multiprocessors;
+      return same_every_time([&] {
+        const AttentionWithScoresSizes sizes = {batch, num_tokens, heads, channels, 0.1};
+        const DeviceBuffer<BFloat16> out(batch * num_tokens * width);
+        const DeviceBuffer<float> scores(batch * num_tokens);
+        const DeviceBuffer<char> workspace(cuda::attention_with_scores_workspace(sizes));
+        cuda::attention_with_scores<BFloat16>(sizes, {device_qkv.data(), num_tokens * 3 * width, 3 * width},
+                                              out.data(), scores.data(), workspace.data(), test_stream());
+        return std::tuple(out.read(), scores.read());
+      });
+    };
+    const auto few = run(3, 1000);
+    for (const int multiprocessors : {1, 10, 20, 30}) CHECK(all_same_bits(few, run(3, multiprocessors)));
+    const auto one = run(1, 1);
+    CHECK(std::memcmp(std::get<0>(few).data.get(), std::get<0>(one).data.get(),
+                      static_cast<size_t>(std::get<0>(one).size) * sizeof(BFloat16)) == 0);
+    CHECK(std::memcmp(std::get<1>(few).data.get(), std::get<1>(one).data.get(),
+                      static_cast<size_t>(std::get<1>(one).size) * sizeof(float)) == 0);
     cuda_on_host::device() = {};
   }
 }
@@ -142,6 +175,14 @@ TEST(cuda_sizes_beyond_32_bits_are_refused) {
   }));
   CHECK(throws<std::length_error>(
       [&] { cuda::gather_tokens<float>({1, 1, large, 1}, tokens, index, nullptr, stream); }));
+  CHECK(throws<std::length_error>([&] {
+    cuda::attention_with_scores<Half>({1, large, 1, 64, 1.0}, {nullptr, 8, 8}, nullptr, nullptr, nullptr,
+                                      stream);
+  }));
+  CHECK(throws<std::length_error>([&] {  // blocks
+    cuda::attention_with_scores<Half>({large / 8, 100, 8, 64, 1.0}, {nullptr, 8, 8}, nullptr, nullptr,
+                                      nullptr, stream);
+  }));
   CHECK(throws<std::length_error>(  // sequences
       [&] { cuda::gather_tokens<float>({large, 1, 1, 1}, tokens, index, nullptr, stream); }));
 }
