@@ -46,6 +46,7 @@ def test_rows_are_checked_and_timed(dtype: torch.dtype) -> None:
     assert kinds == [
         ("class_attention", "forward"),
         ("class_attention", "backward"),
+        ("attention_with_scores", "forward"),
         ("reorganize_tokens", "forward"),
         ("reorganize_tokens", "backward"),
         ("add_reorganize_norm", "forward"),
@@ -59,6 +60,7 @@ def test_rows_are_checked_and_timed(dtype: torch.dtype) -> None:
         micro = row["microseconds"]
         assert {"copy", "ours, replayed", "ours, called"} <= set(micro) and min(micro.values()) > 0
         assert ("eager, called" in micro) == (row["operator"] != "stage")
+        assert ("eager, replayed" in micro) == (row["operator"] == "attention_with_scores")
     # B = 3, H = 2, N = 12, D = 8, C = 16, K = 8, so 3 tokens are fused and 10 rows are left.
     size, batch = dtype.itemsize, 3
     moved = {(row["operator"], row["direction"]): row["bytes"] for row in rows}
@@ -66,6 +68,7 @@ def test_rows_are_checked_and_timed(dtype: torch.dtype) -> None:
     row_bytes = batch * 16 * size
     assert moved["class_attention", "forward"] == q + k + scores
     assert moved["class_attention", "backward"] == 2 * (q + k) + scores
+    assert moved["attention_with_scores", "forward"] == (3 + 1) * 12 * row_bytes + scores
     assert moved["reorganize_tokens", "forward"] == (12 + 10) * row_bytes + scores + index
     assert moved["reorganize_tokens", "backward"] == (10 + 3 + 12) * row_bytes + 2 * scores + index
     assert moved["add_reorganize_norm", "forward"] == (24 + 20) * row_bytes + scores + index + 2 * 16 * size
@@ -83,10 +86,17 @@ def test_the_compiled_chain_is_a_candidate() -> None:
         rows, failures = work.measure(clocks.WallClock(), "tiny", 2, torch.float32, "cpu", 0.0, 1, aot_eager)
     assert failures == []
     compared = {row["operator"] for row in rows if "compiled, replayed" in row["microseconds"]}
-    assert compared == {"class_attention", "reorganize_tokens", "add_reorganize_norm"}
+    assert compared == {
+        "class_attention",
+        "attention_with_scores",
+        "reorganize_tokens",
+        "add_reorganize_norm",
+    }
 
 
-@pytest.mark.parametrize("name", ["class_attention", "reorganize_tokens", "add_reorganize_norm"])
+@pytest.mark.parametrize(
+    "name", ["class_attention", "attention_with_scores", "reorganize_tokens", "add_reorganize_norm"]
+)
 def test_a_wrong_chain_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(chains, name)
 
@@ -105,7 +115,8 @@ def test_a_wrong_operator_has_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.class_attention
     monkeypatch.setattr(ops, "class_attention", lambda q, k: right(q, k) + 1)
     rows, failures = work.measure(clocks.WallClock(), "tiny", 2, torch.float32, "cpu", 0.0, 1, None)
-    assert len(failures) == 1 and "class_attention forward: AssertionError: ours: off by 1.0" in failures[0]
+    assert len(failures) == 2 and "class_attention forward: AssertionError: ours: off by 1.0" in failures[0]
+    assert failures[1].startswith("attention_with_scores forward: AssertionError: eager: off by 1.0")
     assert {row["operator"] for row in rows} >= {"reorganize_tokens", "add_reorganize_norm"}
     assert ("class_attention", "forward") not in {(row["operator"], row["direction"]) for row in rows}
 

@@ -16,6 +16,8 @@ from evit_ext import _C
 #: The kernels that a model meets in training and inference, and that have to be fast.
 HOT = {
     "attention_kernel",
+    "attention_with_scores_kernel",
+    "class_scores_kernel",
     "backward_kernel",
     "reorganize_kernel",
     "layer_norm_kernel",
@@ -86,14 +88,43 @@ def test_no_kernel_spills(resources: list[tuple[str, str, dict[str, int]]]) -> N
     assert spilling == []
 
 
-def test_rows_move_16_bytes_at_a_time() -> None:
-    """An assignment of 16 bytes may become several instructions: the machine code says what it became."""
-    name = ""
-    accesses: dict[str, Counter[str]] = {}  # of 16 bytes, of each kernel
+@pytest.fixture(scope="module")
+def machine_code() -> list[str]:
+    """The instructions of all kernels, of the first architecture."""
     architecture = "sm_" + _C.build_info()["cuda_architectures"].split(";")[0].removesuffix("+PTX").replace(
         ".", ""
     )
-    for line in dump("--dump-sass", "--gpu-architecture", architecture).splitlines():
+    return dump("--dump-sass", "--gpu-architecture", architecture).splitlines()
+
+
+def test_attention_runs_on_tensor_cores(machine_code: list[str]) -> None:
+    """Products as matrices, operands as matrices, copies that take no registers, 16 bytes at a time."""
+    name = ""
+    counts: dict[tuple[str, int], Counter[str]] = {}
+    for line in machine_code:
+        if match := re.search(r"Function : (\S+)", line):
+            name = match[1]
+        elif kernel := re.search(r"attention_with_scores_kernelI\S*?(BFloat16|Half)ELi(\d+)E", name):
+            of_kernel = counts.setdefault((kernel[1], int(kernel[2])), Counter())
+            if match := re.search(r"^\s+/\*\w+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9.a-z_]+)", line):
+                of_kernel[match[1]] += 1
+    assert set(counts) == {(dtype, width) for dtype in ("BFloat16", "Half") for width in (32, 64, 128)}
+    for (dtype, width), instructions in counts.items():
+        multiply = "HMMA.16816.F32.BF16" if dtype == "BFloat16" else "HMMA.16816.F32"
+        # Of 32 keys at once: products with width / 16 * 4 matrices of keys and as many of values, whose loads
+        # bring two each. Once for whole tiles, once for the last.
+        assert instructions[multiply] == 2 * (2 * width // 16 * 4), (dtype, width)
+        assert instructions["LDSM.16.M88.4"] == instructions["LDSM.16.MT88.4"] == 2 * (width // 16 * 2)
+        assert sum(n for i, n in instructions.items() if re.match(r"LDGSTS.*\.128", i)) >= 4
+        assert sum(n for i, n in instructions.items() if re.match(r"STG.*\.128", i)) >= 1
+        assert not [i for i in instructions if i.startswith(("LDL", "STL", "STS.U16", "STS.U8"))]
+
+
+def test_rows_move_16_bytes_at_a_time(machine_code: list[str]) -> None:
+    """An assignment of 16 bytes may become several instructions: the machine code says what it became."""
+    name = ""
+    accesses: dict[str, Counter[str]] = {}  # of 16 bytes, of each kernel
+    for line in machine_code:
         if match := re.search(r"Function : (\S+)", line):
             name = match[1]
         elif match := re.search(r"\b(LDG|STG)\.(\S+)", line):

@@ -6,11 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evit_ext import ops
+
 
 def class_attention(q: Tensor, k: Tensor) -> Tensor:
     """The class token's row of the attention map, in PyTorch operators."""
     logits = (q.unsqueeze(2) @ k.transpose(-2, -1)).squeeze(2) * q.shape[2] ** -0.5
     return logits.softmax(-1).float().mean(1)
+
+
+def attention_with_scores(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Not the published way, which keeps the map: PyTorch's attention, then our `class_attention`."""
+    q, k, v = ops.reference.unpacked(qkv, heads)
+    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return out, ops.class_attention(q[:, :, 0], k)
 
 
 def reorganize_tokens(x: Tensor, scores: Tensor, num_keep: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,9 @@ SHARES_BATCH = 256
 STAGE_MICROSECONDS = 12.0  # at batch 1, in a CUDA graph
 TIMES_EAGER = 3.0  # at every batch size, both called from Python
 TIMES_COMPILED = 1.5  # at every batch size, both replayed from a CUDA graph
+#: attention_with_scores next to PyTorch's attention and class_attention, at every batch size, replayed. Below
+#: 1, these go on running in its place.
+TIMES_ATTENTION = 1.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,19 @@ def targets(rows: list[Row], bandwidth: float) -> list[Target]:
                     "{:.1f}",
                 )
             )
+    among = [r for r in rows if (r["operator"], r["direction"]) == ("attention_with_scores", "forward")]
+    for other in ("eager", "compiled"):
+        result.append(
+            worst(
+                f"attention_with_scores, times faster than attention and scores apart, {other}, replayed",
+                f"≥ {TIMES_ATTENTION:g}",
+                TIMES_ATTENTION,
+                True,
+                among,
+                lambda r, other=other: times(r, other, "replayed"),  # type: ignore[misc]
+                "{:.2f}",
+            )
+        )
     return result
 
 

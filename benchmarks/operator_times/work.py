@@ -27,7 +27,8 @@ CHAIN_SLACK = 5
 class Inputs:
     """Tensors of one EViT block."""
 
-    q: Tensor  # [B, H, D] and k [B, H, N, D]: slices of a packed projection, as in a model
+    qkv: Tensor  # a packed projection [B, N, 3 * H * D]
+    q: Tensor  # [B, H, D] and k [B, H, N, D]: slices of it, as in a model
     k: Tensor
     x: Tensor
     branch: Tensor
@@ -47,14 +48,15 @@ def make_inputs(
     generator = torch.Generator(device).manual_seed(seed)
     random = partial(torch.randn, generator=generator, device=device, dtype=dtype)
     width = heads * channels
-    q, k, _ = random(batch, tokens, 3, heads, channels).permute(2, 0, 3, 1, 4).unbind(0)
+    qkv = random(batch, tokens, 3 * width)
+    q, k, _ = ops.reference.unpacked(qkv, heads)
     x, branch = random(batch, tokens, width), random(batch, tokens, width)
     weight, bias = random(width), random(width)
     ranks = torch.rand(batch, tokens, generator=generator, device=device).argsort(dim=1)
     scores = (ranks + 1).float() * (2 / (tokens * (tokens + 1)))
     index = ops.reference.reorganize_tokens(x[:, :, :1], scores, num_keep_of(tokens))[1] + 1
     rows = chains.gather_tokens(x, index)
-    return Inputs(q[:, :, 0], k, x, branch, scores, index, rows, weight, bias, x.clone())
+    return Inputs(qkv, q[:, :, 0], k, x, branch, scores, index, rows, weight, bias, x.clone())
 
 
 def num_keep_of(tokens: int) -> int:
@@ -81,10 +83,21 @@ class Operation:
     #: Which arguments have a gradient.
     leaves: tuple[int, ...] = ()
     compiled: bool = False
+    #: Whether the eager chain is replayed too: where it is what runs if the operator does not.
+    replayed: bool = False
 
 
-def operations(tokens: int) -> list[Operation]:
-    """All that is timed, for a number of tokens."""
+def attention_with_scores(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """The operator's kernel on CUDA as well, where the function of that name does not use it by itself."""
+    if qkv.is_cuda and qkv.dtype.itemsize == 2:
+        scale = (qkv.shape[2] // (3 * heads)) ** -0.5
+        result: tuple[Tensor, Tensor] = torch.ops.evit.attention_with_scores(qkv, heads, scale)
+        return result
+    return ops.attention_with_scores(qkv, heads)
+
+
+def operations(heads: int, tokens: int) -> list[Operation]:
+    """All that is timed, for a number of heads and tokens."""
     keep = num_keep_of(tokens)
     reference = ops.reference
     return [
@@ -98,6 +111,16 @@ def operations(tokens: int) -> list[Operation]:
             lambda t, out, grads: nbytes(t.q, t.k, *out, *grads),
             (0, 1),
             True,
+        ),
+        Operation(
+            "attention_with_scores",
+            lambda t: (t.qkv,),
+            lambda qkv: attention_with_scores(qkv, heads),
+            lambda qkv: reference.attention_with_scores(qkv, heads),
+            lambda t, out: nbytes(t.qkv, *out),
+            lambda qkv: chains.attention_with_scores(qkv, heads),
+            compiled=True,
+            replayed=True,
         ),
         Operation(
             "reorganize_tokens",
@@ -264,7 +287,7 @@ def measure(
     sets = [make_inputs(MODELS[model], batch, dtype, device, seed) for seed in range(count)]
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
-    for operation in operations(tokens):
+    for operation in operations(heads, tokens):
         if operation.name in PARTS and batch != PARTS_BATCH:
             continue
         compiled = compiler(operation.chain) if compiler and operation.compiled and operation.chain else None
@@ -296,7 +319,7 @@ def time_one(
     some = min(64, max(count, 16))
     timers = {"copy": clock.replayed(lambda n: sets[n].copy.copy_(sets[n].x), count, repeats)}
     for name, call in calls.items():
-        if name != "eager":
+        if name != "eager" or operation.replayed:
             timers[f"{name}, replayed"] = clock.replayed(call, count, repeats)
         timers[f"{name}, called"] = clock.called(call, count, some)
     if operation.moved_backward and direction == "backward":

@@ -139,14 +139,15 @@ TEST(cuda_attention_with_scores_agrees_on_extreme_scales) {
 // The largest logit is where it is passed over most easily: in each of the places that a lane sees in turn.
 TEST(cuda_attention_with_scores_finds_the_largest_logit) {
   const AttentionWithScoresSizes sizes = {1, 70, 1, 32, 1.0};
-  for (int64_t place = 0; place < sizes.tokens; ++place) {
-    auto qkv = make_qkv<BFloat16>(sizes, {}, 5);
-    for (int64_t n = 0; n < sizes.tokens; ++n) {
-      qkv[n * 96] = from_double<BFloat16>(8);
-      qkv[n * 96 + 32] = from_double<BFloat16>(n == place ? 40 : 8);  // exponentials of 320, and of 64
+  for (int64_t place = 0; place < sizes.tokens; ++place)
+    for (const auto& [largest, others] : {std::pair(40, 8), {-8, -40}}) {  // of 8 times this, exponentials
+      auto qkv = make_qkv<BFloat16>(sizes, {}, 5);
+      for (int64_t n = 0; n < sizes.tokens; ++n) {
+        qkv[n * 96] = from_double<BFloat16>(8);
+        qkv[n * 96 + 32] = from_double<BFloat16>(n == place ? largest : others);
+      }
+      check(sizes, qkv);
     }
-    check(sizes, qkv);
-  }
 }
 
 template <typename T>

@@ -1,4 +1,4 @@
-"""`attention_with_scores`: multi-head attention and the class token's scores, for inference on the CPU."""
+"""`attention_with_scores`: multi-head attention and the class token's scores, for inference."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None = Non
         scores = class_attention(q[:, :, 0], k, scale)
 
     with a kernel for the CPU that reads the projection in place and takes no memory of N × N. On other
-    devices, and where a gradient is needed, these steps run instead. A model that does something to queries
+    devices, and where a gradient is needed, these steps run instead. There is a kernel for CUDA too, for
+    float16 and bfloat16 with 32, 64 or 128 channels a head, but it has not been measured and is not used
+    unless ``evit_ext.ops.library.CUDA_ATTENTION`` is set. A model that does something to queries
     or keys between the projection and the attention (norms, rotary embeddings) cannot use it.
 
     Args:
@@ -36,9 +38,10 @@ def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None = Non
 
     Products are summed in float32 (float64 for float64). In bfloat16, on processors that multiply it
     (``avx512_bf16``), the probabilities are rounded to bfloat16 before they weigh the values, as PyTorch's
-    scaled_dot_product_attention does; `scores` are not. Under autocast `qkv` is cast to the autocast dtype,
-    as scaled_dot_product_attention casts. Differentiable once. The kernel is deterministic, whatever the
-    number of threads.
+    scaled_dot_product_attention does; `scores` are not. The kernel for CUDA always rounds them, and its
+    `scores` agree with `class_attention`'s to rounding in float32. Under autocast `qkv` is cast to the
+    autocast dtype, as scaled_dot_product_attention casts. Differentiable once. The kernels are deterministic,
+    whatever the number of threads.
 
     Raises:
         TypeError: the dtype is not supported, `num_heads` is not an int or `scale` not a number.
@@ -48,9 +51,16 @@ def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None = Non
     scale = checks.attention_with_scores(qkv, num_heads, scale)
     if not library.runs_kernel(qkv):
         return reference.attention_with_scores(qkv, num_heads, scale)
-    if qkv.device.type not in ("cpu", "meta") or library.needs_gradient(qkv):
+    if library.needs_gradient(qkv) or not _kernel_takes(qkv, num_heads):
         return _composed(qkv, num_heads, scale)
     return torch.ops.evit.attention_with_scores(qkv, num_heads, scale)
+
+
+def _kernel_takes(qkv: Tensor, num_heads: int) -> bool:
+    if qkv.device.type in ("cpu", "meta"):
+        return True
+    narrow = qkv.dtype in (torch.float16, torch.bfloat16)
+    return library.CUDA_ATTENTION and narrow and qkv.shape[2] // (3 * num_heads) in (32, 64, 128)
 
 
 def _composed(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:

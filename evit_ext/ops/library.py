@@ -16,6 +16,11 @@ from evit_ext.ops import checks
 #: Device types that have compiled kernels. Meta tensors go through the operators' shape inference.
 KERNEL_DEVICES = frozenset({"cpu", "meta"} | ({"cuda"} if _C.build_info()["cuda_operators"] else set()))
 
+#: Whether `attention_with_scores` runs its own kernel on CUDA tensors that it takes. That kernel has been
+#: tested on the CPU alone and its speed was never measured: until it is known to be faster than PyTorch's
+#: attention next to `class_attention`, those run instead. Set it to try the kernel.
+CUDA_ATTENTION = False
+
 _CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
 _wanted = os.environ.get("EVIT_CPU_CAPABILITY")
 if _wanted and _wanted not in _CAPABILITIES:

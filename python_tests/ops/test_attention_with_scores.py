@@ -11,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from operator_tester import DTYPES, Case, OperatorTester, assert_near, outputs, random_examples
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from evit_ext import ops
+from evit_ext.ops import library
 
 INF, NAN = float("inf"), float("nan")
 
@@ -202,6 +205,52 @@ def test_exports_the_kernel() -> None:
         assert "evit.attention_with_scores.default" in names
         other = make(3, 20, 2, 4).float()
         for a, b in zip(program.module()(other), Module()(other), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.skipif("cuda" not in library.KERNEL_DEVICES, reason="the build has no CUDA kernels")
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [16, 64])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_kernel_for_cuda_must_be_asked_for(
+    wanted: bool, channels: int, dtype: torch.dtype, gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tensors that have a device and shapes, and nothing else: no GPU is needed."""
+    monkeypatch.setattr(library, "CUDA_ATTENTION", wanted)
+    called: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode():
+        qkv = torch.empty(2, 9, 3 * 2 * channels, dtype=dtype, device="cuda").requires_grad_(gradient)
+        with Names():
+            out, scores = ops.attention_with_scores(qkv, 2)
+    assert out.shape == (2, 9, 2 * channels) and out.dtype == dtype
+    assert scores.shape == (2, 9) and scores.dtype == torch.float32
+    kernel = wanted and channels == 64 and dtype == torch.bfloat16 and not gradient
+    assert ("evit::attention_with_scores" in called) == kernel
+    assert ("evit::class_attention" in called) == (not kernel)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [32, 64, 128])
+def test_tensors_may_lie_anywhere(device: torch.device, dtype: torch.dtype, channels: int) -> None:
+    # Where 16 bytes cannot be read at a time, too, which a kernel for CUDA does.
+    qkv = make(2, 19, 2, channels).to(device, dtype)
+    expected = ops.attention_with_scores(qkv, 2)
+    width = qkv.shape[2]
+    for start, gap, between in ((1, 0, 0), (0, 3, 0), (8, 8, 16), (0, 0, 1), (4, 0, 0)):
+        stride_n, stride_b = width + gap, 19 * (width + gap) + between
+        view = qkv.new_full((start + 2 * stride_b,), NAN).as_strided(
+            qkv.shape, (stride_b, stride_n, 1), start
+        )
+        view.copy_(qkv)
+        for a, b in zip(ops.attention_with_scores(view, 2), expected, strict=True):
             assert torch.equal(a, b)
 
 
