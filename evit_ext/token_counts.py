@@ -37,11 +37,16 @@ def count_tokens(model: nn.Module, img_size: tuple[int, int]) -> list[int]:
     return counts
 
 
-def _num_patches(vit: Any, img_size: tuple[int, int]) -> int:
-    """Return how many patches `vit` makes of an image."""
+def patch_grid(vit: Any, img_size: tuple[int, int]) -> tuple[int, int]:
+    """Return the rows and columns of the patches that `vit` makes of an image of (height, width)."""
     if hasattr(vit, "patch_embed"):
         rows, columns = vit.patch_embed.dynamic_feat_size(img_size)
     else:  # of transformers
         side = vision_tower(vit).config.patch_size
         rows, columns = img_size[0] // side, img_size[1] // side
-    return int(rows) * int(columns)
+    return int(rows), int(columns)
+
+
+def _num_patches(vit: Any, img_size: tuple[int, int]) -> int:
+    rows, columns = patch_grid(vit, img_size)
+    return rows * columns

@@ -4,28 +4,48 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 
 import evit_ext
-from evit_ext.cli import benchmark, evaluate, info, train
+from evit_ext.cli import benchmark, evaluate, info, train, visualize
+
+_EXAMPLES = """examples:
+  evit info deit_base --keep-rate 0.7 0.5
+  evit train --recipe cluttered-digits
+  evit eval runs/cluttered-digits --keep-rate 1 0.7 0.5
+  evit visualize photo.jpg --model deit_small --checkpoint evit.pth -o photo.png
+  evit benchmark deit_small --batch-size 1 16
+`evit COMMAND --help` has more of each.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for bad input."""
     parser = argparse.ArgumentParser(
-        prog="evit", description="EViT: vision transformers that keep the patches that matter."
+        prog="evit",
+        description="EViT: vision transformers that keep the patches that matter.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"evit_ext {evit_ext.__version__}")
+    help_text = "show where in the program an error comes from"
+    parser.add_argument("--verbose", action="store_true", help=help_text)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (train, evaluate, benchmark, info):
+    for command in (train, evaluate, visualize, benchmark, info):
         command.add_parser(commands)
+    for subparser in commands.choices.values():
+        # Without a default, which would undo what is said before the command.
+        subparser.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help=help_text)
     options = parser.parse_args(arguments)
     try:
         status = options.run(options)
     except KeyboardInterrupt:
         print("evit: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, RuntimeError, AssertionError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, AssertionError, OSError, ImportError) as error:
+        if options.verbose:
+            traceback.print_exc()
         print(f"evit: error: {error}", file=sys.stderr)
         return 2
     return int(status or 0)

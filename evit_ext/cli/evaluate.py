@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import timm.data
@@ -15,13 +14,13 @@ from torch import nn
 
 import evit_ext
 from evit_ext.cli.options import add_options, overrides
+from evit_ext.cli.runs import load_weights, newest_weights, run_config
 from evit_ext.cli.shared import aligned
 from evit_ext.training.config import TrainConfig, load_config
 from evit_ext.training.evaluation import Evaluation, evaluate
 from evit_ext.training.keep_rates import keep_rates, set_keep_rate
 from evit_ext.training.precision import Precision, choose_precision
 from evit_ext.training.ranks import Ranks, join
-from evit_ext.training.run_checkpoints import RunCheckpoints
 from evit_ext.training.throughput import measure_throughput
 
 #: The fields of a configuration that matter for an evaluation; the keep rate is an option of its own.
@@ -175,11 +174,7 @@ def _configuration(options: argparse.Namespace) -> TrainConfig:
     if options.run_folder is not None:
         if options.checkpoint is not None or given.get("pretrained"):
             raise ValueError("expected a run, or --checkpoint, or --pretrained; got more than one of them")
-        file = Path(options.run_folder) / "config.yaml"
-        if not file.is_file():
-            raise FileNotFoundError(f"there is no {file}: {options.run_folder} is not the folder of a run")
-        # The run's own weights are loaded afterwards, whatever it started from.
-        return replace(load_config(file, **given), pretrained=False, initial_checkpoint=None)
+        return run_config(options.run_folder, given)
     if (options.checkpoint is None) == (not given.get("pretrained")):
         raise ValueError("expected a run, or --model with either --checkpoint FILE or --pretrained")
     return load_config(**given)
@@ -205,22 +200,9 @@ def _load(model: nn.Module, options: argparse.Namespace) -> str:
         return str(loaded)
     if options.run_folder is None:
         return "pretrained"
-    folder = Path(options.run_folder) / "checkpoints"
-    found = RunCheckpoints(folder).load_latest() if folder.is_dir() else None
-    if found is None:
-        raise FileNotFoundError(f"there is no checkpoint in {folder}")
-    state, step = found
-    ema = None if options.ema is False else state.get("model_ema")
-    if options.ema and ema is None:
-        raise ValueError(f"{options.run_folder} has no moving average of the weights: leave out --ema")
-    try:
-        model.load_state_dict(state["model"] if ema is None else ema)
-    except RuntimeError as error:
-        raise ValueError(
-            f"the weights of {options.run_folder} do not fit the model as it is asked for; its data may have "
-            f"other classes, or an option another size: {error}"
-        ) from error
-    return f"{folder}, step {step}" + ("" if ema is None else ", moving average")
+    weights, words = newest_weights(options.run_folder, options.ema)
+    load_weights(model, weights, options.run_folder)
+    return words
 
 
 def _speed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import traceback
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -110,12 +111,16 @@ def _run(config: TrainConfig, output: Path, ranks: Ranks, options: argparse.Name
         # As if the signal had ended it, so that a scheduler knows.
         return 128 + (stopped.signal or signal.SIGTERM)
     except (FloatingPointError, TooManyUnreadable) as error:  # of all processes together
+        if options.verbose:
+            traceback.print_exc()
         if ranks.is_first:
             _tell(f"{error}\n{run.advice()}")
         raise _Failed from error
     except (OSError, RuntimeError) as error:
         one_of_many = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
         gone = "" if not is_lost(error) else "another process ended or does not answer: "
+        if options.verbose:
+            traceback.print_exc()
         _tell(f"{one_of_many}{gone}{error}\n{run.advice()}")
         raise _Failed from error
     if ranks.is_first:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import evit_ext
 from evit_ext.data import CanvasBatch, ClutteredDigits, denormalize, object_patches
 from evit_ext.demo.settings import Settings
-from evit_ext.demo.survival import object_survival, random_survival, surviving_patches
+from evit_ext.demo.survival import object_survival, random_survival
 from evit_ext.demo.table import format_table
 from evit_ext.demo.tokens_picture import Column, save_tokens_picture
 from evit_ext.training import (
@@ -32,6 +32,7 @@ from evit_ext.training import (
     evaluate,
     measure_throughput,
 )
+from evit_ext.visualize.views import surviving_patches
 
 _TEST_BATCH = 250
 # The test canvases do not follow the seed of the training: runs with different seeds see the same ones.

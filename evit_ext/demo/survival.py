@@ -7,32 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def surviving_patches(kept: Sequence[Tensor], num_patches: int) -> list[Tensor]:
-    """The patches that are left after each stage, as masks.
-
-    Args:
-        kept: for each stage, the patches it kept: int64 [B, K], -1 for an earlier stage's fused token, as in
-            ``record_tokens(vit).kept``.
-        num_patches: patches of the image.
-
-    Returns:
-        For each stage bool [B, num_patches].
-    """
-    masks = []
-    for ids in kept:
-        mask = torch.zeros(len(ids), num_patches + 1, dtype=torch.bool, device=ids.device)
-        # A fused token's -1 is put into a column of its own, which is then cut off.
-        mask.scatter_(1, ids.where(ids >= 0, num_patches), True)
-        masks.append(mask[:, :num_patches])
-    return masks
+from evit_ext.visualize.views import surviving_patches
 
 
 def object_survival(kept: Sequence[Tensor], object_patches: Tensor) -> Tensor:
     """The share of each image's object patches that survive each stage.
 
     Args:
-        kept: as in :func:`surviving_patches`.
+        kept: for each stage, the patches it kept, as :func:`evit_ext.visualize.surviving_patches` takes them.
         object_patches: bool [B, patches], at least one True in every row.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -62,8 +63,11 @@ def create_dense(name: str, **arguments: Any) -> nn.Module:
 def create(name: str, **arguments: Any) -> nn.Module:
     """Build a model as it is; arguments and errors as of :func:`create_evit`."""
     if name not in models.__all__ and not timm.is_model(name):
+        near = difflib.get_close_matches(name, {*models.__all__, *timm.list_models()}, n=3)
         raise ValueError(
-            f"there is no model {name!r}: expected one of {', '.join(models.__all__)}, or a name of timm's"
+            f"there is no model {name!r}: "
+            + (f"the nearest names are {', '.join(near)}; " if near else "")
+            + f"expected one of {', '.join(models.__all__)}, or a name of timm's"
         )
     what = (
         f"the pretrained weights of {name} could not be fetched from the Hugging Face hub, nor are they in "

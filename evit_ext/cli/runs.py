@@ -1,0 +1,61 @@
+"""The folder of a run of ``evit train``: its configuration and its newest weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from evit_ext.training.config import TrainConfig, load_config
+from evit_ext.training.run_checkpoints import RunCheckpoints
+
+
+def run_config(folder: str, given: Mapping[str, Any]) -> TrainConfig:
+    """Return the configuration of a run, with the fields of `given` in the place of its own.
+
+    Raises:
+        FileNotFoundError: it is not the folder of a run.
+        ValueError: a field that there is not, or out of its range.
+    """
+    file = Path(folder) / "config.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no {file}: {folder} is not the folder of a run")
+    # The run's own weights are loaded afterwards, whatever it started from.
+    return replace(load_config(file, **given), pretrained=False, initial_checkpoint=None)
+
+
+def newest_weights(folder: str, ema: bool | None) -> tuple[Mapping[str, Any], str]:
+    """Return the newest weights of a run that can be read, and in words which these are.
+
+    Args:
+        folder: of the run.
+        ema: the moving average of the weights; None takes it where the run has one.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: `ema` is True and there is no moving average.
+    """
+    checkpoints = Path(folder) / "checkpoints"
+    found = RunCheckpoints(checkpoints).load_latest() if checkpoints.is_dir() else None
+    if found is None:
+        raise FileNotFoundError(f"there is no checkpoint in {checkpoints}")
+    state, step = found
+    average = None if ema is False else state.get("model_ema")
+    if ema and average is None:
+        raise ValueError(f"{folder} has no moving average of the weights: leave out --ema")
+    words = f"{checkpoints}, step {step}" + ("" if average is None else ", moving average")
+    return (state["model"] if average is None else average), words
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Any], folder: str) -> None:
+    """Load what :func:`newest_weights` returned; ValueError if it does not fit the model."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights of {folder} do not fit the model as it is asked for; its data may have other "
+            f"classes, or an option another size: {error}"
+        ) from error

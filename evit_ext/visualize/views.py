@@ -1,0 +1,214 @@
+"""What a model makes of images at several keep rates: predictions, and the patches that each stage kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.utils.model import unwrap_model
+from torch import Tensor, nn
+
+from evit_ext.families import applied_blocks, family_of
+from evit_ext.macs import count_macs
+from evit_ext.record import TokenRecord, record_tokens
+from evit_ext.token_counts import patch_grid
+from evit_ext.training.keep_rates import keep_rates as current_keep_rates
+from evit_ext.training.keep_rates import set_keep_rate
+
+
+@dataclass(frozen=True)
+class StageView:
+    """One stage of one image; patches lie on a grid of rows and columns.
+
+    Attributes:
+        kept: bool [rows, columns], the patches that are left after the stage.
+        scores: float32 [rows, columns], of the patches that entered the stage; NaN for those that earlier
+            stages had dropped. A fused token has no place on the grid, so its score is not here.
+        dropped: how many patches the stage dropped.
+        fused: whether it fused them into a token.
+    """
+
+    kept: Tensor
+    scores: Tensor
+    dropped: int
+    fused: bool
+
+
+@dataclass(frozen=True)
+class RateView:
+    """One image at one keep rate.
+
+    Attributes:
+        keep_rate: share of the patches that a stage keeps.
+        stages: one for each stage.
+        probabilities: float32 [classes], the softmax of the logits; None of a model without classes.
+        macs: multiply-accumulates of the forward, see :func:`evit_ext.count_macs`.
+    """
+
+    keep_rate: float
+    stages: tuple[StageView, ...]
+    probabilities: Tensor | None
+    macs: int
+
+
+@dataclass(frozen=True)
+class ImageView:
+    """One image, with all patches and at several keep rates.
+
+    Attributes:
+        grid: rows and columns of the patches.
+        dense: at keep rate 1.
+        rates: at the others, in the order that was asked for.
+    """
+
+    grid: tuple[int, int]
+    dense: RateView
+    rates: tuple[RateView, ...]
+
+
+def view_images(model: nn.Module, images: Tensor, keep_rates: Sequence[float]) -> list[ImageView]:
+    """Run `model` on images with all patches and at several keep rates; say what it saw of each.
+
+    The model is run in eval mode, without gradients, and is afterwards as it was before.
+
+    Args:
+        model: one that :func:`evit_ext.apply` changed, of timm or of transformers, or a DynamicViT.
+        images: float [B, channels, height, width], as the model takes them, on its device. B is at least 1.
+        keep_rates: each in (0, 1], at least one.
+
+    Returns:
+        One for each image. All tensors are on the CPU.
+
+    Raises:
+        TypeError: a keep rate is not a number.
+        ValueError: the model drops no patches, `images` are of another shape, a keep rate is out of range, or
+            the image's sides are padded to whole patches.
+    """
+    vit: Any = unwrap_model(model)
+    if images.dim() != 4 or not len(images):
+        raise ValueError(f"images must be [B, channels, height, width], got {list(images.shape)}")
+    if not keep_rates:
+        raise ValueError("keep_rates must have at least one, got none")
+    if not hasattr(vit, "score_predictor"):
+        applied_blocks(vit)
+    size = (images.shape[2], images.shape[3])
+    grid = _whole_grid(vit, size)
+    before, training = current_keep_rates(vit), model.training
+    model.eval()
+    try:
+        everything = _at_rate(model, images, 1.0, grid, size)
+        rates = [_at_rate(model, images, rate, grid, size) for rate in keep_rates]
+    finally:
+        model.train(training)
+        set_keep_rate(vit, before[0] if len(before) == 1 else before)  # type: ignore[arg-type]
+    return [
+        ImageView(grid, dense, tuple(rate[number] for rate in rates))
+        for number, dense in enumerate(everything)
+    ]
+
+
+def meaning_of_scores(model: nn.Module) -> str:
+    """Return in a few words what the scores of `model` are; ValueError if it cannot drop patches."""
+    vit: Any = unwrap_model(model)
+    if hasattr(vit, "score_predictor"):
+        return "probability of being kept, as the predictor says"
+    if family_of(vit).has_class_token(vit):
+        return "attention of the class token, mean over heads"
+    return "attention of all tokens, mean over queries and heads"
+
+
+def surviving_patches(kept: Sequence[Tensor], num_patches: int) -> list[Tensor]:
+    """The patches that are left after each stage, as masks.
+
+    Args:
+        kept: for each stage, the patches it kept: int64 [B, K], -1 for an earlier stage's fused token, as in
+            ``record_tokens(vit).kept``.
+        num_patches: patches of the image.
+
+    Returns:
+        For each stage bool [B, num_patches].
+    """
+    masks = []
+    for ids in kept:
+        mask = torch.zeros(len(ids), num_patches + 1, dtype=torch.bool, device=ids.device)
+        # A fused token's -1 is put into a column of its own, which is then cut off.
+        mask.scatter_(1, ids.where(ids >= 0, num_patches), True)
+        masks.append(mask[:, :num_patches])
+    return masks
+
+
+def _whole_grid(vit: Any, size: tuple[int, int]) -> tuple[int, int]:
+    grid = patch_grid(vit, size)
+    embed: Any = getattr(vit, "patch_embed", None)
+    if getattr(embed, "dynamic_img_pad", False):
+        side = embed.patch_size
+        if size[0] % side[0] or size[1] % side[1]:
+            raise ValueError(
+                f"images of {size[0]}x{size[1]} pixels are padded to whole patches of {side[0]}x{side[1]}, "
+                "which cannot be drawn: expected sides that are multiples of the patch's"
+            )
+    return grid
+
+
+def _at_rate(
+    model: nn.Module, images: Tensor, keep_rate: float, grid: tuple[int, int], size: tuple[int, int]
+) -> list[RateView]:
+    """Run the model at one keep rate; returns a view of each image."""
+    vit: Any = unwrap_model(model)
+    set_keep_rate(vit, keep_rate)
+    with torch.inference_mode(), record_tokens(vit) as record:
+        output = model(images)
+    num_patches = math.prod(grid)
+    if not record.scores or record.scores[0].shape[1] != num_patches:
+        found = record.scores[0].shape[1] if record.scores else "no"
+        raise ValueError(f"expected {grid[0]}x{grid[1]} patches in the first stage, found {found}")
+    probabilities = _probabilities(vit, output)
+    masks = surviving_patches(record.kept, num_patches)
+    scores = _scores_on_grid(record, num_patches, hasattr(vit, "score_predictor"))
+    macs = count_macs(vit, size)
+    views = []
+    for number in range(len(images)):
+        left, stages = num_patches, []
+        for stage, (mask, score) in enumerate(zip(masks, scores, strict=True)):
+            now = int(mask[number].sum())
+            stages.append(
+                StageView(
+                    mask[number].reshape(grid).cpu(),
+                    score[number].reshape(grid).float().cpu(),
+                    left - now,
+                    record.trail.step(record.trail.stages[stage])[2],
+                )
+            )
+            left = now
+        of_classes = None if probabilities is None else probabilities[number]
+        views.append(RateView(float(keep_rate), tuple(stages), of_classes, macs))
+    return views
+
+
+def _scores_on_grid(record: TokenRecord, num_patches: int, logarithms: bool) -> list[Tensor]:
+    """Return for each stage the scores [B, patches], NaN where a patch did not enter it."""
+    placed = []
+    for stage, scores in zip(record.trail.stages, record.scores, strict=True):
+        scores = scores.float()
+        if logarithms:  # of a DynamicViT: as probabilities they can be read
+            scores = scores.exp()
+        patches = record.trail.patches(stage)
+        if patches is not None:
+            # One more column for the fused token, which is then cut off.
+            everywhere = scores.new_full((len(scores), num_patches + 1), math.nan)
+            scores = everywhere.scatter(1, patches.where(patches >= 0, num_patches), scores)[:, :num_patches]
+        placed.append(scores)
+    return placed
+
+
+def _probabilities(vit: Any, output: Any) -> Tensor | None:
+    """Return float32 [B, classes] on the CPU, or None where the output is not logits of classes."""
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if isinstance(output, Tensor) and not getattr(vit, "num_classes", 0):
+        return None  # the output is features
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        return None
+    return logits.float().softmax(dim=1).cpu()
