@@ -133,7 +133,7 @@ def _visualize(options: argparse.Namespace) -> None:
             raise IsADirectoryError(f"{path} is a folder: give the file to write")
     found = photos.find_photos(options.photos)
     if found.others:
-        _tell(f"{found.others} files of the folders are no images by their names, and left out")
+        _tell(f"files of the folders that are no images by their names are left out: {found.others}")
     files = found.files
     if len(files) > options.most:
         _tell(f"there are {len(files)} photographs; the first {options.most} are shown: see --most")

@@ -19,7 +19,7 @@ from evit_ext.visualize.photos import Photo
 from evit_ext.visualize.views import RateView
 
 #: Side of a picture in the large layout and in a contact sheet, in pixels.
-LARGE, SMALL = 240, 112
+LARGE, SMALL = 240, 128
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 #: What a dropped patch is mixed with, and how much of it; RGB.
 PAPER, PAPER_SHARE = (238, 240, 244), 0.86
@@ -140,7 +140,7 @@ def _large(gallery: Gallery, photo: Photo) -> Image.Image:
     best = most_probable(photo.view.dense.probabilities, gallery.class_names, 3)
     for number, rate in enumerate(photo.view.rates):
         top = head + section * number
-        page.pen.line((_MARGIN, top, page.image.width - _MARGIN, top), _RULE)
+        page.pen.line((_MARGIN, top, page.image.width - _MARGIN - 1, top), _RULE)
         page.text(_MARGIN, top + 10, _heading(rate, photo.view.dense), 16, width=inner)
         y, x = top + 44, _MARGIN
         page.image.paste(shown, (x, y))
@@ -196,7 +196,7 @@ def _sheet(gallery: Gallery) -> Image.Image:
     rates = len(gallery.photos[0].view.rates)
     sizes = [fitted(photo.image, SMALL).size for photo in gallery.photos]
     side, high = max(size[0] for size in sizes), max(size[1] for size in sizes)
-    width = max((1 + stages) * (side + 6) - 6, 260)
+    width = max((1 + stages) * (side + 6) - 6, 320)
     height = 22 + rates * (high + 40) + 14
     across = 1 if len(gallery.photos) < 4 else 2
     head = 62 + (20 if gallery.warning else 0)
@@ -210,7 +210,7 @@ def _sheet(gallery: Gallery) -> Image.Image:
     for number, photo in enumerate(gallery.photos):
         x = _MARGIN + number % across * (width + 2 * _GAP)
         y = head + number // across * height
-        page.pen.line((x, y, x + width, y), _RULE)
+        page.pen.line((x, y, x + width - 1, y), _RULE)
         page.text(x, y + 4, photo.name, 13, width=width)
         y += 22
         for rate in photo.view.rates:
