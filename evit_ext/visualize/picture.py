@@ -22,7 +22,7 @@ from evit_ext.visualize.views import RateView
 LARGE, SMALL = 240, 128
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 #: What a dropped patch is mixed with, and how much of it; RGB.
-PAPER, PAPER_SHARE = (238, 240, 244), 0.86
+PAPER, PAPER_SHARE = (208, 212, 220), 0.86
 
 _INK, _FAINT, _WARN = (29, 36, 51), (96, 108, 130), (192, 42, 42)
 _BAR, _BAR_DENSE, _RULE = (232, 89, 12), (92, 114, 153), (214, 218, 226)
@@ -237,10 +237,9 @@ def _told(gallery: Gallery, photo: Photo, rate: RateView) -> str:
     if not best[0]:
         return "the model has no classes"
     (before,), (after,) = best
-    if before.name == after.name:
-        return f"{after.name}: {100 * after.probability:.0f} %, with all {100 * before.probability:.0f} %"
-    changed = f"{after.name} {100 * after.probability:.0f} %"
-    return f"{changed}, with all {before.name} {100 * before.probability:.0f} %"
+    now, then = f"{100 * after.probability:.1f} %", f"{100 * before.probability:.1f} %"
+    name = "" if before.name == after.name else f"{before.name} "
+    return f"{after.name} {now}, with all patches {name}{then}"
 
 
 def _width(text: str, size: int) -> int:

@@ -47,7 +47,7 @@ def patch_is_faded(browser: Browser, row: int, column: int) -> bool:
         f"const p = c.getContext('2d').getImageData(at({column}, c.width, 4), at({row}, c.height, 2), 1, 1);"
         "return Math.min(...p.data.slice(0, 3)); })()"
     )
-    return int(light) > 190
+    return int(light) > 170
 
 
 def check_patches(browser: Browser, photo: int, rate: int, stage: int) -> None:
