@@ -84,6 +84,9 @@ def test_names_cannot_get_out() -> None:
     assert data_of(text)["photos"][0]["name"] == f"{name} 0"
     assert parsed.texts["title"] == [f"{name} 0: what deit_micro keeps"]
     assert "\u2028" not in parsed.texts["script"][0]
+    # Nor with a space behind the name, or by beginning a comment, which some parsers take for an end, too.
+    assert "<" not in text.partition('id="data">')[2].partition("</script>")[0]
+    assert text.count("</script") == text.count("<script") == 2
 
 
 def test_nothing_is_fetched_and_only_its_own_script_runs() -> None:
