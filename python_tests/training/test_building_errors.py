@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model": "deit_smal"}, "there is no model 'deit_smal': expected one of deit_base"),
+        ({"model": "deit_smal"}, "there is no model 'deit_smal': the nearest names are deit_small"),
         ({"model": "resnet18"}, "ResNet is not supported: expected a vision transformer"),
         ({"model_args": {"num_classes": 3}}, "model_args: num_classes is a field of its own, num_classes"),
         (
