@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 import evit_ext
-from evit_ext.cli import benchmark, evaluate, info, train, visualize
+from evit_ext.cli import benchmark, evaluate, export, info, train, visualize
 
 _EXAMPLES = """examples:
   evit info deit_base --keep-rate 0.7 0.5
@@ -16,6 +16,7 @@ _EXAMPLES = """examples:
   evit eval runs/cluttered-digits --keep-rate 1 0.7 0.5
   evit visualize photo.jpg --model deit_small --checkpoint evit.pth -o photo.png
   evit benchmark deit_small --batch-size 1 16
+  evit export deit_small --checkpoint evit.pth --format onnx
 `evit COMMAND --help` has more of each.
 """
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     help_text = "show where in the program an error comes from"
     parser.add_argument("--verbose", action="store_true", help=help_text)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (train, evaluate, visualize, benchmark, info):
+    for command in (train, evaluate, visualize, benchmark, export, info):
         command.add_parser(commands)
     for subparser in commands.choices.values():
         # Without a default, which would undo what is said before the command.

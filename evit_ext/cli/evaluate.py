@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import evit_ext
-from evit_ext.cli.options import add_options, overrides
-from evit_ext.cli.runs import load_weights, newest_weights, run_config
+from evit_ext.cli.options import add_options
 from evit_ext.cli.shared import aligned
-from evit_ext.training.config import TrainConfig, load_config
+from evit_ext.cli.trained import configuration, load_weights
+from evit_ext.training.config import TrainConfig
 from evit_ext.training.evaluation import Evaluation, evaluate
 from evit_ext.training.keep_rates import keep_rates, set_keep_rate
 from evit_ext.training.precision import Precision, choose_precision
@@ -140,10 +140,10 @@ def _eval(options: argparse.Namespace) -> None:
             f"expected --batch-size of at least 1 and --repeats of at least 0, got {options.at_once} and "
             f"{options.repeats}"
         )
-    config = _configuration(options)
+    config = configuration(options)
     with join(options.device) as ranks:
         model, loaders = _prepare(config, ranks, options.at_once)
-        source = _load(model, options)
+        source = load_weights(model, options)
         model.to(ranks.device)
         precision = choose_precision(ranks.device, config.precision)
         shape = (options.at_once, *loaders.image["input_size"])
@@ -169,17 +169,6 @@ def _eval(options: argparse.Namespace) -> None:
         _print(facts, rows, options.json)
 
 
-def _configuration(options: argparse.Namespace) -> TrainConfig:
-    given = overrides(options)
-    if options.run_folder is not None:
-        if options.checkpoint is not None or given.get("pretrained"):
-            raise ValueError("expected a run, or --checkpoint, or --pretrained; got more than one of them")
-        return run_config(options.run_folder, given)
-    if (options.checkpoint is None) == (not given.get("pretrained")):
-        raise ValueError("expected a run, or --model with either --checkpoint FILE or --pretrained")
-    return load_config(**given)
-
-
 def _prepare(config: TrainConfig, ranks: Ranks, at_once: int) -> tuple[nn.Module, Any]:
     """Return the model and the validation data, which knows the classes and is told the model's images."""
     # Here, as importing them takes a while.
@@ -191,18 +180,6 @@ def _prepare(config: TrainConfig, ranks: Ranks, at_once: int) -> tuple[nn.Module
     size = model.patch_embed.img_size
     loaders.image = timm.data.resolve_model_data_config(model, {"img_size": size[0]} if size else {})
     return model, loaders
-
-
-def _load(model: nn.Module, options: argparse.Namespace) -> str:
-    """Load the weights that are asked for; return in words which these are."""
-    if options.checkpoint is not None:
-        loaded = evit_ext.load_checkpoint(model, options.checkpoint, use_ema=options.ema, progress=False)
-        return str(loaded)
-    if options.run_folder is None:
-        return "pretrained"
-    weights, words = newest_weights(options.run_folder, options.ema)
-    load_weights(model, weights, options.run_folder)
-    return words
 
 
 def _speed(

@@ -1,0 +1,179 @@
+"""``evit export``: a model as a file that runs elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.data
+import torch
+from torch import nn
+
+from evit_ext import models
+from evit_ext.cli.options import add_options, overrides
+from evit_ext.cli.runs import newest_weights
+from evit_ext.cli.trained import configuration, load_weights
+from evit_ext.models.by_name import create_evit
+from evit_ext.training.config import TrainConfig, load_config
+from evit_ext.training.keep_rates import set_keep_rate
+
+#: The fields of a configuration that make the model; the keep rate is an option of its own.
+_FIELDS = ("model_args", "img_size", "num_classes", "drop_loc", "fuse_token", "pretrained", "crop_pct")
+
+_FORMATS = ("pt2", "onnx", "aoti")
+
+_EXAMPLES = """examples:
+  evit export runs/small --format onnx
+  evit export deit_small --checkpoint evit.pth --keep-rate 0.7 --format aoti --output small.pt2
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``evit export`` to the commands."""
+    parser = commands.add_parser(
+        "export",
+        help="write a model to a file: torch.export, ONNX or AOTInductor",
+        description="Write a model, at one keep rate and for batches of any size, to a file that runs without\n"
+        "this package's Python. The file is loaded again and compared with the model before it\n"
+        "has its name; what cannot be exported is refused with the reason.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="folder of a run, or a model: of evit_ext.models, or any of timm's that evit_ext.apply supports",
+    )
+    parser.add_argument(
+        "--format",
+        choices=_FORMATS,
+        default="pt2",
+        help="pt2: a program of torch.export with this package's operators; onnx: standard operators only; "
+        "aoti: compiled by AOTInductor for this kind of machine, with this package's operators (default: pt2)",
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="(default: the model's name and .pt2 or .onnx)"
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="weights: whatever evit_ext.load_checkpoint reads"
+    )
+    parser.add_argument(
+        "--random-weights", action="store_true", help="export a model without training, to measure its speed"
+    )
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="take the moving average of the weights (default: of a run where it has one, of a file not)",
+    )
+    parser.add_argument(
+        "--keep-rate",
+        dest="keep_rates",
+        nargs="+",
+        type=float,
+        metavar="RATE",
+        help="in (0, 1], one or one for each stage (default: the configured one)",
+    )
+    parser.add_argument(
+        "--max-batch", type=int, metavar="N", help="the most images at once, at least 2 (default: any number)"
+    )
+    parser.add_argument("--opset", type=int, default=20, metavar="N", help="of ONNX (default: 20)")
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="text file with the name of a class on each line, to be put into the exported file (default: "
+        "ImageNet's with --pretrained models of 1000 classes, else none)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_options(parser.add_argument_group("model, as in a run's configuration"), _FIELDS)
+    parser.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    # Here, as it imports more than other commands want to wait for.
+    from evit_ext.export import FORMATS, export_model
+
+    # So that a missing file is told before a model is built.
+    classes = None if options.classes is None else options.classes.read_text("utf-8").splitlines()
+    config, model, source = _trained(options)
+    if options.keep_rates is not None:
+        rates: Any = options.keep_rates
+        set_keep_rate(model, rates[0] if len(rates) == 1 else rates)
+    if classes is None and config.pretrained:
+        classes = _imagenet_classes(model)
+    file = options.output or Path(config.model.replace("/", "-") + FORMATS[options.format])
+    exported = export_model(
+        model.eval(),
+        file,
+        options.format,
+        name=config.model,
+        image_size=config.img_size,
+        classes=classes,
+        crop_pct=config.crop_pct,
+        max_batch=options.max_batch,
+        opset=options.opset,
+    )
+    if options.json:
+        print(json.dumps({**asdict(exported), "file": str(exported.file), "weights": source}, indent=2))
+        return
+    metadata = exported.metadata
+    batches = " and ".join(map(str, exported.batches))
+    print(f"model: {config.model}, keep rate {' '.join(f'{rate:g}' for rate in metadata.keep_rate)}")
+    print(f"weights: {source}")
+    print(f"images: {' x '.join(map(str, metadata.input_size))}")
+    print(f"written: {file}, {options.format}, {file.stat().st_size / 2**20:.1f} MiB")
+    print(f"compared with the model at batches of {batches}: differs by at most {exported.max_difference:.2g}")
+
+
+def _trained(options: argparse.Namespace) -> tuple[TrainConfig, nn.Module, str]:
+    """Return the configuration, the model with its weights, and which these are."""
+    is_run = Path(options.model).is_dir()
+    options.run_folder = options.model if is_run else None
+    name = vars(options).pop("model")
+    given = overrides(options)
+    ways = sum((is_run, options.checkpoint is not None, options.random_weights, bool(given.get("pretrained"))))
+    if ways != 1:
+        raise ValueError(
+            "expected a run's folder, or a model with one of --checkpoint FILE, --pretrained and "
+            f"--random-weights; got {ways or 'none'} of these"
+        )
+    if is_run:
+        config = configuration(options)
+        state, _ = newest_weights(options.run_folder, ema=False)
+        classes = config.num_classes or (len(state["head.weight"]) if "head.weight" in state else None)
+    else:
+        config = load_config(model=name, **given)
+        classes = config.num_classes
+    model = _build(config, classes)
+    if options.random_weights:
+        return config, model, "random"
+    return config, model, load_weights(model, options)
+
+
+def _build(config: TrainConfig, num_classes: int | None) -> nn.Module:
+    sizes = {"img_size": config.img_size, "num_classes": num_classes}
+    given = {key: value for key, value in sizes.items() if value is not None}
+    torch.manual_seed(config.seed)  # of random weights
+    return create_evit(
+        config.model,
+        config.keep_rate,
+        config.drop_loc,
+        config.fuse_token,
+        pretrained=config.pretrained,
+        **given,
+        **config.model_args,
+    )
+
+
+def _imagenet_classes(model: Any) -> list[str] | None:
+    """Return the names of ImageNet's classes where the model's logits are theirs."""
+    of_weights = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+    if of_weights != 1000 or model.num_classes != 1000:
+        return None
+    info = timm.data.ImageNetInfo("imagenet-1k")
+    return [info.index_to_description(index) for index in range(info.num_classes())]

@@ -1,0 +1,158 @@
+"""Exporting a model: to a file of one of three formats, compared with the model before it has its name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from evit_ext.export.comparison import TOLERANCES, clear_images, compare
+from evit_ext.export.metadata import FILE, Metadata, describe
+from evit_ext.export.program import capture, check_exportable
+
+#: What may be written, by its name, and how the files' names end.
+FORMATS = {"pt2": ".pt2", "onnx": ".onnx", "aoti": ".pt2"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What :func:`export_model` has written.
+
+    Attributes:
+        file: where.
+        format: of :data:`FORMATS`.
+        metadata: what the file says of the model.
+        batches: sizes of the batches that were compared.
+        max_difference: the largest difference of a logit from the model's.
+    """
+
+    file: Path
+    format: str
+    metadata: Metadata
+    batches: tuple[int, ...]
+    max_difference: float
+
+
+def export_model(
+    model: nn.Module,
+    file: str | os.PathLike[str],
+    format: str = "pt2",
+    *,
+    name: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    classes: Sequence[str] | None = None,
+    crop_pct: float | None = None,
+    max_batch: int | None = None,
+    opset: int = 20,
+) -> Exported:
+    """Write `model` to a file, for batches of any size; compare the file with the model.
+
+    The keep rate is part of what is written: K is a constant of each stage.
+
+    Args:
+        model: takes images [B, channels, height, width] and returns one tensor, in eval mode; an EViT, a
+            DynamicViT, or any other. It is left as it is.
+        file: is replaced if it is there, once the new one is written and compared.
+        format: "pt2", a program of torch.export with this package's operators; "onnx", in standard operators
+            only, compared in ONNX Runtime, for float32 on the CPU; "aoti", compiled by AOTInductor for this
+            kind of machine, with this package's operators.
+        name: of the model, for :class:`Metadata`; default its class's.
+        image_size: height and width, or both in one number; None is the model's own.
+        classes: names of the logits.
+        crop_pct: for :class:`Metadata`; None is the model's own.
+        max_batch: the most images at once, at least 2; None is any number.
+        opset: of ONNX, at least 18.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: the model cannot be exported (the message says why), the file does not compute what the
+            model does, or an argument is out of range. What was at `file` before still is.
+        RuntimeError: packages for ONNX are missing, or no C++ compiler is found for AOTInductor.
+        OSError: the file cannot be written.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if max_batch is not None and max_batch < 2:
+        raise ValueError(f"max_batch must be at least 2, got {max_batch}")
+    write = _writer(format, opset)
+    weight = next(model.parameters(), torch.zeros(()))
+    if weight.dtype not in TOLERANCES:
+        raise ValueError(f"a model in {weight.dtype} cannot be exported")
+    if format == "onnx" and (weight.dtype != torch.float32 or weight.device.type != "cpu"):
+        raise ValueError(
+            f"ONNX is written of a model in float32 on the CPU, where it is compared; this one is in "
+            f"{weight.dtype} on {weight.device.type}: model.float().cpu()"
+        )
+    metadata = describe(model, name or type(model).__name__, image_size, classes, crop_pct)
+    images = torch.zeros(2, *metadata.input_size, dtype=weight.dtype, device=weight.device)
+    check_exportable(model, torch.randn_like(images))
+    if metadata.classes is not None:
+        _check_classes(metadata.classes, model, images)
+    batches = clear_images(model, images, (1, 3 if max_batch is None else min(max_batch, 3)))
+    program = capture(model, images, max_batch)
+    path = Path(file)
+    with _unfinished(path) as unfinished:
+        run = write(program, unfinished, metadata)
+        difference = compare(model, run, batches)
+    return Exported(path, format, metadata, tuple(len(batch) for batch in batches), difference)
+
+
+#: Writes a program to a file that is not there, and returns what runs the file.
+Writer = Callable[[torch.export.ExportedProgram, Path, Metadata], Callable[[Tensor], Tensor]]
+
+
+def _writer(format: str, opset: int) -> Writer:
+    if format == "pt2":
+        return write_pt2
+    # Here, as their packages may be missing, and take a while to import.
+    if format == "onnx":
+        from evit_ext.export.onnx_file import onnx_writer
+
+        return onnx_writer(opset)
+    from evit_ext.export.aoti_package import write_aoti
+
+    return write_aoti
+
+
+def write_pt2(
+    program: torch.export.ExportedProgram, path: Path, metadata: Metadata
+) -> Callable[[Tensor], Tensor]:
+    """Write a torch.export archive, and return the program that it holds."""
+    # A file and not a path, of which torch wants to choose the name.
+    with path.open("wb") as file:
+        torch.export.save(program, file, extra_files={FILE: metadata.to_json()})
+    loaded = torch.export.load(path).module()
+    return lambda images: loaded(images)
+
+
+@contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path`, of a file that takes its place when the context ends without an error."""
+    # With the same ending, by which AOTInductor and others know a format.
+    unfinished = path.with_name(f"{path.stem}.unfinished{path.suffix}")
+    if path.parent.is_file() or not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, expected a file")
+    unfinished.unlink(missing_ok=True)
+    try:
+        yield unfinished
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def _check_classes(classes: Sequence[str], model: nn.Module, images: Tensor) -> None:
+    logits = model(images[:1]).shape[-1]
+    if len(classes) != logits:
+        raise ValueError(f"the model has {logits} logits, got names of {len(classes)} classes")

@@ -1,0 +1,152 @@
+"""What a file with an exported model says about it, and how it is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from torch import nn
+
+import evit_ext
+from evit_ext.training.keep_rates import keep_rates
+
+#: The name under which the formats hold it: a property of ONNX files, a key of AOTInductor's metadata.
+KEY = "evit"
+
+#: The file of it in a torch.export archive.
+FILE = f"{KEY}.json"
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What has to be known of a model to use it.
+
+    Attributes:
+        model: its name.
+        keep_rate: of its stages; one number where all are the same.
+        input_size: (channels, height, width) of images.
+        mean, std: of each channel of images in [0, 1], which are normalised by them.
+        interpolation: how images were resized, as timm names it.
+        crop_pct: share of a resized image's shorter side that is seen.
+        classes: names of the logits, or None where they are not known.
+        evit_ext, torch: the versions that wrote the file.
+    """
+
+    model: str
+    keep_rate: tuple[float, ...]
+    input_size: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    classes: tuple[str, ...] | None = None
+    evit_ext: str = evit_ext.__version__
+    torch: str = torch.__version__
+
+    def to_json(self) -> str:
+        """Return all of it on one line."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Metadata:
+        """Return what :meth:`to_json` wrote; fields that a newer version may have are passed over."""
+        found = json.loads(text)
+        names = {entry.name for entry in fields(cls)}
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in found.items() if key in names}
+        return cls(**values)
+
+
+def describe(
+    model: nn.Module,
+    name: str,
+    image_size: int | tuple[int, int] | None = None,
+    classes: Sequence[str] | None = None,
+    crop_pct: float | None = None,
+) -> Metadata:
+    """Return what is to be said of `model`.
+
+    Args:
+        model: takes images [B, channels, height, width].
+        name: of the model.
+        image_size: height and width; None is the model's own.
+        classes: names of the logits.
+        crop_pct: None is the model's own.
+    """
+    size: Any = image_size
+    if size is None:
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    asked: dict[str, Any] = {}
+    if size is not None:
+        asked["img_size"] = size if isinstance(size, int) else size[0]
+    if crop_pct is not None:
+        asked["crop_pct"] = crop_pct
+    # A module without timm's settings, such as a wrapper, gets timm's defaults.
+    config = timm.data.resolve_data_config(
+        asked, pretrained_cfg=getattr(model, "pretrained_cfg", None) or {}, use_test_size=False
+    )
+    channels, *own = config["input_size"]
+    height_and_width = own if size is None else [size, size] if isinstance(size, int) else size
+    return Metadata(
+        model=name,
+        keep_rate=tuple(keep_rates(model)) if hasattr(model, "blocks") else (),
+        input_size=(channels, *height_and_width),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        classes=None if classes is None else tuple(classes),
+    )
+
+
+def read_metadata(file: str | os.PathLike[str]) -> Metadata:
+    """Return what an exported file says of its model.
+
+    An AOTInductor package holds compiled code, which is loaded for it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it says nothing of the kind.
+        RuntimeError: it is ONNX, and the package onnx is missing.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}")
+    text = _of_archive(path) if zipfile.is_zipfile(path) else _of_onnx(path)
+    if text is None:
+        raise ValueError(f"{path} was not written by evit export")
+    return Metadata.from_json(text)
+
+
+def _of_archive(path: Path) -> str | None:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        for name in names:
+            if name.endswith(f"/extra/{FILE}"):
+                return archive.read(name).decode()
+        if not any("/aotinductor/" in name for name in names):
+            return None
+    import torch._inductor
+
+    found: dict[str, str] = torch._inductor.aoti_load_package(str(path)).get_metadata()
+    return found.get(KEY)
+
+
+def _of_onnx(path: Path) -> str | None:
+    from evit_ext.export.standard_operators import require
+
+    require("onnx")
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except DecodeError:
+        return None
+    return next((entry.value for entry in model.metadata_props if entry.key == KEY), None)

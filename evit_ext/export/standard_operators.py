@@ -1,0 +1,84 @@
+"""This package's operators written as operators that every ONNX runtime has.
+
+Each function computes what the function of its name in :mod:`evit_ext.ops.reference` does, for inference, of
+PyTorch operators that become few and fast ONNX operators: sorts become TopK with a constant K, rows are
+gathered by Gather from a flat list of rows, which copies each at once where GatherElements looks up every
+element, and nothing is scattered. A program takes them by ``run_decompositions``; the blocks know nothing of it.
+
+Notation: B batch, H heads, N tokens, P prefix tokens, K kept patches, C channels, D channels a head.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def require(*packages: str) -> None:
+    """Raise RuntimeError where one of the packages that ONNX needs is not installed."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise RuntimeError(
+            f"ONNX needs the package {missing[0]}, which is not installed: pip install 'evit_ext[export]'"
+        )
+
+
+def class_attention(q: Tensor, k: Tensor, scale: float, logsumexp: Tensor | None = None) -> Tensor:
+    """Return the scores [B, N] of `q` [B, H, D] and `k` [B, H, N, D]; nobody gives a `logsumexp` here."""
+    assert logsumexp is None
+    # As a product with the transposed keys, which the attention itself has, too.
+    logits = (q * scale).unsqueeze(2) @ k.transpose(2, 3)
+    return logits.softmax(dim=-1).mean(dim=1).squeeze(1)
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Return rows `index` [B, K] of `x` [B, N, C]: [B, K, C]."""
+    first = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
+    rows = x.flatten(0, 1).index_select(0, (index + first).flatten())
+    return rows.view(-1, index.shape[1], x.shape[2])
+
+
+def reorganize_tokens(
+    x: Tensor, scores: Tensor, num_keep: int, num_prefix_tokens: int = 1, fuse: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return tokens [B, P + K (+ 1), C] and kept [B, K]. NaN is ordered as the runtime likes."""
+    num_patches = x.shape[1] - num_prefix_tokens
+    patch_scores = scores[:, scores.shape[1] - num_patches :]
+    # Both sorts become TopK, which gives equal scores in the order of their indices, as the operator does.
+    values, order = patch_scores.sort(dim=1, descending=True, stable=True)
+    kept = order[:, :num_keep].sort(dim=1, stable=True).values
+    if num_keep == num_patches:
+        return x.clone(), kept
+    parts = [x[:, :num_prefix_tokens], gather_tokens(x, kept + num_prefix_tokens)]
+    if fuse:
+        others = gather_tokens(x, order[:, num_keep:] + num_prefix_tokens)
+        # The sum over the others alone: what all sum up to, less the kept ones, would lose digits.
+        parts.append(values[:, num_keep:].unsqueeze(1).to(x.dtype) @ others)
+    return torch.cat(parts, dim=1), kept
+
+
+def add_reorganize_norm(
+    x: Tensor,
+    branch: Tensor,
+    scores: Tensor,
+    num_keep: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    num_prefix_tokens: int = 1,
+    fuse: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the reorganised sum, its norm, and kept."""
+    tokens, kept = reorganize_tokens(x + branch, scores, num_keep, num_prefix_tokens, fuse)
+    return tokens, F.layer_norm(tokens, (tokens.shape[2],), weight, bias, eps), kept
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Return the functions by the operators that they take the place of."""
+    functions = (class_attention, gather_tokens, reorganize_tokens, add_reorganize_norm)
+    return {getattr(torch.ops.evit, f.__name__).default: f for f in functions}
