@@ -37,9 +37,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "export",
         help="write a model to a file: torch.export, ONNX or AOTInductor",
-        description="Write a model, at one keep rate and for batches of any size, to a file that runs without\n"
-        "this package's Python. The file is loaded again and compared with the model before it\n"
-        "has its name; what cannot be exported is refused with the reason.",
+        description="Write a model, at one keep rate and for batches of any size, to a file that runs\n"
+        "without this package's Python. The file is loaded again and compared with the model\n"
+        "before it has its name; what cannot be exported is refused with the reason.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -53,7 +53,8 @@ def add_parser(commands: Any) -> None:
         choices=_FORMATS,
         default="pt2",
         help="pt2: a program of torch.export with this package's operators; onnx: standard operators only; "
-        "aoti: compiled by AOTInductor for this kind of machine, with this package's operators (default: pt2)",
+        "aoti: compiled by AOTInductor for this kind of machine, with this package's operators "
+        "(default: pt2)",
     )
     parser.add_argument(
         "--output", metavar="FILE", type=Path, help="(default: the model's name and .pt2 or .onnx)"
@@ -127,7 +128,9 @@ def _export(options: argparse.Namespace) -> None:
     print(f"weights: {source}")
     print(f"images: {' x '.join(map(str, metadata.input_size))}")
     print(f"written: {file}, {options.format}, {file.stat().st_size / 2**20:.1f} MiB")
-    print(f"compared with the model at batches of {batches}: differs by at most {exported.max_difference:.2g}")
+    print(
+        f"compared with the model at batches of {batches}: differs by at most {exported.max_difference:.2g}"
+    )
 
 
 def _trained(options: argparse.Namespace) -> tuple[TrainConfig, nn.Module, str]:
@@ -136,7 +139,9 @@ def _trained(options: argparse.Namespace) -> tuple[TrainConfig, nn.Module, str]:
     options.run_folder = options.model if is_run else None
     name = vars(options).pop("model")
     given = overrides(options)
-    ways = sum((is_run, options.checkpoint is not None, options.random_weights, bool(given.get("pretrained"))))
+    ways = sum(
+        (is_run, options.checkpoint is not None, options.random_weights, bool(given.get("pretrained")))
+    )
     if ways != 1:
         raise ValueError(
             "expected a run's folder, or a model with one of --checkpoint FILE, --pretrained and "

@@ -72,8 +72,8 @@ def compare(model: nn.Module, run: Callable[[Tensor], Tensor], batches: Sequence
         # Written so that NaN is refused.
         if not difference <= TOLERANCES[expected.dtype] * scale:
             raise ValueError(
-                f"the exported model is not right, and was removed: for {len(images)} images its logits differ "
-                f"by {difference:.3g} from the model's, of which the largest is {scale:.3g}"
+                f"the exported model is not right, and was removed: for {len(images)} images its logits "
+                f"differ by {difference:.3g} from the model's, of which the largest is {scale:.3g}"
             )
         largest = max(largest, difference)
     return largest

@@ -59,7 +59,9 @@ class Metadata:
         """Return what :meth:`to_json` wrote; fields that a newer version may have are passed over."""
         found = json.loads(text)
         names = {entry.name for entry in fields(cls)}
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in found.items() if key in names}
+        values: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in found.items() if key in names
+        }
         return cls(**values)
 
 

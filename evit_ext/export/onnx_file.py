@@ -81,9 +81,10 @@ def _converted(program: torch.export.ExportedProgram, opset: int) -> Any:
 
 def _sort(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
     """Return a stable sort, for which torch.onnx has nothing, as ONNX's TopK of all: stable by definition."""
-    from onnxscript import opset18 as op
+    import onnxscript
 
-    (size,) = (self.shape[dim],)
+    op: Any = onnxscript.opset18
+    size = self.shape[dim]
     if not isinstance(size, int):
         raise ValueError("the number of tokens is not constant")
     return op.TopK(self, op.Constant(value_ints=[size]), axis=dim, largest=int(descending), sorted=1)

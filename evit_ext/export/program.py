@@ -45,8 +45,8 @@ def check_exportable(model: nn.Module, images: Tensor) -> None:
         output = model(images)
     if not isinstance(output, Tensor):
         raise ValueError(
-            f"the {name} returns a {type(output).__name__}, and what can be exported returns one tensor: wrap "
-            "it in a module that does"
+            f"the {name} returns a {type(output).__name__}, and what can be exported returns one tensor: "
+            "wrap it in a module that does"
         )
     if not output.isfinite().all():
         raise ValueError("the model gives NaN or infinity for random images, so that nothing can be compared")
@@ -78,7 +78,7 @@ def without_traces(program: torch.export.ExportedProgram) -> None:
 
 @contextmanager
 def refusing(exporter: str) -> Iterator[None]:
-    """Raise a ValueError of one line where an exporter fails, as each has errors of its own, of many lines."""
+    """Raise a ValueError of one line where an exporter fails; each has errors of its own, of many lines."""
     try:
         yield
     except (OSError, MemoryError):

@@ -3,7 +3,8 @@
 Each function computes what the function of its name in :mod:`evit_ext.ops.reference` does, for inference, of
 PyTorch operators that become few and fast ONNX operators: sorts become TopK with a constant K, rows are
 gathered by Gather from a flat list of rows, which copies each at once where GatherElements looks up every
-element, and nothing is scattered. A program takes them by ``run_decompositions``; the blocks know nothing of it.
+element, and nothing is scattered. A program takes them by ``run_decompositions``; the blocks know nothing of
+it.
 
 Notation: B batch, H heads, N tokens, P prefix tokens, K kept patches, C channels, D channels a head.
 """
