@@ -91,8 +91,9 @@ def export_model(
             f"{weight.dtype} on {weight.device.type}: model.float().cpu()"
         )
     metadata = describe(model, name or type(model).__name__, image_size, classes, crop_pct)
-    images = torch.zeros(2, *metadata.input_size, dtype=weight.dtype, device=weight.device)
-    check_exportable(model, torch.randn_like(images))
+    # With a generator of its own, as what is random elsewhere should not depend on an export.
+    images = torch.randn(2, *metadata.input_size, generator=torch.Generator().manual_seed(0)).to(weight)
+    check_exportable(model, images)
     if metadata.classes is not None:
         _check_classes(metadata.classes, model, images)
     batches = clear_images(model, images, (1, 3 if max_batch is None else min(max_batch, 3)))

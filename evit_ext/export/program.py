@@ -48,6 +48,8 @@ def check_exportable(model: nn.Module, images: Tensor) -> None:
             f"the {name} returns a {type(output).__name__}, and what can be exported returns one tensor: "
             "wrap it in a module that does"
         )
+    if not output.is_floating_point():
+        raise ValueError(f"the {name} returns {output.dtype}, and only floating-point numbers are compared")
     if not output.isfinite().all():
         raise ValueError("the model gives NaN or infinity for random images, so that nothing can be compared")
 

@@ -148,6 +148,11 @@ class Branching(nn.Module):
         return x.mean(dim=(2, 3)) if x.sum() > 0 else x.amax(dim=(2, 3))
 
 
+class Numbers(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1).argmax(dim=1)
+
+
 class Infinite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(dim=(2, 3)) / 0
@@ -160,9 +165,10 @@ class Infinite(nn.Module):
         (Pair().train(), "the Pair is in training mode"),
         (Branching(), "torch.export says: "),
         (Infinite(), "gives NaN or infinity"),
+        (Numbers(), "the Numbers returns torch.int64"),
         (torch.compile(Branching()), "pass the one inside"),
     ],
-    ids=["pair", "training", "branching", "infinite", "compiled"],
+    ids=["pair", "training", "branching", "infinite", "numbers", "compiled"],
 )
 def test_refused_models(model: Any, message: str, tmp_path: Path) -> None:
     if message != "the Pair is in training mode":
