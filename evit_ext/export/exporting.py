@@ -142,7 +142,6 @@ def _unfinished(path: Path) -> Iterator[Path]:
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, expected a file")
-    unfinished.unlink(missing_ok=True)
     try:
         yield unfinished
         with unfinished.open("rb+") as file:
