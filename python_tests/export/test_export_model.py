@@ -75,6 +75,7 @@ def test_onnx(evit: Any, tmp_path: Path, onnx: Any) -> None:
     export_model(evit, file, "onnx", classes=CLASSES)
     assert FOLDER not in file.read_bytes()
     model = onnx.load(str(file))
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
     onnx.checker.check_model(model, full_check=True)
     assert [entry.domain for entry in model.opset_import] == [""] and not model.functions
     found = operators(model)
