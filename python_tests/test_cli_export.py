@@ -97,7 +97,7 @@ def test_names_of_imagenet(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["deit_tny", "--random-weights"], "there is no model or folder 'deit_tny': did you mean deit_tiny"),
+        (["deit_tny", "--random-weights"], "there is no model 'deit_tny': the nearest names are deit_tiny"),
         (["deit_tiny"], "got none of these"),
         (["deit_tiny", "--random-weights", "--checkpoint", "a.pth"], "got 2 of these"),
         (["."], "is not the folder of a run"),

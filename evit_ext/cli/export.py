@@ -13,7 +13,6 @@ import timm.data
 import torch
 from torch import nn
 
-from evit_ext import models
 from evit_ext.cli.options import add_options, overrides
 from evit_ext.cli.runs import newest_weights
 from evit_ext.cli.trained import configuration, load_weights
