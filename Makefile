@@ -79,8 +79,8 @@ DEVICE ?= cpu
 RESULTS ?= benchmarks/results
 bench: $(BIN)/.created
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable ".[bench]"
-	$(BIN)/python benchmarks/end_to_end.py --device $(DEVICE) --output $(RESULTS)/end-to-end-$(DEVICE) $(ARGS)
-	$(BIN)/python benchmarks/growth.py --device $(DEVICE) --output $(RESULTS)/growth-$(DEVICE) $(ARGS)
+	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/end_to_end.py --device $(DEVICE) --output $(RESULTS)/end-to-end-$(DEVICE) $(ARGS)
+	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/growth.py --device $(DEVICE) --output $(RESULTS)/growth-$(DEVICE) $(ARGS)
 
 lint: env
 	PATH="$(abspath $(BIN)):$$PATH" scripts/lint
