@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from evit_ext import _C
 from evit_ext.ops import checks
@@ -54,14 +55,28 @@ def runs_on(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         # To the compiler of torch 2.10 all is exporting: there, compiled models run as timm wrote them.
         return not torch.compiler.is_exporting()
-    # What is traced is to be moved elsewhere, as what is exported.
-    return not torch.jit.is_tracing() and not checks.in_function_transform()
+    # What is traced is to be moved elsewhere, as what is exported. no_grad does not end forward mode.
+    differentiated = checks.in_function_transform() or forward_ad._current_level >= 0
+    return not torch.jit.is_tracing() and not differentiated
+
+
+#: The forwards of classes as they were written, which somebody may put another in the place of.
+_WRITTEN: dict[type[nn.Module], Any] = {}
+
+
+def remember(*kinds: type[nn.Module]) -> None:
+    """Take the forwards that these classes have now for those that they were written with."""
+    _WRITTEN.update({kind: kind.forward for kind in kinds})
+
+
+remember(nn.Linear, nn.Identity, nn.GELU, nn.Dropout)
 
 
 def as_written(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether `module` computes what `kind` does, and nobody wants to see it being called."""
-    watched = module._forward_hooks or module._forward_pre_hooks
-    return type(module) is kind and not watched and "forward" not in module.__dict__
+    if type(module) is not kind or kind.forward is not _WRITTEN[kind] or "forward" in module.__dict__:
+        return False
+    return not module._forward_hooks and not module._forward_pre_hooks
 
 
 def _globally_watched() -> bool:
@@ -73,7 +88,9 @@ def may_replace(module: nn.Module, x: Tensor) -> bool:
 
     Asked of the override, so that a block computes the same bits whoever runs it: timm's with keep rate 1.
     """
-    return isinstance(module.__dict__.get("forward"), CpuForward) and runs_on(x)
+    if not isinstance(module.__dict__.get("forward"), CpuForward):
+        return False
+    return type(module).forward is _WRITTEN.get(type(module)) and runs_on(x)
 
 
 def may_attend(attention: Any, x: Tensor) -> bool:
@@ -108,21 +125,28 @@ def linear(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
     A `bias` takes the place of the layer's own, whose forward then does not run.
     """
     out: Tensor
-    if _fuses(layer, x) and not _globally_watched():
+    if _fuses(layer, x, bias) and not _globally_watched():
         out = _linear_pointwise(x, layer.weight, layer.bias if bias is None else bias, "none", [], "")
     else:
         out = layer(x) if bias is None else F.linear(x, layer.weight, bias)
     return out
 
 
-def _fuses(layer: Any, x: Tensor) -> bool:
-    """Return whether oneDNN may compute a linear layer of `x`."""
+def _fuses(layer: Any, x: Tensor, bias: Tensor | None = None) -> bool:
+    """Return whether oneDNN may compute a linear layer of `x`, with its own bias or another."""
     if not as_written(layer, nn.Linear) or x.dtype not in _LINEAR_DTYPES or x.numel() == 0:
         return False
     if torch.compiler.is_compiling() or checks.autocast_enabled("cpu") or not torch._C._get_mkldnn_enabled():
         return False  # a compiler fuses by itself
-    weight = layer.weight
-    return type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == x.dtype
+    weight, own = layer.weight, layer.bias if bias is None else bias
+    if type(weight) is not nn.Parameter or weight.layout is not torch.strided or not _same_kind(weight, x):
+        return False
+    # oneDNN is told the bias' address, not its strides.
+    return own is None or (_same_kind(own, x) and own.shape == weight.shape[:1] and own.is_contiguous())
+
+
+def _same_kind(value: Tensor, x: Tensor) -> bool:
+    return value.dtype == x.dtype and value.device == x.device
 
 
 def gelu_between(first: nn.Module, approximate: str, second: nn.Module, x: Tensor) -> Tensor | None:

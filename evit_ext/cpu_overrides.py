@@ -32,7 +32,7 @@ class CpuMlp(CpuForward):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the MLP of `x` [B, N, C]."""
-        out = cpu_inference.mlp(self.module, x) if cpu_inference.runs_on(x) else None
+        out = cpu_inference.mlp(self.module, x) if cpu_inference.may_replace(self.module, x) else None
         return self.original()(x) if out is None else out
 
 

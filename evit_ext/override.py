@@ -39,8 +39,12 @@ class Override:
 
 
 def overrides(module: nn.Module) -> list[Override]:
-    """Return the overrides of `module`."""
-    return [value for value in module.__dict__.values() if isinstance(value, Override)]
+    """Return the overrides of `module` that are in the place of a method.
+
+    Not those that somebody keeps elsewhere, having put a wrapper of theirs in that place.
+    """
+    named = module.__dict__.items()
+    return [value for name, value in named if isinstance(value, Override) and value.name == name]
 
 
 def remove_overrides(module: nn.Module) -> None:

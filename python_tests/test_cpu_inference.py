@@ -12,7 +12,10 @@ import timm.models.beit
 import timm.models.eva
 import torch
 from timm.layers import Mlp
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import evit_ext
 from evit_ext import cpu_inference, ops
@@ -284,6 +287,66 @@ def test_materialised_attention_stays(small_vit: Build, calls: Calls) -> None:
     SEEN.clear()
     assert calls.during(vit, images())[1][0] == 3
     assert SEEN == ["map"]
+
+
+def test_parameters_of_other_layouts(small_vit: Build, calls: Calls) -> None:
+    """oneDNN is told the address of a bias, not its strides."""
+    vit = evit_ext.apply(small_vit(), 0.7)
+    expected, _ = calls.during(vit, images())
+    for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        layer = vit.get_submodule(f"blocks.1.{name}")
+        layer.bias = nn.Parameter(torch.stack((layer.bias.detach(), layer.bias.detach() + 9), dim=1)[:, 0])
+        layer.weight = nn.Parameter(layer.weight.detach().T.contiguous().T)
+    out, counted = calls.during(vit, images())
+    assert counted == (4, 12, 3)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    vit.blocks[2].mlp.fc2.weight = nn.Parameter(vit.blocks[2].mlp.fc2.weight.detach().to_sparse_csr())
+    out, counted = calls.during(vit, images())
+    assert counted == (4, 11, 3)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_wrappers_of_others_stay(small_vit: Build, calls: Calls) -> None:
+    """As some libraries put them, with what they wrap under another name."""
+    vit = evit_ext.apply(small_vit(), 0.7, drop_loc=(2,))
+    _own_forward(vit, "mlp")
+    vit.blocks[1].mlp.original_forward = vit.blocks[2].mlp.forward
+    wrapper = vit.blocks[1].mlp.forward
+    evit_ext.set_keep_rate(vit, 1.0)
+    evit_ext.set_keep_rate(vit, 0.7)
+    assert vit.blocks[1].mlp.forward is wrapper
+    evit_ext.remove(vit)
+    assert vit.blocks[1].mlp.forward is wrapper
+    SEEN.clear()
+    assert calls.during(vit, images())[1] == (0, 0, 0)  # what it wraps computes as timm does
+    assert SEEN == ["mlp"]
+
+
+@pytest.mark.parametrize("kind", [Attention, Mlp, nn.Linear], ids=lambda kind: kind.__name__)
+def test_another_forward_of_a_class(
+    small_vit: Build, calls: Calls, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    vit = evit_ext.apply(small_vit(), 0.7, drop_loc=(2,))
+    original = kind.forward
+
+    def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+        SEEN.append(kind.__name__)
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    SEEN.clear()
+    calls.during(vit, images())
+    # Of an attention, in the blocks that do not reorganise; and the head is a linear layer.
+    assert len(SEEN) == {"Attention": 3, "Mlp": 4, "Linear": 17}[kind.__name__]
+
+
+def test_forward_mode_derivatives_go_on_without_gradients(small_vit: Build, calls: Calls) -> None:
+    vit = evit_ext.apply(small_vit(), 0.7)
+    x = images()
+    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        tangent = forward_ad.unpack_dual(vit(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+    assert calls.attention == 0
+    assert tangent is not None and tangent.abs().max() > 0
 
 
 def test_masks_go_to_timm(small_vit: Build, calls: Calls) -> None:

@@ -56,6 +56,19 @@ def test_eager_attention_gives_its_maps(calls: Calls) -> None:
     assert next(tuple(each.shape) for each in maps if each is not None) == (3, 2, 17, 17)
 
 
+def test_tensors_and_scales_are_heeded(calls: Calls) -> None:
+    model: Any = evit_ext.apply(build("ViT"), 0.7, drop_loc=(2,))
+    with torch.no_grad():
+        expected = output(model, images())
+        calls.attention = 0
+        # Which transformers hands on, and nobody reads.
+        out = output(model, images(), token_type_ids=torch.zeros(3, 17))
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        assert calls.attention == 1
+        model.vit.layers[0].attention.scaling = 3.0
+        assert (output(model, images()) - expected).abs().max() > 1e-3
+
+
 def test_hidden_states_are_recorded(calls: Calls) -> None:
     model = evit_ext.apply(build("ViT"), 0.7, drop_loc=(2,))
     with torch.no_grad():

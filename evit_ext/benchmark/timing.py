@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 
@@ -17,8 +18,8 @@ def time_in_turns(
 ) -> dict[str, list[float]]:
     """Time calls, one after another, round after round.
 
-    Every call is made before, untimed. The order of a round is that of the one before, moved on by one:
-    no call always follows the same other one.
+    Every call is made before, untimed. Each round has an order drawn at random, the same in every run, so
+    that no call follows the same other one more often than chance has it.
 
     Args:
         calls: by name.
@@ -41,10 +42,11 @@ def time_in_turns(
         call()
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
+    orders = random.Random(0)
     start = time.perf_counter()
     rounds = 0
     while rounds < least or time.perf_counter() - start < seconds:
-        for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
+        for name in orders.sample(names, len(names)):
             synchronize()
             before = time.perf_counter()
             calls[name]()

@@ -13,6 +13,7 @@ import timm.data
 import torch
 from torch import nn
 
+from evit_ext import models
 from evit_ext.cli.options import add_options, overrides
 from evit_ext.cli.runs import newest_weights
 from evit_ext.cli.trained import configuration, load_weights
@@ -56,7 +57,7 @@ def add_parser(commands: Any) -> None:
         "(default: pt2)",
     )
     parser.add_argument(
-        "--output", metavar="FILE", type=Path, help="(default: the model's name and .pt2 or .onnx)"
+        "--output", metavar="FILE", type=Path, help="(default: the model's name and .pt2, -aoti.pt2 or .onnx)"
     )
     parser.add_argument(
         "--checkpoint", metavar="FILE", help="weights: whatever evit_ext.load_checkpoint reads"
@@ -106,7 +107,15 @@ def _export(options: argparse.Namespace) -> None:
         set_keep_rate(model, rates[0] if len(rates) == 1 else rates)
     if classes is None and config.pretrained:
         classes = _imagenet_classes(model)
-    file = options.output or Path(config.model.replace("/", "-") + FORMATS[options.format])
+    kind = "-aoti" if options.format == "aoti" else ""  # pt2 has the same ending
+    file = options.output or Path(config.model.replace("/", "-") + kind + FORMATS[options.format])
+    images: dict[str, Any] = {"crop_pct": config.crop_pct}
+    if config.dataset in ("digits", "cluttered-digits"):
+        from evit_ext.data.digits import MEAN, STD
+
+        images = {"crop_pct": 1.0, "mean": (MEAN,) * 3, "std": (STD,) * 3}
+        if classes is None:
+            classes = [str(digit) for digit in range(10)]
     exported = export_model(
         model.eval(),
         file,
@@ -114,7 +123,7 @@ def _export(options: argparse.Namespace) -> None:
         name=config.model,
         image_size=config.img_size,
         classes=classes,
-        crop_pct=config.crop_pct,
+        **images,
         max_batch=options.max_batch,
         opset=options.opset,
     )
@@ -134,7 +143,10 @@ def _export(options: argparse.Namespace) -> None:
 
 def _trained(options: argparse.Namespace) -> tuple[TrainConfig, nn.Module, str]:
     """Return the configuration, the model with its weights, and which these are."""
-    is_run = Path(options.model).is_dir()
+    # A folder may have a model's name without being a run.
+    is_model = options.model in models.__all__ or timm.is_model(options.model)
+    folder = Path(options.model)
+    is_run = folder.is_dir() and (not is_model or (folder / "config.yaml").is_file())
     options.run_folder = options.model if is_run else None
     name = vars(options).pop("model")
     given = overrides(options)
@@ -146,6 +158,8 @@ def _trained(options: argparse.Namespace) -> tuple[TrainConfig, nn.Module, str]:
             "expected a run's folder, or a model with one of --checkpoint FILE, --pretrained and "
             f"--random-weights; got {ways or 'none'} of these"
         )
+    if options.ema is not None and (options.random_weights or given.get("pretrained")):
+        raise ValueError("--ema and --no-ema are for the weights of a run or of a file")
     if is_run:
         config = configuration(options)
         state, _ = newest_weights(options.run_folder, ema=False)

@@ -47,6 +47,8 @@ def export_model(
     image_size: int | tuple[int, int] | None = None,
     classes: Sequence[str] | None = None,
     crop_pct: float | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     max_batch: int | None = None,
     opset: int = 20,
 ) -> Exported:
@@ -64,7 +66,7 @@ def export_model(
         name: of the model, for :class:`Metadata`; default its class's.
         image_size: height and width, or both in one number; None is the model's own.
         classes: names of the logits.
-        crop_pct: for :class:`Metadata`; None is the model's own.
+        crop_pct, mean, std: for :class:`Metadata`; None is the model's own.
         max_batch: the most images at once, at least 2; None is any number.
         opset: of ONNX, at least 18.
 
@@ -79,6 +81,8 @@ def export_model(
         raise TypeError(f"model must be a torch module, got {type(model).__name__}")
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if format == "aoti" and Path(file).suffix != ".pt2":
+        raise ValueError(f"an AOTInductor package must have a name that ends in .pt2, got {file}")
     if max_batch is not None and max_batch < 2:
         raise ValueError(f"max_batch must be at least 2, got {max_batch}")
     write = _writer(format, opset)
@@ -90,7 +94,7 @@ def export_model(
             f"ONNX is written of a model in float32 on the CPU, where it is compared; this one is in "
             f"{weight.dtype} on {weight.device.type}: model.float().cpu()"
         )
-    metadata = describe(model, name or type(model).__name__, image_size, classes, crop_pct)
+    metadata = describe(model, name or type(model).__name__, image_size, classes, crop_pct, mean, std)
     # With a generator of its own, as what is random elsewhere should not depend on an export.
     images = torch.randn(2, *metadata.input_size, generator=torch.Generator().manual_seed(0)).to(weight)
     check_exportable(model, images)

@@ -71,6 +71,8 @@ def describe(
     image_size: int | tuple[int, int] | None = None,
     classes: Sequence[str] | None = None,
     crop_pct: float | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Metadata:
     """Return what is to be said of `model`.
 
@@ -79,7 +81,7 @@ def describe(
         name: of the model.
         image_size: height and width; None is the model's own.
         classes: names of the logits.
-        crop_pct: None is the model's own.
+        crop_pct, mean, std: None is the model's own, for a module that does not know timm's default.
     """
     size: Any = image_size
     if size is None:
@@ -99,8 +101,8 @@ def describe(
         model=name,
         keep_rate=tuple(keep_rates(model)) if hasattr(model, "blocks") else (),
         input_size=(channels, *height_and_width),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
+        mean=tuple(config["mean"] if mean is None else mean),
+        std=tuple(config["std"] if std is None else std),
         interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],
         classes=None if classes is None else tuple(classes),

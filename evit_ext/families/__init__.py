@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from evit_ext.block import ReorganizingBlock
-from evit_ext.cpu_inference import CpuForward
+from evit_ext.cpu_inference import CpuForward, remember
 from evit_ext.families import beit, eva, vision_transformer
 from evit_ext.families.family import Blocks, Family
 
@@ -34,6 +34,9 @@ __all__ = [
 ]
 
 FAMILIES = (vision_transformer.FAMILY, eva.FAMILY, beit.FAMILY)
+
+_CPU_FORWARDS = {module: forward for family in FAMILIES for module, forward in family.cpu_forwards.items()}
+remember(*_CPU_FORWARDS)
 
 #: The first release of transformers whose vision models have the layers that evit_ext knows.
 MINIMUM_TRANSFORMERS = (5, 18)
@@ -148,7 +151,7 @@ def cpu_forwards(vit: Any) -> Mapping[type[nn.Module], type[CpuForward]]:
     """Return, for classes of modules in the blocks of `vit`, what takes the place of their forward."""
     if _is_of_transformers(vit):
         return _huggingface().CPU_FORWARDS
-    return {module: forward for family in FAMILIES for module, forward in family.cpu_forwards.items()}
+    return _CPU_FORWARDS
 
 
 def vision_tower(vit: Any) -> Any:

@@ -63,7 +63,7 @@ def attend(attention: Any, layout: Layout, x: Tensor, score: Score) -> tuple[Ten
         The attention's output [B, N, C] and the scores [B, N].
     """
     dropout = getattr(attention, layout.dropout) if attention.training else 0.0
-    on_cpu = dropout == 0 and cpu_inference.may_replace(attention, x) and cpu_inference.attends(x)
+    on_cpu = dropout == 0 and _may_attend(attention, x)
     linear = cpu_inference.linear if on_cpu else apply_linear
     q, k, v = (
         linear(projection, x, None).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
@@ -75,6 +75,13 @@ def attend(attention: Any, layout: Layout, x: Tensor, score: Score) -> tuple[Ten
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
         scores = score(q, k, None)
     return linear(getattr(attention, layout.out), out, None), scores
+
+
+def _may_attend(attention: Any, x: Tensor) -> bool:
+    """Return whether an attention without mask may attend with our kernel, which scales as is usual."""
+    usual = attention.head_dim**-0.5
+    scaling = getattr(attention, "scaling", getattr(attention, "scale", usual))
+    return scaling == usual and cpu_inference.may_replace(attention, x) and cpu_inference.attends(x)
 
 
 class CpuAttention(CpuForward):
@@ -89,10 +96,11 @@ class CpuAttention(CpuForward):
         attention: Any = self.module
         # Another implementation was asked for by name, for its map or its bits.
         plain = attention_mask is None and attention.config._attn_implementation == "sdpa"
-        plain = plain and not any(value for name, value in named.items() if name not in _RECORDING)
+        asked = [value for name, value in named.items() if name not in _RECORDING]
+        plain = plain and all(value is None or value is False for value in asked)
         dropout = attention.training and getattr(attention, self.LAYOUT.dropout) > 0
         x = hidden_states
-        if plain and not dropout and cpu_inference.may_replace(attention, x) and cpu_inference.attends(x):
+        if plain and not dropout and _may_attend(attention, x):
             return attend(attention, self.LAYOUT, x, class_token_score)[0], None
         out: tuple[Tensor, Tensor | None] = self.original()(hidden_states, attention_mask, **named)
         return out
@@ -128,7 +136,7 @@ class CpuMlp(CpuForward):
         mlp: Any = self.module
         out: Tensor | None = None
         approximate = _gelu(mlp.activation_fn)
-        if approximate is not None and cpu_inference.runs_on(hidden_states):
+        if approximate is not None and cpu_inference.may_replace(mlp, hidden_states):
             out = cpu_inference.gelu_between(mlp.fc1, approximate, mlp.fc2, hidden_states)
         return self.original()(hidden_states) if out is None else out
 
@@ -165,6 +173,7 @@ CPU_FORWARDS: dict[type[nn.Module], type[CpuForward]] = {
     siglip.SiglipAttention: CpuCLIPAttention,
     siglip.SiglipMLP: CpuMlp,
 }
+cpu_inference.remember(*CPU_FORWARDS, *_GELUS)
 
 
 class ReorganizingLayer(ReorganizingBlock):

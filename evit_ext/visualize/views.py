@@ -96,13 +96,15 @@ def view_images(model: nn.Module, images: Tensor, keep_rates: Sequence[float]) -
         applied_blocks(vit)
     size = (images.shape[2], images.shape[3])
     grid = _whole_grid(vit, size)
-    before, training = current_keep_rates(vit), model.training
+    before = current_keep_rates(vit)
+    modes = {module: module.training for module in model.modules()}  # some may be frozen in eval mode
     model.eval()
     try:
         everything = _at_rate(model, images, 1.0, grid, size)
         rates = [_at_rate(model, images, rate, grid, size) for rate in keep_rates]
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
         set_keep_rate(vit, before[0] if len(before) == 1 else before)  # type: ignore[arg-type]
     return [
         ImageView(grid, dense, tuple(rate[number] for rate in rates))
