@@ -91,6 +91,7 @@ def apply(
             blocks[number] = following(block, stage)
     if following is not None:
         family.install(vit)
+    cpu_overrides.install(find_blocks(vit) or nn.ModuleList(), cpu_forwards(vit))
     _compute_faster(vit, rates)
     if FullGridIntermediates.fits(vit):
         FullGridIntermediates(vit, "forward_intermediates").install()
@@ -100,15 +101,11 @@ def apply(
 
 
 def _compute_faster(vit: nn.Module, rates: Sequence[float]) -> None:
-    """Put faster forwards for the CPU in place; where no patch is dropped, take them away.
+    """Switch the faster forwards for the CPU on, or off where no patch is dropped.
 
     They round otherwise than the model's own, and with keep rate 1 it is to be what it was, to the last bit.
     """
-    blocks = find_blocks(vit) or nn.ModuleList()
-    if min(rates) < 1:
-        cpu_overrides.install(blocks, cpu_forwards(vit))
-    else:
-        cpu_overrides.uninstall(blocks)
+    cpu_overrides.set_active(find_blocks(vit) or nn.ModuleList(), min(rates) < 1)
 
 
 def _is_changed(vit: nn.Module) -> bool:

@@ -44,7 +44,13 @@ _LINEAR_DTYPES = _linear_dtypes()
 
 
 class CpuForward(Override):
-    """In the place of the ``forward`` of a module whose blocks may compute as this module does."""
+    """In the place of the ``forward`` of a module whose blocks may compute as this module does.
+
+    It stays in place while `active` is False: put there anew, it would be another object to torch.compile,
+    which would compile everything again.
+    """
+
+    active = True
 
 
 def runs_on(x: Tensor) -> bool:
@@ -88,7 +94,8 @@ def may_replace(module: nn.Module, x: Tensor) -> bool:
 
     Asked of the override, so that a block computes the same bits whoever runs it: timm's with keep rate 1.
     """
-    if not isinstance(module.__dict__.get("forward"), CpuForward):
+    override = module.__dict__.get("forward")
+    if not isinstance(override, CpuForward) or not override.active:
         return False
     return type(module).forward is _WRITTEN.get(type(module)) and runs_on(x)
 

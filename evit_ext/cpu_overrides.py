@@ -52,6 +52,15 @@ def install(blocks: nn.Module, forwards: Mapping[type[nn.Module], type[CpuForwar
                 ReplicateOverrides(module, "_replicate_for_data_parallel").install()
 
 
+def set_active(blocks: nn.Module, active: bool) -> None:
+    """Let what :func:`install` has put in place compute, or only call what it replaces."""
+    for block in blocks.children():
+        for module in block.children():
+            override = module.__dict__.get("forward")
+            if isinstance(override, CpuForward):
+                override.active = active
+
+
 def uninstall(blocks: nn.Module) -> None:
     """Undo :func:`install`."""
     for block in blocks.children():
