@@ -3,7 +3,7 @@
 Attention goes through :func:`evit_ext.ops.attention_with_scores`, straight from the packed projection where
 nothing is done to queries and keys; and linear layers through oneDNN with bias and GELU in the product's last
 pass, where ``F.linear`` copies the bias into the result first and GELU is a pass of its own. Results differ
-by rounding; so :func:`evit_ext.apply` puts this in place only where a keep rate is below 1. Whatever is not
+by rounding; so :func:`evit_ext.apply` switches this on only where a keep rate is below 1. Whatever is not
 known to compute the same runs as it was written: under autograd and ``torch.export``, with hooks or a forward
 put in the place of a class's, with dropout, masks and biases between places.
 

@@ -62,7 +62,7 @@ def set_active(blocks: nn.Module, active: bool) -> None:
 
 
 def uninstall(blocks: nn.Module) -> None:
-    """Undo :func:`install`."""
+    """Undo :func:`install`, for :func:`evit_ext.remove`."""
     for block in blocks.children():
         for module in block.children():
             remove_overrides(module)
