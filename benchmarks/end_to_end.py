@@ -5,8 +5,8 @@
 
 Instead: timm's dense model; EViT as it is usually written (plain_evit.py); both under torch.compile and, on a
 GPU, in CUDA graphs; both in ONNX Runtime on the CPU (onnx_rivals.py); DynamicViT. All take turns, call by
-call, with the same weights where they have the same parameters; the logits of what should give the same are
-compared before anything is timed. The median call counts. The plot shows images per second against the keep
+call, on the CPU each in a process of its own, with the same weights where they have the same parameters; the logits
+of what should give the same are compared before anything is timed. The median call counts. The plot shows images per second against the keep
 rate.
 """
 
@@ -216,7 +216,7 @@ def run(group: Group, everyone: list[Contestant], device: torch.device, with_onn
     models = [entry for entry in everyone if takes_part(entry, group)]
     if with_onnx and (group.task, group.precision, group.modes) == ("inference", "float32", ("eager",)):
         models += in_onnx_runtime(models, images)
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # of the group before
     precision = choose_precision(device, group.precision)
     rows = measure(models, images, group.task, group.modes, precision, group.seconds, group.least)
     # ONNX Runtime keeps its memory between calls, so that what a call adds is not what it needs.

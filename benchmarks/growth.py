@@ -7,8 +7,8 @@ Plain is EViT as it is usually written, with an attention map (plain_evit.py).
 
 Memory is measured of the first forward of a process of its own, fresh: the most that is resident during it,
 beyond what is resident before it, which are weights and libraries (on a GPU: what PyTorch's allocator gave
-away). For that, malloc is told to give back at once what is freed. Time is measured in one process, of all
-models of a size in turns, forward by forward; the median counts.
+away). For that, malloc is told to give back at once what is freed. Time is measured of all models of a size in
+turns, forward by forward, each in another process of its own (on a GPU all in one); the median counts.
 
 Tokens grow with the resolution of one image, the batch at the model's own resolution. Straight lines are
 fitted to memory against tokens, and parabolas: what those have of N² is how much a model's memory is not
@@ -25,7 +25,7 @@ import math
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -37,7 +37,8 @@ import torch
 from operator_times.facts import machine
 from plain_evit import PlainEViT
 
-from evit_ext.benchmark import memory_added, time_in_turns
+from evit_ext.benchmark import Here, apart, memory_added, time_in_turns
+from evit_ext.benchmark.timing import Timed
 from evit_ext.models.by_name import create_dense, create_evit
 from evit_ext.training.precision import choose_precision
 
@@ -135,9 +136,13 @@ def memory(setup: Setup) -> int | None:
 def measure(setups: list[Setup], seconds: float) -> list[dict[str, Any]]:
     """Return a row for each setup, timed in turns, for so many seconds together but LEAST times each."""
     added = [memory(setup) for setup in setups]
-    torch.manual_seed(0)
-    calls = {str(number): forward(setup) for number, setup in enumerate(setups)}
-    times = time_in_turns(calls, setups[0].device, seconds, LEAST, warm_up=1)
+    with contextlib.ExitStack() as stack:
+        calls: Mapping[str, Timed]
+        if setups[0].device == "cpu":
+            calls = stack.enter_context(apart({str(setup): (forward, (setup,)) for setup in setups}))
+        else:
+            calls = {str(setup): Here(forward(setup), setup.device) for setup in setups}
+        times = time_in_turns(calls, seconds, LEAST, warm_up=1)
     return [
         {
             **asdict(setup),

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evit_ext.export.onnx_file import runner
+
 #: The first one whose operators include attention; ONNX Runtime was not faster with the exporter's default.
 OPSET = 23
 
@@ -53,22 +55,20 @@ class OnnxModel(nn.Module):
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         super().__init__()
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Its threads spin while they wait, which is fast; after a call they would hold up the next model's.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        self._session: Any = onnxruntime.InferenceSession(
-            _exported(model, images), options, providers=["CPUExecutionProvider"]
-        )
-        self._input = self._session.get_inputs()[0].name
+        self._exported = _exported(model, images)
+        self._run = runner(self._exported, torch.get_num_threads())
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, classes]."""
-        return torch.from_numpy(self._session.run(None, {self._input: images.numpy()})[0])
+        return self._run(images)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What runs it cannot be pickled, but made again.
+        return {name: value for name, value in self.__dict__.items() if name != "_run"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._run = runner(self._exported, torch.get_num_threads())
 
 
 def _exported(model: nn.Module, images: Tensor) -> bytes:

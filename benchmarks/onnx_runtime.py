@@ -2,8 +2,8 @@
 
     python benchmarks/onnx_runtime.py --output benchmarks/results/onnx-runtime-cpu
 
-The files are those of `evit export --format onnx`. All take turns, call by call, with the same threads; the
-median call counts. Speed-ups are over the dense model of the same runtime.
+The files are those of `evit export --format onnx`. All take turns, call by call, with the same threads, each in
+a process of its own; the median call counts. Speed-ups are over the dense model of the same runtime.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ import torch
 from operator_times.facts import machine
 from torch import Tensor, nn
 
-from evit_ext.benchmark import contestants
-from evit_ext.benchmark.timing import time_in_turns
+from evit_ext.benchmark import apart, contestants, time_in_turns
+from evit_ext.benchmark.timing import Timed
 from evit_ext.cli.shared import aligned
 from evit_ext.export import export_model
 from evit_ext.export.onnx_file import operators, runner
@@ -47,23 +47,26 @@ def main() -> None:
     torch.manual_seed(0)
     size = {} if options.img_size is None else {"img_size": options.img_size}
     models = contestants(options.model, options.keep_rate, torch.device("cpu"), **size)
-    runs: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {}
     found: dict[str, dict[str, int]] = {}
     shape: tuple[int, ...] = ()
+    gmacs = {contestant.name: contestant.gmacs for contestant in models}
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for contestant in models:
-            file = Path(folder) / "model.onnx"
+        files = [Path(folder) / f"{number}.onnx" for number, _ in enumerate(models)]
+        for contestant, file in zip(models, files, strict=True):
             exported = export_model(contestant.model.eval(), file, "onnx", name=options.model)
             shape = exported.metadata.input_size
             found[contestant.name] = dict(operators(onnx.load(str(file))))
-            runs[contestant.name, "ONNX Runtime"] = runner(file, options.threads)
-            runs[contestant.name, "PyTorch"] = in_pytorch(contestant.model)
-    gmacs = {contestant.name: contestant.gmacs for contestant in models}
-    rows = []
-    with Progress("benchmark", len(options.batch_size), True) as progress:
-        for batch in options.batch_size:
-            rows += measure(runs, batch, shape, gmacs, options.seconds)
-            progress.step(batch=str(batch))
+        with Progress("benchmark", len(options.batch_size), True) as progress:
+            for batch in options.batch_size:
+                images = torch.randn(batch, *shape)
+                makes: dict[str, Any] = {}
+                for contestant, file in zip(models, files, strict=True):
+                    makes[f"{contestant.name}|ONNX Runtime"] = in_onnx_runtime, (file, images)
+                    makes[f"{contestant.name}|PyTorch"] = in_pytorch, (contestant.model, images)
+                with apart(makes) as calls:
+                    rows += measure(calls, batch, gmacs, options.seconds)
+                progress.step(batch=str(batch))
     lines = [HEADINGS, *([str(row[name]) for name in HEADINGS] for row in rows)]
     text = aligned(lines)
     print(text)
@@ -77,10 +80,16 @@ def main() -> None:
         options.output.with_suffix(".md").write_text(f"{heading}\n```\n{text}\n```\n")
 
 
-def in_pytorch(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return what runs `model` for inference."""
+def in_onnx_runtime(file: Path, images: Tensor) -> Callable[[], Tensor]:
+    """Return what runs an exported model on images."""
+    run = runner(file, torch.get_num_threads())
+    return lambda: run(images)
 
-    def run(images: Tensor) -> Tensor:
+
+def in_pytorch(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    """Return what runs a model on images, for inference."""
+
+    def run() -> Tensor:
         with torch.inference_mode():
             return model(images)
 
@@ -88,18 +97,13 @@ def in_pytorch(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def measure(
-    runs: dict[tuple[str, str], Callable[[Tensor], Tensor]],
-    batch: int,
-    shape: tuple[int, ...],
-    gmacs: dict[str, float | None],
-    seconds: float,
+    calls: Mapping[str, Timed], batch: int, gmacs: Mapping[str, float | None], seconds: float
 ) -> list[dict[str, Any]]:
-    """Return a row for each of `runs`, the first model of which is the dense one."""
-    images = torch.randn(batch, *shape)
-    calls = {f"{name}|{runtime}": lambda run=run: run(images) for (name, runtime), run in runs.items()}
-    times = time_in_turns(calls, seconds=seconds)
+    """Return a row for each of `calls`, named model|runtime, the first model of which is the dense one."""
+    times = time_in_turns(calls, seconds)
+    runs = [tuple(key.split("|")) for key in calls]
     medians = {key: statistics.median(times["|".join(key)]) for key in runs}
-    dense = next(iter(runs))[0]
+    dense = runs[0][0]
     return [
         {
             "model": name,

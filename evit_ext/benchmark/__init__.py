@@ -1,8 +1,21 @@
 """Models side by side: inference and training steps, measured in turns."""
 
+from evit_ext.benchmark.apart import Apart, apart
 from evit_ext.benchmark.contestants import Contestant, contestants
 from evit_ext.benchmark.measure import MODES, TASKS, Row, measure
 from evit_ext.benchmark.memory import memory_added
-from evit_ext.benchmark.timing import time_in_turns
+from evit_ext.benchmark.timing import Here, time_in_turns
 
-__all__ = ["MODES", "TASKS", "Contestant", "Row", "contestants", "measure", "memory_added", "time_in_turns"]
+__all__ = [
+    "MODES",
+    "TASKS",
+    "Apart",
+    "Contestant",
+    "Here",
+    "Row",
+    "apart",
+    "contestants",
+    "measure",
+    "memory_added",
+    "time_in_turns",
+]

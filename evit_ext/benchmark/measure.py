@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from evit_ext.benchmark.apart import apart as in_processes
 from evit_ext.benchmark.contestants import Contestant
-from evit_ext.benchmark.memory import memory_added
-from evit_ext.benchmark.timing import time_in_turns
+from evit_ext.benchmark.timing import Here, Timed, time_in_turns
 from evit_ext.training.compiling import allow_recompiles
 from evit_ext.training.precision import Precision, attention_for_training, autocast
 
@@ -65,8 +66,11 @@ def measure(
     precision: Precision | None = None,
     seconds: float = 5.0,
     least: int = 5,
+    apart: bool | None = None,
 ) -> list[Row]:
     """Measure models on one batch, in all modes, taking turns call by call.
+
+    On the CPU each is in a process of its own, see :class:`evit_ext.benchmark.Apart`.
 
     Args:
         models: the first is what the others are compared with. In training, their weights change.
@@ -77,12 +81,16 @@ def measure(
             to be fast does; in training it is that of autocast.
         seconds: for all models and modes together.
         least: calls of each that are timed in any case.
+        apart: whether each model and mode has a process of its own, for which the model is pickled; default
+            on the CPU only. On a GPU, where PyTorch's allocator keeps what it has, they share this one.
 
     Returns:
         A row for each mode and model.
 
     Raises:
         ValueError: an unknown task or mode, or CUDA graphs without a GPU or for training.
+        TypeError: a model that is to have a process of its own cannot be pickled.
+        RuntimeError: a call in another process failed.
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
@@ -96,14 +104,19 @@ def measure(
         images = images.to(precision.dtype)
         models = [replace(model, model=cast(model.model, precision.dtype)) for model in models]
     cases = {f"{mode} {model.name}": (mode, model) for mode in modes for model in models}
-    with allow_recompiles(len(cases)):
-        calls = {
-            name: _call(mode, task, model.model, images, precision) for name, (mode, model) in cases.items()
-        }
-        times = time_in_turns(calls, images.device, seconds, least)
+    makes = {
+        name: (_call, (mode, task, model.model, images, precision)) for name, (mode, model) in cases.items()
+    }
+    with contextlib.ExitStack() as stack:
+        calls: Mapping[str, Timed]
+        if apart if apart is not None else not images.is_cuda:
+            calls = stack.enter_context(in_processes(makes))
+        else:
+            stack.enter_context(allow_recompiles(len(cases)))
+            calls = {name: Here(make(*given), images.device) for name, (make, given) in makes.items()}
+        times = time_in_turns(calls, seconds, least)
         memory = {
-            name: None if cases[name][0] == "cudagraph" else memory_added(call, images.device)
-            for name, call in calls.items()
+            name: None if cases[name][0] == "cudagraph" else call.memory() for name, call in calls.items()
         }
     rows = []
     for name, (mode, model) in cases.items():

@@ -121,14 +121,26 @@ def _tidy(model: Any) -> None:
         del part.metadata_props[:]
 
 
-def runner(path: Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
-    """Return what runs an ONNX file in ONNX Runtime on the CPU; 0 threads are its own choice."""
+def runner(file: Path | bytes, threads: int = 0) -> Callable[[Tensor], Tensor]:
+    """Return what runs an ONNX file, or its contents, in ONNX Runtime on the CPU.
+
+    Its threads spin while they wait for each other, which is fast, and stop when a call ends: otherwise they would
+    hold up what comes next.
+
+    Args:
+        file: as of :func:`evit_ext.export.export_model`, with one input and one output.
+        threads: 0 is ONNX Runtime's own choice.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    contents = str(file) if isinstance(file, Path) else file
     with refusing("ONNX Runtime"):
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(contents, options, providers=["CPUExecutionProvider"])
     (name,) = (value.name for value in session.get_inputs())
 
     def run(images: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def test_inference_computes_the_logits() -> None:
         model.model.register_forward_hook(
             lambda module, args, out: seen.append((out.shape, out.requires_grad))
         )
-    measure(models, torch.randn(3, 3, 32, 32), seconds=0.0)
+    measure(models, torch.randn(3, 3, 32, 32), seconds=0.0, apart=False)
     assert set(seen) == {(torch.Size([3, 10]), False)} and len(seen) == 3 * (
         2 + 5 + 1
     )  # the last one for its memory
@@ -132,6 +132,6 @@ def test_inference_casts_weights_and_images_once_and_training_autocasts() -> Non
         ("training", (torch.float32, torch.float32, True)),
     ):
         seen.clear()
-        measure([Contestant("model", model, 1.0, None)], images, task, precision=precision, seconds=0.01)
+        measure([Contestant("model", model, 1.0, None)], images, task, precision=precision, seconds=0.01, apart=False)
         assert set(seen) == {expected}
     assert model.head.weight.dtype == torch.float32
