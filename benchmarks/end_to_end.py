@@ -5,9 +5,9 @@
 
 Instead: timm's dense model; EViT as it is usually written (plain_evit.py); both under torch.compile and, on a
 GPU, in CUDA graphs; both in ONNX Runtime on the CPU (onnx_rivals.py); DynamicViT. All take turns, call by
-call, on the CPU each in a process of its own, with the same weights where they have the same parameters; the logits
-of what should give the same are compared before anything is timed. The median call counts. The plot shows images per second against the keep
-rate.
+call, on the CPU each in a process of its own, with the same weights where they have the same parameters; the
+logits of what should give the same are compared before anything is timed. The median call counts. The plot
+shows images per second against the keep rate.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ Plain is EViT as it is usually written, with an attention map (plain_evit.py).
 
 Memory is measured of the first forward of a process of its own, fresh: the most that is resident during it,
 beyond what is resident before it, which are weights and libraries (on a GPU: what PyTorch's allocator gave
-away). For that, malloc is told to give back at once what is freed. Time is measured of all models of a size in
-turns, forward by forward, each in another process of its own (on a GPU all in one); the median counts.
+away). For that, malloc is told to give back at once what is freed. Time is measured of all models of a size
+in turns, forward by forward, each in another process of its own (on a GPU all in one); the median counts.
 
 Tokens grow with the resolution of one image, the batch at the model's own resolution. Straight lines are
 fitted to memory against tokens, and parabolas: what those have of N² is how much a model's memory is not

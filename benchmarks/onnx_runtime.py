@@ -2,8 +2,8 @@
 
     python benchmarks/onnx_runtime.py --output benchmarks/results/onnx-runtime-cpu
 
-The files are those of `evit export --format onnx`. All take turns, call by call, with the same threads, each in
-a process of its own; the median call counts. Speed-ups are over the dense model of the same runtime.
+The files are those of `evit export --format onnx`. All take turns, call by call, with the same threads, each
+in a process of its own; the median call counts. Speed-ups are over the dense model of the same runtime.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from evit_ext.checkpoints import load_checkpoint
 from evit_ext.costs import compare_costs
 from evit_ext.macs import count_macs
 from evit_ext.oracle import Oracle
+from evit_ext.prepack import prepack
 from evit_ext.record import record_tokens
 from evit_ext.schedule import keep_rate_levels, keep_rate_schedule
 
@@ -32,6 +33,7 @@ __all__ = [
     "load_checkpoint",
     "models",
     "ops",
+    "prepack",
     "record_tokens",
     "remove",
     "set_keep_rate",

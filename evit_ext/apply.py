@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from evit_ext import cpu_overrides
+from evit_ext import cpu_overrides, packed_weights
 from evit_ext.block import AdoptedBlock
 from evit_ext.families import FAMILIES, applied_blocks, check_block, cpu_forwards, family_of, find_blocks
 from evit_ext.full_grid import FullGridIntermediates
@@ -154,6 +154,7 @@ def remove(vit: Model) -> Model:
         if isinstance(block, AdoptedBlock):
             blocks[number] = block.original()
     cpu_overrides.uninstall(blocks)
+    packed_weights.let_go(blocks.modules())
     remove_overrides(inner)
     for family in FAMILIES:
         if family.model is not None and isinstance(inner, family.model):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from evit_ext import _C
+from evit_ext import _C, packed_weights
 from evit_ext.ops import checks
 from evit_ext.override import Override
 
@@ -133,7 +133,8 @@ def linear(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     out: Tensor
     if _fuses(layer, x, bias) and not _globally_watched():
-        out = _linear_pointwise(x, layer.weight, layer.bias if bias is None else bias, "none", [], "")
+        weight = packed_weights.weight_of(layer)
+        out = _linear_pointwise(x, weight, layer.bias if bias is None else bias, "none", [], "")
     else:
         out = layer(x) if bias is None else F.linear(x, layer.weight, bias)
     return out
@@ -156,11 +157,12 @@ def _same_kind(value: Tensor, x: Tensor) -> bool:
     return value.dtype == x.dtype and value.device == x.device
 
 
-def gelu_between(first: nn.Module, approximate: str, second: nn.Module, x: Tensor) -> Tensor | None:
+def gelu_between(first: Any, approximate: str, second: nn.Module, x: Tensor) -> Tensor | None:
     """Return two linear layers of `x` with a GELU between; None where oneDNN may not compute the first."""
     if not _fuses(first, x) or _globally_watched():
         return None
-    hidden = _linear_pointwise(x, first.weight, first.bias, "gelu", [], approximate)
+    weight = packed_weights.weight_of(first)
+    hidden = _linear_pointwise(x, weight, first.bias, "gelu", [], approximate)
     return linear(second, hidden)
 
 

@@ -124,8 +124,8 @@ def _tidy(model: Any) -> None:
 def runner(file: Path | bytes, threads: int = 0) -> Callable[[Tensor], Tensor]:
     """Return what runs an ONNX file, or its contents, in ONNX Runtime on the CPU.
 
-    Its threads spin while they wait for each other, which is fast, and stop when a call ends: otherwise they would
-    hold up what comes next.
+    Its threads spin while they wait for each other, which is fast, and stop when a call ends: otherwise they
+    would hold up what comes next.
 
     Args:
         file: as of :func:`evit_ext.export.export_model`, with one input and one output.

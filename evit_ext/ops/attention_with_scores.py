@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from evit_ext.ops import checks, library, reference
 from evit_ext.ops.class_attention import class_attention
@@ -84,3 +87,10 @@ library.refuse_gradient(
     "torch.ops.evit.attention_with_scores has no gradient: call evit_ext.ops.attention_with_scores, which is "
     "differentiable, or evit_ext.ops.reference.attention_with_scores",
 )
+
+
+@register_flop_formula(torch.ops.evit.attention_with_scores)
+def _flops(qkv_shape: Any, *arguments: Any, out_shape: Any = None, **named: Any) -> int:
+    """Return the floating-point operations of both products, as PyTorch counts its own attention's."""
+    batch, num_tokens, width = qkv_shape
+    return 4 * batch * num_tokens**2 * (width // 3)

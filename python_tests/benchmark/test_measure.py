@@ -132,6 +132,13 @@ def test_inference_casts_weights_and_images_once_and_training_autocasts() -> Non
         ("training", (torch.float32, torch.float32, True)),
     ):
         seen.clear()
-        measure([Contestant("model", model, 1.0, None)], images, task, precision=precision, seconds=0.01, apart=False)
+        measure(
+            [Contestant("model", model, 1.0, None)],
+            images,
+            task,
+            precision=precision,
+            seconds=0.01,
+            apart=False,
+        )
         assert set(seen) == {expected}
     assert model.head.weight.dtype == torch.float32

@@ -13,6 +13,7 @@ from operator_tester import DTYPES, Case, OperatorTester, assert_near, outputs, 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from evit_ext import ops
 from evit_ext.ops import library
@@ -311,3 +312,18 @@ def test_outputs_are_dense_and_new(device: torch.device) -> None:
     with torch.no_grad():
         for result in outputs(ops.attention_with_scores(qkv.expand(3, -1, -1), 2)):
             assert result.is_contiguous() and result.shape[0] == 3
+
+
+def test_flop_counter() -> None:
+    """torch's counter sees both products, as of scaled_dot_product_attention."""
+    qkv = torch.empty(2, 7, 3 * 24, device="meta")
+    q, k, v = ops.reference.unpacked(qkv, 3)
+    counted = []
+    for attend in (
+        lambda: F.scaled_dot_product_attention(q, k, v),
+        lambda: torch.ops.evit.attention_with_scores(qkv, 3, 1.0),
+    ):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            attend()
+        counted.append(counter.get_total_flops())
+    assert counted == [2 * 2 * 2 * 7 * 7 * 24] * 2
