@@ -16,7 +16,7 @@ def prepack(vit: Model, enabled: bool = True) -> Model:
     """Let the linear layers of an EViT's blocks keep their weights in oneDNN's layout; in place.
 
     For inference on the CPU, where every product otherwise begins with putting the weight into that layout.
-    Results are the same. It takes as much memory again as the blocks' weights do. Weights are packed when they
+    Results are the same. It takes as much memory again as the weights of the blocks. They are packed when they
     are first used, and again after they were changed: by an optimizer, ``load_state_dict``, ``model.to(...)``
     or any operation on the parameter.
 
