@@ -397,3 +397,24 @@ def test_documented_classes(name: str) -> None:
 
 def test_every_tested_class_is_documented() -> None:
     assert {line[0] for line in LINES.values()} <= set(documented_classes())
+
+
+@pytest.mark.parametrize("line", ["ViT", "DINOv2", "CLIP vision", "SigLIP vision"])
+def test_a_scaling_that_somebody_changed(line: str) -> None:
+    """Attention and scores are those of queries three times as large."""
+    usual = build(line, torch.float64).eval()
+    scaled = copy.deepcopy(usual)
+    for module in usual.modules():
+        if hasattr(module, "q_proj"):
+            with torch.no_grad():
+                for parameter in module.q_proj.parameters():
+                    parameter.mul_(3)
+    for module in scaled.modules():
+        if hasattr(module, "q_proj"):
+            name = "scaling" if hasattr(module, "scaling") else "scale"
+            setattr(module, name, 3 * getattr(module, name))
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for model in (usual, scaled):
+        evit_ext.apply(model, RATES, DROP_LOC)
+    with torch.no_grad():
+        torch.testing.assert_close(scaled(images)[0], usual(images)[0], rtol=1e-9, atol=1e-11)

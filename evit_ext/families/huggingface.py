@@ -72,16 +72,24 @@ def attend(attention: Any, layout: Layout, x: Tensor, score: Score) -> tuple[Ten
     if on_cpu and cpu_inference.attends(q, k, v):
         out, scores = packed_attention(cpu_inference.pack(q, k, v), q.shape[1], score)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
-        scores = score(q, k, None)
+        scaling, usual = _scaling(attention), attention.head_dim**-0.5
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
+        out = out.transpose(1, 2).flatten(2)
+        # Scores scale by themselves as is usual.
+        scores = score(q if scaling == usual else q * (scaling / usual), k, None)
     return linear(getattr(attention, layout.out), out, None), scores
 
 
 def _may_attend(attention: Any, x: Tensor) -> bool:
     """Return whether an attention without mask may attend with our kernel, which scales as is usual."""
+    usual = _scaling(attention) == attention.head_dim**-0.5
+    return usual and cpu_inference.may_replace(attention, x) and cpu_inference.attends(x)
+
+
+def _scaling(attention: Any) -> float:
+    """Return the factor of an attention's dot products, which somebody may have changed."""
     usual = attention.head_dim**-0.5
-    scaling = getattr(attention, "scaling", getattr(attention, "scale", usual))
-    return scaling == usual and cpu_inference.may_replace(attention, x) and cpu_inference.attends(x)
+    return float(getattr(attention, "scaling", getattr(attention, "scale", usual)))
 
 
 class CpuAttention(CpuForward):
