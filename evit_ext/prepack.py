@@ -16,9 +16,9 @@ def prepack(vit: Model, enabled: bool = True) -> Model:
     """Let the linear layers of an EViT's blocks keep their weights in oneDNN's layout; in place.
 
     For inference on the CPU, where every product otherwise begins with putting the weight into that layout.
-    Results are the same. It takes as much memory again as the weights of the blocks. They are packed when they
-    are first used, and again after they were changed: by an optimizer, ``load_state_dict``, ``model.to(...)``
-    or any operation on the parameter.
+    Results are the same. It takes as much memory again as the weights of the blocks. They are packed when
+    first used, and again after they were changed: by an optimizer, ``load_state_dict``, ``model.to(...)`` or
+    any operation on the parameter.
 
     Has no effect where the layers do not run through oneDNN: with gradients, under ``torch.compile``, at keep
     rate 1, in float16 and on other devices. A copy of the model, or one that is loaded, has to be prepacked
