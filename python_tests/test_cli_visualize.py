@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +253,13 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
         out = " ".join(capsys.readouterr().out.split())  # lines are broken anywhere
         assert "xample" in out and f"evit {command} " in out.partition("xample")[2]
     assert "--verbose" in out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere files have no such names")
+def test_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
+    save_photo(photo)
+    page = tmp_path / "page.html"
+    assert main(["visualize", str(photo), *SMALL, "--html", str(page)]) == 0
+    assert data_of(page)["photos"][0]["name"] == "\ufffd.png"
+    assert "\ufffd.png" in capsys.readouterr().out

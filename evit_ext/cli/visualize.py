@@ -156,7 +156,7 @@ def _visualize(options: argparse.Namespace) -> None:
             _tell(f"{image.path} cannot be read and is left out: {image.reason}")
             continue
         seen.append(eye.see(image))
-        names.append(file.name)
+        names.append(photos.shown_name(file))
     if not seen:
         raise ValueError(f"none of {len(files)} photographs could be read")
     shown: list[Photo] = []
@@ -173,7 +173,7 @@ def _visualize(options: argparse.Namespace) -> None:
     )
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        picture.draw(everything).save(output)
+        picture.save(picture.draw(everything), output)
         print(f"{output}: {_count(shown)}, keep rate {' '.join(f'{rate:g}' for rate in rates)}")
     if options.html is not None:
         options.html.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,11 @@ class Photo:
     name: str
     image: Image.Image
     view: ImageView
+
+
+def shown_name(file: Path) -> str:
+    """Return a file's name for people; bytes that are no UTF-8 as replacement characters."""
+    return os.fsencode(file.name).decode("utf-8", "replace")
 
 
 def find_photos(paths: Sequence[str | Path]) -> Found:

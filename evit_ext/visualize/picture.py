@@ -21,6 +21,8 @@ from evit_ext.visualize.views import RateView
 #: Side of a picture in the large layout and in a contact sheet, in pixels.
 LARGE, SMALL = 240, 128
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+#: The longest side that a format has room for, in pixels.
+_LONGEST = {".jpg": 65535, ".jpeg": 65535, ".webp": 16383}
 #: What a dropped patch is mixed with, and how much of it; RGB.
 PAPER, PAPER_SHARE = (208, 212, 220), 0.86
 
@@ -53,6 +55,21 @@ def draw(gallery: Gallery) -> Image.Image:
         ModuleNotFoundError: Pillow is older than 10.1, or has no FreeType.
     """
     return _large(gallery, gallery.photos[0]) if len(gallery.photos) == 1 else _sheet(gallery)
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Write a picture to a file whose name :func:`check_ending` allows.
+
+    Raises:
+        ValueError: the format has no room for a picture so large.
+    """
+    longest = _LONGEST.get(path.suffix.lower(), max(image.size))
+    if max(image.size) > longest:
+        raise ValueError(
+            f"a {path.suffix} picture has sides of up to {longest} pixels, and this one is "
+            f"{image.width} x {image.height}: write a .png, or show fewer photographs or keep rates"
+        )
+    image.save(path)
 
 
 def kept_picture(image: Image.Image, kept: Tensor, side: int) -> Image.Image:

@@ -84,8 +84,8 @@ def view_images(model: nn.Module, images: Tensor, keep_rates: Sequence[float]) -
 
     Raises:
         TypeError: a keep rate is not a number.
-        ValueError: the model drops no patches, `images` are of another shape, a keep rate is out of range, or
-            the image's sides are padded to whole patches.
+        ValueError: the model drops no patches, `images` are of another shape, a keep rate is out of range,
+            the image's sides are padded to whole patches, or the model computes NaN.
     """
     vit: Any = unwrap_model(model)
     if images.dim() != 4 or not len(images):
@@ -168,6 +168,9 @@ def _at_rate(
         found = record.scores[0].shape[1] if record.scores else "no"
         raise ValueError(f"expected {grid[0]}x{grid[1]} patches in the first stage, found {found}")
     probabilities = _probabilities(vit, output)
+    of_model = [*record.scores, *([] if probabilities is None else [probabilities])]
+    if any(value.isnan().any() for value in of_model):
+        raise ValueError(f"at keep rate {keep_rate:g} the model computes NaN: are its weights finite?")
     masks = surviving_patches(record.kept, num_patches)
     scores = _scores_on_grid(record, num_patches, hasattr(vit, "score_predictor"))
     macs = count_macs(vit, size)

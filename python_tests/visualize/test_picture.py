@@ -128,6 +128,16 @@ def test_endings_and_old_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
         picture.font(17)
 
 
+def test_formats_have_room_for_so_much(tmp_path: Path) -> None:
+    wide = Image.new("RGB", (16384, 1))
+    for name in ("a.png", "a.JPG"):
+        picture.save(wide, tmp_path / name)
+        assert Image.open(tmp_path / name).size == wide.size
+    with pytest.raises(ValueError, match=r"a .webp picture has sides of up to 16383 pixels.* 16384 x 1"):
+        picture.save(wide, tmp_path / "a.webp")
+    assert not (tmp_path / "a.webp").exists()
+
+
 def test_galleries_that_are_none() -> None:
     with pytest.raises(ValueError, match="at least one photograph"):
         Gallery("a", "b", "", "c", None, [])

@@ -117,6 +117,14 @@ def test_errors(small_vit: Any) -> None:
         view_images(evit, images[0], [0.5])
 
 
+@pytest.mark.parametrize("broken", ["head.weight", "blocks.0.attn.qkv.weight"])
+def test_a_model_that_computes_nan(small_vit: Any, broken: str) -> None:
+    evit = evit_ext.apply(small_vit(), 0.5)
+    evit.get_parameter(broken).data[0] = float("nan")
+    with pytest.raises(ValueError, match="at keep rate 1 the model computes NaN"):
+        view_images(evit, torch.randn(1, 3, 32, 32), [0.5])
+
+
 def test_surviving_patches() -> None:
     kept = [torch.tensor([[0, 2, 5], [1, 3, 4]]), torch.tensor([[0, 5], [3, -1]])]
     first, second = surviving_patches(kept, 6)
