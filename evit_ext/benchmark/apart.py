@@ -100,12 +100,14 @@ def apart(
 def _answer(line: Connection) -> None:
     """Be the process: make the call that is described, and then whenever asked."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends, and with it the line
+    with contextlib.suppress(EOFError, ConnectionError):
+        _answer_all(line)
+
+
+def _answer_all(line: Connection) -> None:
     call: Here | None = None
     while True:
-        try:
-            asked = line.recv_bytes()
-        except EOFError:
-            return
+        asked = line.recv_bytes()
         answer, failure = None, None
         try:
             if call is None:
