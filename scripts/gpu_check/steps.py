@@ -48,7 +48,8 @@ def plan(facts: dict[str, Any], python: str, output: Path, total: float, quick: 
 
     install = (python, "-m", "pip", "install", "-v", "--no-index", "--no-build-isolation", "--no-deps")
     build = (*install, "--no-cache-dir", "--target", str(SITE), str(SOURCE))
-    others = ("models", "test_apply.py", "test_block.py", "test_record.py", "test_macs.py")
+    others = ("models", "test_apply.py", "test_block.py", "test_block_at_once.py", "test_record.py")
+    others += ("test_macs.py",)
     steps = [
         Step("build", (build,), 300, before, cwd=WORK),
         Step("package", ((python, "-c", PACKAGE, str(SITE)),), 60, before, ("build",), cwd=WORK),
