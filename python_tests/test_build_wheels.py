@@ -63,8 +63,8 @@ def test_pythons_of_other_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("wanted", "message"),
     [
         ("3.98", "no Python 3.98 in this Python, PATH"),
-        ("no-such-python", "no-such-python is no Python that runs"),
-        (shutil.which("false") or "/bin/false", "is no Python that runs"),
+        ("no-such-python", "no-such-python is no Python that runs: No such file or directory$"),
+        (shutil.which("false") or "/bin/false", "false is no Python that runs: no answer$"),
     ],
 )
 def test_pythons_that_are_not_there(wanted: str, message: str) -> None:
@@ -78,6 +78,7 @@ def test_pythons_that_are_not_there(wanted: str, message: str) -> None:
         ({"free_threaded": True}, "not CPython with its global lock"),
         ({"cpython": False}, "not CPython with its global lock"),
         ({"headers": False}, "is Python 3.12.1 without its headers"),
+        ({"version": "3.9", "full_version": "3.9.7"}, "is Python 3.9.7, 3.10 or newer is needed"),
     ],
 )
 def test_pythons_that_nothing_can_be_built_for(facts: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = [package for package, module in TOOLS.items() if importlib.util.find_spec(module) is None]
     if missing:
         print(
-            f'build-wheels: error: {", ".join(missing)} not installed: pip install "evit_ext[wheels]"',
+            f"build-wheels: error: {', '.join(missing)} not installed: `make wheels` installs what this "
+            'needs, or pip install "evit_ext[wheels]"',
             file=sys.stderr,
         )
         return 2

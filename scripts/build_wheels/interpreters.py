@@ -57,17 +57,25 @@ def inspect(path: str | Path) -> Interpreter:
     """Return what the Python at `path` is.
 
     Raises:
-        NotFoundError: it cannot be run, is no CPython with a GIL, or has no headers.
+        NotFoundError: it cannot be run, is too old, is no CPython with a GIL, or has no headers.
     """
     try:
-        done = subprocess.run(
-            [str(path), "-I", "-c", _FACTS], capture_output=True, text=True, timeout=60, check=True
-        )
+        # By standard input: what is no Python would repeat all of an argument.
+        command = [str(path), "-I", "-"]
+        done = subprocess.run(command, input=_FACTS, capture_output=True, text=True, timeout=60)
         facts = json.loads(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        raise NotFoundError(f"{path} is no Python that runs: {error}") from error
+    except OSError as error:
+        raise NotFoundError(f"{path} is no Python that runs: {error.strerror}") from error
+    except subprocess.TimeoutExpired as error:
+        raise NotFoundError(f"{path} is no Python that runs: no answer in a minute") from error
+    except ValueError as error:
+        said = (done.stderr.strip().splitlines() or ["no answer"])[-1]
+        raise NotFoundError(f"{path} is no Python that runs: {said}") from error
     if not facts["cpython"] or facts["free_threaded"]:
         raise NotFoundError(f"{path} is not CPython with its global lock, for which wheels are built")
+    oldest = VERSIONS[0]
+    if [int(part) for part in facts["version"].split(".")] < [int(part) for part in oldest.split(".")]:
+        raise NotFoundError(f"{path} is Python {facts['full_version']}, {oldest} or newer is needed")
     if not facts["headers"]:
         raise NotFoundError(f"{path} is Python {facts['full_version']} without its headers (python3-dev)")
     return Interpreter(
