@@ -69,8 +69,9 @@ def inspect(path: str | Path) -> Interpreter:
     except subprocess.TimeoutExpired as error:
         raise NotFoundError(f"{path} is no Python that runs: no answer in a minute") from error
     except ValueError as error:
-        said = (done.stderr.strip().splitlines() or ["no answer"])[-1]
-        raise NotFoundError(f"{path} is no Python that runs: {said}") from error
+        said = done.stderr.strip().splitlines() or ["no answer"]
+        line = said[-1] if said[0].startswith("Traceback") else said[0]
+        raise NotFoundError(f"{path} is no Python that runs: {line}") from error
     if not facts["cpython"] or facts["free_threaded"]:
         raise NotFoundError(f"{path} is not CPython with its global lock, for which wheels are built")
     oldest = VERSIONS[0]
