@@ -39,12 +39,10 @@ def say(line):
 
 try:
     import torch
-except ModuleNotFoundError as error:
-    if error.name != "torch":
-        raise
-    stop("torch is needed to build: run `pip install torch`, or leave out --no-build-isolation.")
 except ImportError as error:
-    stop(f"torch is needed to build, and the one that is installed cannot be imported: {error}")
+    if error.name != "torch":
+        stop(f"torch is needed to build, and the one that is installed cannot be imported: {error}")
+    stop("torch is needed to build: run `pip install torch`, or leave out --no-build-isolation.")
 
 
 def check_torch():
