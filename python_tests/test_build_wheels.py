@@ -114,6 +114,30 @@ def test_requirements_are_those_of_the_project() -> None:
     assert {"pybind11>=2.13", "ninja", "torch>=2.10", "timm>=1.0.15", "safetensors"} <= set(found)
 
 
+def test_a_failed_build_leaves_no_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one of an earlier run either, which would pass for one of this."""
+    monkeypatch.setattr(building, "WORK", tmp_path)
+    others = [f"evit_ext-0.1.0+cu130-{tag}-linux_x86_64.whl" for tag in ("cp311-cp311", "cp312-cp312")]
+    for name in (WHEEL, *others):
+        (tmp_path / name).touch()
+    builder = building.Builder.__new__(building.Builder)
+    builder._output, builder._scratch = tmp_path, tmp_path / "scratch"
+    (tmp_path / "evit_ext-0.1.0").mkdir()
+    packed = shutil.make_archive(str(tmp_path / "evit_ext-0.1.0"), "gztar", tmp_path, "evit_ext-0.1.0")
+    builder.sdist = Path(packed)
+    false = Path(shutil.which("false") or "/bin/false")
+    environment = interpreters.Interpreter(false, "3.12", "3.12.1", (), ())
+    row = builder.wheel(environment, "cpu")
+    assert (row.python, row.variant, row.verdict) == (
+        "3.12.1",
+        "cpu",
+        "FAILED: exit status 1 (cp312-cpu.log)",
+    )
+    assert {path.name for path in tmp_path.glob("*.whl")} == set(others)
+    builder.wheel(environment, "cuda")
+    assert [path.name for path in tmp_path.glob("*.whl")] == others[:1]
+
+
 def make_wheel(folder: Path, *others: str, version: str = "0.1.0+cpu", module: str = MODULE) -> Path:
     """A wheel of two modules, and the source that it says it is of."""
     (folder / "source" / "evit_ext").mkdir(parents=True)

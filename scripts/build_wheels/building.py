@@ -22,7 +22,8 @@ from .interpreters import Interpreter, inspect
 from .paths import ROOT, WORK
 from .report import PASSED, Row
 
-VARIANTS = ("cpu", "cuda")
+#: The local versions of the variants, as patterns of file names.
+VARIANTS = {"cpu": "+cpu", "cuda": "+cu[0-9]*"}
 
 # What is made in the tree and is no source.
 _MADE_HERE = shutil.ignore_patterns(
@@ -77,6 +78,10 @@ class Builder:
         name = f"{environment.tag}-{variant}"
         log = fresh_log(name)
         folder = self._scratch / name
+        # One of an earlier run must not pass for one of this.
+        stem = self.sdist.name.removesuffix(".tar.gz") + VARIANTS[variant]
+        for earlier in self._output.glob(f"{stem}-{environment.tag}-{environment.tag}-*.whl"):
+            earlier.unlink()
         try:
             wheel = self._build(environment, variant, folder, log)
             tried = try_wheel(environment, wheel, variant, folder / "trial", log)
