@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 
-.PHONY: help env demo bench test test-python test-faults test-cpp test-cuda-on-host test-sanitize test-oldest-torch lint format wheel gpu-check clean
+.PHONY: help env demo bench test test-python test-faults test-cpp test-cuda-on-host test-sanitize test-oldest-torch lint format wheels gpu-check clean
 
 help:
 	@echo "make demo               train a DeiT and EViTs on real digits, compare them (about 10 minutes)"
@@ -23,7 +23,7 @@ help:
 	@echo "make bench              DeiT-S next to what people would use instead; its growth with the image"
 	@echo "make gpu-check          every test and benchmark that needs a GPU, with the installed Python and torch"
 	@echo "make lint | format      check | mend formatting, style and types"
-	@echo "make wheel              build a wheel into dist/"
+	@echo "make wheels             sdist and wheels for CPython 3.10 to 3.14, CPU and CUDA, audited and tried, into dist/"
 	@echo "make clean              remove builds, environments and runs"
 
 # torch and the build tools first, so that the extension is built against the torch it runs with, once.
@@ -89,8 +89,10 @@ lint: env
 format: env
 	PATH="$(abspath $(BIN)):$$PATH" scripts/lint --fix
 
-wheel: env
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+# ARGS="--python 3.12 --variant cpu", for example; scripts/build-wheels.py --help lists them.
+wheels: $(BIN)/.created
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable ".[wheels]"
+	$(BIN)/python scripts/build-wheels.py $(ARGS)
 
 clean:
 	rm -rf build dist runs .venv .venv-oldest-torch *.egg-info evit_ext/*.so

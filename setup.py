@@ -6,6 +6,7 @@ Environment:
     CUDA_HOME             the toolkit to use.
     TORCH_CUDA_ARCH_LIST  architectures, as for every torch extension, e.g. "8.0;9.0+PTX".
     CXX, MAX_JOBS         the compiler; the number of parallel jobs.
+    EVIT_NAME_VARIANT     1: the version names what is built, as torch's do: 0.1.0+cpu, 0.1.0+cu130.
 
 No network, no GPU. Every choice and every flag is printed (`pip install -v`).
 """
@@ -21,6 +22,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 BUILD = json.loads((ROOT / "csrc" / "build.json").read_text())
@@ -28,7 +30,7 @@ BUILD = json.loads((ROOT / "csrc" / "build.json").read_text())
 
 def stop(sentence):
     """End the build with one sentence that says what to do."""
-    raise SystemExit(f"\nevit_ext: {sentence}\n")
+    raise SystemExit(f"\nevit_ext: error: {sentence}\n")
 
 
 def say(line):
@@ -37,7 +39,9 @@ def say(line):
 
 try:
     import torch
-except ImportError:
+except ImportError as error:
+    if error.name != "torch":
+        stop(f"torch is needed to build, and the one that is installed cannot be imported: {error}")
     stop("torch is needed to build: run `pip install torch`, or leave out --no-build-isolation.")
 
 
@@ -53,6 +57,16 @@ def version():
     """The version that pyproject.toml states (no TOML reader before Python 3.11)."""
     text = (ROOT / "pyproject.toml").read_text()
     return re.search(r'^version = "([^"]+)"', text, re.MULTILINE).group(1)
+
+
+def local_version(cuda):
+    """What is appended to the version: "+cpu" or "+cu130" if EVIT_NAME_VARIANT asks for it, else ""."""
+    asked = os.environ.get("EVIT_NAME_VARIANT", "")
+    if asked not in ("", "0", "1"):
+        stop(f"EVIT_NAME_VARIANT must be 0 or 1, got {asked!r}.")
+    if asked != "1":
+        return ""
+    return f"+cu{cuda[1][0]}{cuda[1][1]}" if cuda else "+cpu"
 
 
 def check_compiler():
@@ -180,11 +194,8 @@ def cuda_settings(home, found):
     return BUILD["cuda_kernels"], macros, os.path.join(home, "include"), library_dir, libraries
 
 
-def extension():
-    check_torch()
-    check_compiler()
-    limit_jobs()
-    cuda = choose_cuda()
+def extension(cuda):
+    """The extension module, with the CUDA code of the toolkit `cuda`, or without any for None."""
     if cuda:
         os.environ["CUDA_HOME"] = cuda[0]  # read when torch.utils.cpp_extension is imported
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(cuda[1])
@@ -196,7 +207,10 @@ def extension():
         "nvcc": [standard, *BUILD["nvcc_flags"]],
     }
     sources = BUILD["kernels"] + BUILD["adapter"] + BUILD["module"]
-    macros = [("EVIT_VERSION", f'"{version()}"'), ("EVIT_TORCH_VERSION", f'"{torch.__version__}"')]
+    macros = [
+        ("EVIT_VERSION", f'"{version()}{local_version(cuda)}"'),
+        ("EVIT_TORCH_VERSION", f'"{torch.__version__}"'),
+    ]
     include_dirs, library_dirs, libraries = [], [], []
     try:
         import pybind11
@@ -229,10 +243,21 @@ def extension():
 
 
 def main():
-    ext = extension()  # first: it sets CUDA_HOME, which torch.utils.cpp_extension reads on import
+    check_torch()
+    check_compiler()
+    limit_jobs()
+    cuda = choose_cuda()
+    ext = extension(cuda)  # first: it sets CUDA_HOME, which torch.utils.cpp_extension reads on import
     from torch.utils.cpp_extension import BuildExtension
 
-    setup(ext_modules=[ext], cmdclass={"build_ext": BuildExtension})
+    class EggInfo(egg_info):
+        """Appends the local version. Not by setup's `options`, which the setup.cfg in an sdist overrides."""
+
+        def finalize_options(self):
+            self.tag_build = local_version(cuda)
+            super().finalize_options()
+
+    setup(ext_modules=[ext], cmdclass={"build_ext": BuildExtension, "egg_info": EggInfo})
 
 
 if __name__ == "__main__":

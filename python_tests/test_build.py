@@ -221,6 +221,31 @@ def test_force_cuda_must_be_0_or_1() -> None:
 
 
 @needs_source
+def test_the_version_can_name_the_variant(setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    toolkit = ("/usr/local/cuda", (13, 0))
+    for asked in ("", "0"):
+        monkeypatch.setenv("EVIT_NAME_VARIANT", asked)
+        assert setup_module.local_version(toolkit) == setup_module.local_version(None) == ""
+    monkeypatch.setenv("EVIT_NAME_VARIANT", "1")
+    assert setup_module.local_version(toolkit) == "+cu130"
+    assert setup_module.local_version(None) == "+cpu"
+    monkeypatch.setenv("EVIT_NAME_VARIANT", "cpu")
+    with pytest.raises(SystemExit, match="EVIT_NAME_VARIANT must be 0 or 1, got 'cpu'"):
+        setup_module.local_version(None)
+
+
+@needs_source
+def test_a_torch_that_cannot_be_imported_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so: no such file')")
+    run = setup(PYTHONPATH=str(tmp_path))
+    assert run.returncode != 0 and "Traceback" not in run.stderr
+    assert "the one that is installed cannot be imported: libcudart.so: no such file" in run.stderr
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(name='torch')")
+    run = setup(PYTHONPATH=str(tmp_path))
+    assert "torch is needed to build: run `pip install torch`" in run.stderr
+
+
+@needs_source
 def test_one_list_of_sources_names_every_source() -> None:
     build = json.loads((ROOT / "csrc" / "build.json").read_text())
     listed = {path for value in build.values() if isinstance(value, list) for path in value if "/" in path}
