@@ -48,7 +48,13 @@ def plan(facts: dict[str, Any], python: str, output: Path, total: float, quick: 
 
     install = (python, "-m", "pip", "install", "-v", "--no-index", "--no-build-isolation", "--no-deps")
     build = (*install, "--no-cache-dir", "--target", str(SITE), str(SOURCE))
-    others = ("models", "test_apply.py", "test_block.py", "test_block_at_once.py", "test_record.py")
+    others: tuple[str, ...] = (
+        "models",
+        "test_apply.py",
+        "test_block.py",
+        "test_block_at_once.py",
+        "test_record.py",
+    )
     others += ("test_macs.py",)
     steps = [
         Step("build", (build,), 300, before, cwd=WORK),
