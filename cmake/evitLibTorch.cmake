@@ -78,15 +78,19 @@ include/torch/headeronly/version.h; they are not there. EVIT_TORCH_ROOT says whe
       list(APPEND libraries "${root}/lib/lib${name}.so")
     endif()
   endforeach()
+  # No program names a symbol of these two, and linkers that are told --as-needed would leave them out. Packages of
+  # AOTInductor need the first, which they do not find themselves; the other registers torch's CUDA kernels.
+  set(options "")
+  foreach(name torch torch_cuda)
+    if(EXISTS "${root}/lib/lib${name}.so")
+      list(APPEND options "LINKER:--push-state,--no-as-needed,${root}/lib/lib${name}.so,--pop-state")
+    endif()
+  endforeach()
   add_library(evit::libtorch INTERFACE IMPORTED)
   set_target_properties(
-    evit::libtorch PROPERTIES INTERFACE_INCLUDE_DIRECTORIES
-                              "${root}/include;${root}/include/torch/csrc/api/include"
-                              INTERFACE_COMPILE_FEATURES cxx_std_20 INTERFACE_LINK_LIBRARIES "${libraries}")
-  if(EXISTS "${root}/lib/libtorch_cuda.so")
-    # It registers torch's CUDA kernels when it is loaded, and no program names a symbol of it.
-    set_target_properties(
-      evit::libtorch PROPERTIES INTERFACE_LINK_OPTIONS
-                                "LINKER:--push-state,--no-as-needed,${root}/lib/libtorch_cuda.so,--pop-state")
-  endif()
+    evit::libtorch
+    PROPERTIES INTERFACE_INCLUDE_DIRECTORIES "${root}/include;${root}/include/torch/csrc/api/include"
+               INTERFACE_COMPILE_FEATURES cxx_std_20
+               INTERFACE_LINK_LIBRARIES "${libraries}"
+               INTERFACE_LINK_OPTIONS "${options}")
 endfunction()

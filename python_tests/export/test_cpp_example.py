@@ -200,7 +200,7 @@ def test_without_python(classify: Path, package: Path, photos: list[Path]) -> No
     """No Python is loaded, neither with the program nor, later, with the package."""
     done = run(classify, package, photos[0], LD_DEBUG="files")
     loaded = {Path(name).name for name in re.findall(r"calling init: (\S+)", done.stderr)}
-    assert done.returncode == 0 and "libevit.so" in loaded and "libtorch_cpu.so" in loaded
+    assert done.returncode == 0 and {"libevit.so", "libtorch.so", "libtorch_cpu.so"} <= loaded
     assert any(name.endswith(".wrapper.so") for name in loaded)
     assert not [name for name in loaded if "python" in name]
 
