@@ -37,13 +37,17 @@ function(evit_find_libtorch error)
     endforeach()
   endif()
   if(NOT root)
-    if(NOT Python3_EXECUTABLE)
-      find_program(Python3_EXECUTABLE python3)
+    set(python "${Python3_EXECUTABLE}")
+    if(NOT python)
+      # Under a name of its own: a later find_package(Python3) should find what it would have found.
+      find_program(EVIT_PYTHON3 python3)
+      mark_as_advanced(EVIT_PYTHON3)
+      set(python "${EVIT_PYTHON3}")
     endif()
-    if(Python3_EXECUTABLE)
+    if(python)
       # Found without importing it, which takes seconds.
       execute_process(
-        COMMAND ${Python3_EXECUTABLE} -c
+        COMMAND ${python} -c
                 "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
         OUTPUT_VARIABLE root OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
     endif()

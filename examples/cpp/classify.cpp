@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -107,9 +108,13 @@ Model read_model(const std::string& package, const Metadata& metadata) {
 // Where a package runs: on the kind of device that it was compiled for, of which AOTInductor notes the name.
 at::Device device_of(const std::string& package, const Metadata& metadata, std::optional<int64_t> number) {
   const at::Device device(metadata.at("AOTI_DEVICE_KEY"));
-  if (!device.is_cpu()) return {device.type(), static_cast<c10::DeviceIndex>(number.value_or(0))};
-  if (number) throw std::runtime_error("--device is for a GPU: " + package + " was compiled for the CPU");
-  return device;
+  if (device.is_cpu()) {
+    if (number) throw std::runtime_error("--device is for a GPU: " + package + " was compiled for the CPU");
+    return device;
+  }
+  if (number.value_or(0) > std::numeric_limits<c10::DeviceIndex>::max())
+    throw std::runtime_error("--device: there is no GPU " + std::to_string(*number));
+  return {device.type(), static_cast<c10::DeviceIndex>(number.value_or(0))};
 }
 
 Loader load(const std::string& package, at::Device device) {

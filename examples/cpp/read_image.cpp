@@ -1,14 +1,14 @@
 #include "read_image.h"
 
 #include <ATen/ops/empty.h>
-// jpeglib.h needs stdio's FILE, and does not include it.
-#include <cstdio>
-// clang-format off
-#include <jpeglib.h>
 #include <png.h>
-// clang-format on
+
+#include <cstdio>  // before jpeglib.h, which needs FILE and does not include it
+
+#include <jpeglib.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <csetjmp>
 #include <cstring>
 #include <memory>
