@@ -129,7 +129,7 @@ def golden() -> Any:
     return load
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small_vit() -> Any:
     """A function that builds a timm VisionTransformer with 4 blocks and 16 patches; arguments override.
 

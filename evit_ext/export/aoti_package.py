@@ -21,7 +21,7 @@ def write_aoti(
         torch._inductor.aoti_compile_and_package(
             program,
             package_path=str(path),
-            inductor_configs={"aot_inductor.metadata": {KEY: metadata.to_json()}},
+            inductor_configs={"aot_inductor.metadata": {KEY: metadata.to_json(), **metadata.to_strings()}},
         )
     loaded = torch._inductor.aoti_load_package(str(path))
     return lambda images: loaded(images)

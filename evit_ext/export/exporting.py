@@ -94,7 +94,9 @@ def export_model(
             f"ONNX is written of a model in float32 on the CPU, where it is compared; this one is in "
             f"{weight.dtype} on {weight.device.type}: model.float().cpu()"
         )
-    metadata = describe(model, name or type(model).__name__, image_size, classes, crop_pct, mean, std)
+    metadata = describe(
+        model, name or type(model).__name__, image_size, classes, crop_pct, mean, std, max_batch
+    )
     # With a generator of its own, as what is random elsewhere should not depend on an export.
     images = torch.randn(2, *metadata.input_size, generator=torch.Generator().manual_seed(0)).to(weight)
     check_exportable(model, images)

@@ -35,6 +35,11 @@ class Metadata:
         mean, std: of each channel of images in [0, 1], which are normalised by them.
         interpolation: how images were resized, as timm names it.
         crop_pct: share of a resized image's shorter side that is seen.
+        crop_mode: how an image is resized before its centre is cut out, as timm names it: "center", by its
+            shorter side; "border", by its longer side, with a border of the mean; "squash", to the model's
+            shape whatever its own is.
+        dtype: of the images and the logits, e.g. "float32".
+        max_batch: the most images at once, or None for any number.
         classes: names of the logits, or None where they are not known.
         evit_ext, torch: the versions that wrote the file.
     """
@@ -46,6 +51,9 @@ class Metadata:
     std: tuple[float, ...]
     interpolation: str
     crop_pct: float
+    crop_mode: str = "center"
+    dtype: str = "float32"
+    max_batch: int | None = None
     classes: tuple[str, ...] | None = None
     evit_ext: str = evit_ext.__version__
     torch: str = torch.__version__
@@ -53,6 +61,23 @@ class Metadata:
     def to_json(self) -> str:
         """Return all of it on one line."""
         return json.dumps(asdict(self), ensure_ascii=False)
+
+    def to_strings(self) -> dict[str, str]:
+        """Return the fields that are known as strings, for readers without a JSON parser.
+
+        The key of a field is `evit.` and its name. Numbers of a list are separated by spaces, names of
+        classes by line breaks.
+        """
+        found = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name == "classes":
+                value = None if value is None else "\n".join(" ".join(name.splitlines()) for name in value)
+            elif isinstance(value, tuple):
+                value = " ".join(map(str, value))
+            if value is not None:
+                found[f"{KEY}.{entry.name}"] = str(value)
+        return found
 
     @classmethod
     def from_json(cls, text: str) -> Metadata:
@@ -73,6 +98,7 @@ def describe(
     crop_pct: float | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    max_batch: int | None = None,
 ) -> Metadata:
     """Return what is to be said of `model`.
 
@@ -82,6 +108,7 @@ def describe(
         image_size: height and width; None is the model's own.
         classes: names of the logits.
         crop_pct, mean, std: None is the model's own, for a module that does not know timm's default.
+        max_batch: the most images at once, None for any number.
     """
     size: Any = image_size
     if size is None:
@@ -105,6 +132,9 @@ def describe(
         std=tuple(config["std"] if std is None else std),
         interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+        dtype=str(next(model.parameters(), torch.zeros(())).dtype).removeprefix("torch."),
+        max_batch=max_batch,
         classes=None if classes is None else tuple(classes),
     )
 

@@ -62,6 +62,7 @@ def test_pt2(evit: Any, tmp_path: Path) -> None:
 
 def test_max_batch(evit: Any, tmp_path: Path) -> None:
     export_model(evit, tmp_path / "a.pt2", max_batch=2)
+    assert read_metadata(tmp_path / "a.pt2").max_batch == 2
     module = torch.export.load(tmp_path / "a.pt2").module()
     module(images(2))
     with pytest.raises(AssertionError, match="<= 2"):
@@ -277,6 +278,28 @@ def test_metadata_of_other_files(tmp_path: Path) -> None:
         read_metadata(tmp_path / "a.pth")
     newer = Metadata("a", (0.5,), (3, 8, 8), (0.0,), (1.0,), "bilinear", 1.0).to_json()
     assert Metadata.from_json(newer[:-1] + ', "later": 1}').keep_rate == (0.5,)
+
+
+def test_metadata_as_strings() -> None:
+    classes = ("a b", "ü", "two\nlines")
+    found = Metadata(
+        "m", (0.5, 1), (3, 8, 16), (0.5, 0.25, 0.1), (1.0,) * 3, "bilinear", 0.9, classes=classes
+    )
+    strings = found.to_strings()
+    assert strings.pop("evit.torch") == torch.__version__
+    assert strings.pop("evit.evit_ext") == evit_ext.__version__
+    assert strings == {
+        "evit.model": "m",
+        "evit.keep_rate": "0.5 1",
+        "evit.input_size": "3 8 16",
+        "evit.mean": "0.5 0.25 0.1",
+        "evit.std": "1.0 1.0 1.0",
+        "evit.interpolation": "bilinear",
+        "evit.crop_pct": "0.9",
+        "evit.crop_mode": "center",
+        "evit.dtype": "float32",
+        "evit.classes": "a b\nü\ntwo lines",
+    }
 
 
 def test_formats_are_those_of_the_command() -> None:

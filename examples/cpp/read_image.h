@@ -1,0 +1,13 @@
+// Image files as tensors.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+
+// Returns the pixels of a PNG or JPEG file in RGB: uint8 [3, height, width]. Grey images become RGB;
+// transparency and colour profiles are passed over, and an orientation that a camera noted is not applied, as
+// timm does it.
+//
+// Throws std::runtime_error, which names the file and what was wrong with it.
+at::Tensor read_image(const std::string& path);
