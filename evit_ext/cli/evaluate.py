@@ -16,9 +16,9 @@ import evit_ext
 from evit_ext.cli.options import add_options
 from evit_ext.cli.shared import aligned
 from evit_ext.cli.trained import configuration, load_weights
+from evit_ext.keep_rates import keep_rates, set_keep_rate
 from evit_ext.training.config import TrainConfig
 from evit_ext.training.evaluation import Evaluation, evaluate
-from evit_ext.training.keep_rates import keep_rates, set_keep_rate
 from evit_ext.training.precision import Precision, choose_precision
 from evit_ext.training.ranks import Ranks, join
 from evit_ext.training.throughput import measure_throughput

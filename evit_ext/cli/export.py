@@ -17,9 +17,9 @@ from evit_ext import models
 from evit_ext.cli.options import add_options, overrides
 from evit_ext.cli.runs import newest_weights
 from evit_ext.cli.trained import configuration, load_weights
+from evit_ext.keep_rates import set_keep_rate
 from evit_ext.models.by_name import create_evit
 from evit_ext.training.config import TrainConfig, load_config
-from evit_ext.training.keep_rates import set_keep_rate
 
 #: The fields of a configuration that make the model; the keep rate is an option of its own.
 _FIELDS = ("model_args", "img_size", "num_classes", "drop_loc", "fuse_token", "pretrained", "crop_pct")

@@ -14,9 +14,9 @@ import torch
 import evit_ext
 from evit_ext.cli.options import add_options, overrides
 from evit_ext.cli.runs import load_weights, newest_weights, run_config
+from evit_ext.keep_rates import keep_rates, set_keep_rate
 from evit_ext.models.by_name import create_evit
 from evit_ext.training.config import TrainConfig, load_config
-from evit_ext.training.keep_rates import keep_rates, set_keep_rate
 
 if TYPE_CHECKING:
     from evit_ext.visualize.photos import Photo
