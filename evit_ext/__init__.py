@@ -12,6 +12,7 @@ from evit_ext.apply import apply, remove, set_keep_rate
 from evit_ext.budget import fit_budget
 from evit_ext.checkpoints import load_checkpoint
 from evit_ext.costs import compare_costs
+from evit_ext.hub import from_pretrained, push_to_hub, save_pretrained
 from evit_ext.layer_costs import layer_costs
 from evit_ext.macs import count_macs
 from evit_ext.oracle import Oracle
@@ -30,13 +31,16 @@ __all__ = [
     "compare_costs",
     "count_macs",
     "fit_budget",
+    "from_pretrained",
     "keep_rate_levels",
     "keep_rate_schedule",
     "layer_costs",
     "load_checkpoint",
     "models",
     "ops",
+    "push_to_hub",
     "record_tokens",
     "remove",
+    "save_pretrained",
     "set_keep_rate",
 ]

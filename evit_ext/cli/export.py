@@ -13,22 +13,24 @@ import timm.data
 import torch
 from torch import nn
 
+import evit_ext
 from evit_ext import models
 from evit_ext.cli.options import add_options, overrides
 from evit_ext.cli.runs import newest_weights
 from evit_ext.cli.trained import configuration, load_weights
-from evit_ext.keep_rates import set_keep_rate
+from evit_ext.keep_rates import keep_rates, set_keep_rate
 from evit_ext.models.by_name import create_evit
 from evit_ext.training.config import TrainConfig, load_config
 
 #: The fields of a configuration that make the model; the keep rate is an option of its own.
 _FIELDS = ("model_args", "img_size", "num_classes", "drop_loc", "fuse_token", "pretrained", "crop_pct")
 
-_FORMATS = ("pt2", "onnx", "aoti")
+_FORMATS = ("pt2", "onnx", "aoti", "hf")
 
 _EXAMPLES = """examples:
   evit export runs/small --format onnx
   evit export deit_small --checkpoint evit.pth --keep-rate 0.7 --format aoti --output small.pt2
+  evit export runs/small --format hf --output small    # then: hf upload owner/small small
 """
 
 
@@ -36,7 +38,7 @@ def add_parser(commands: Any) -> None:
     """Add ``evit export`` to the commands."""
     parser = commands.add_parser(
         "export",
-        help="write a model to a file: torch.export, ONNX or AOTInductor",
+        help="write a model to a file: torch.export, ONNX or AOTInductor; or for the Hugging Face hub",
         description="Write a model, at one keep rate and for batches of any size, to a file that runs\n"
         "without this package's Python. The file is loaded again and compared with the model\n"
         "before it has its name; what cannot be exported is refused with the reason.",
@@ -53,11 +55,14 @@ def add_parser(commands: Any) -> None:
         choices=_FORMATS,
         default="pt2",
         help="pt2: a program of torch.export with this package's operators; onnx: standard operators only; "
-        "aoti: compiled by AOTInductor for this kind of machine, with this package's operators "
-        "(default: pt2)",
+        "aoti: compiled by AOTInductor for this kind of machine, with this package's operators; hf: a folder "
+        "for the Hugging Face hub, which evit_ext.from_pretrained and timm read (default: pt2)",
     )
     parser.add_argument(
-        "--output", metavar="FILE", type=Path, help="(default: the model's name and .pt2, -aoti.pt2 or .onnx)"
+        "--output",
+        metavar="FILE|FOLDER",
+        type=Path,
+        help="(default: the model's name and .pt2, .onnx, -aoti.pt2 or -hf)",
     )
     parser.add_argument(
         "--checkpoint", metavar="FILE", help="weights: whatever evit_ext.load_checkpoint reads"
@@ -100,6 +105,8 @@ def _export(options: argparse.Namespace) -> None:
     from evit_ext.export import FORMATS, export_model
 
     # So that a missing file is told before a model is built.
+    if options.format == "hf" and options.max_batch is not None:
+        raise ValueError("--max-batch is for files, and not for --format hf, whose model takes any number")
     classes = None if options.classes is None else options.classes.read_text("utf-8").splitlines()
     config, model, source = _trained(options)
     if options.keep_rates is not None:
@@ -107,8 +114,8 @@ def _export(options: argparse.Namespace) -> None:
         set_keep_rate(model, rates[0] if len(rates) == 1 else rates)
     if classes is None and config.pretrained:
         classes = _imagenet_classes(model)
-    kind = "-aoti" if options.format == "aoti" else ""  # pt2 has the same ending
-    file = options.output or Path(config.model.replace("/", "-") + kind + FORMATS[options.format])
+    endings = {**FORMATS, "aoti": "-aoti.pt2", "hf": "-hf"}  # pt2 has the same ending as aoti
+    file = options.output or Path(config.model.replace("/", "-") + endings[options.format])
     images: dict[str, Any] = {"crop_pct": config.crop_pct}
     if config.dataset in ("digits", "cluttered-digits"):
         from evit_ext.data.digits import MEAN, STD
@@ -116,6 +123,9 @@ def _export(options: argparse.Namespace) -> None:
         images = {"crop_pct": 1.0, "mean": (MEAN,) * 3, "std": (STD,) * 3}
         if classes is None:
             classes = [str(digit) for digit in range(10)]
+    if options.format == "hf":
+        _write_folder(model, file, classes, images, source, options.json)
+        return
     exported = export_model(
         model.eval(),
         file,
@@ -139,6 +149,27 @@ def _export(options: argparse.Namespace) -> None:
     print(
         f"compared with the model at batches of {batches}: differs by at most {exported.max_difference:.2g}"
     )
+
+
+def _write_folder(
+    model: nn.Module,
+    folder: Path,
+    classes: list[str] | None,
+    images: dict[str, Any],
+    source: str,
+    as_json: bool,
+) -> None:
+    """Write the folder of a model for the hub, and say so."""
+    known = {key: value for key, value in images.items() if value is not None}
+    evit_ext.save_pretrained(model, folder, label_names=classes, pretrained_cfg=known)
+    rates = keep_rates(model)
+    if as_json:
+        facts = {"file": str(folder), "format": "hf", "keep_rate": rates, "weights": source}
+        print(json.dumps(facts, indent=2))
+        return
+    print(f"weights: {source}")
+    print(f"written: {folder}, keep rate {' '.join(f'{rate:g}' for rate in rates)}")
+    print(f"to load it: evit_ext.from_pretrained({str(folder)!r}); to the hub: hf upload OWNER/NAME {folder}")
 
 
 def _trained(options: argparse.Namespace) -> tuple[TrainConfig, nn.Module, str]:

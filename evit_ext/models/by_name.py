@@ -42,7 +42,7 @@ def create_evit(
     settings: dict[str, Any] = {"drop_loc": drop_loc}
     if keep_rate is not None:
         settings["keep_rate"] = keep_rate
-    if not _is_ours(name):
+    if not is_ours(name):
         return apply(create(name, **arguments), fuse_token=fuse_token, **settings)
     if not name.startswith("dynamicvit_"):
         settings["fuse_token"] = fuse_token
@@ -54,7 +54,7 @@ def create_dense(name: str, **arguments: Any) -> nn.Module:
 
     Arguments and errors as of :func:`create_evit`; any model of timm's will do, and a DynamicViT stays one.
     """
-    if _is_ours(name):
+    if is_ours(name):
         arguments["drop_loc"] = None  # which fits any depth
     model = create(name, **arguments)
     return remove(model) if reorganizing_blocks(model) else model
@@ -75,7 +75,7 @@ def create(name: str, **arguments: Any) -> nn.Module:
     )
     # Our own models say so themselves, and better: some weights come from elsewhere.
     pretrained = bool(arguments.get("pretrained"))
-    with explaining_missing_network(pretrained and not _is_ours(name), what):
+    with explaining_missing_network(pretrained and not is_ours(name), what):
         build = getattr(models, name) if name in models.__all__ else partial(timm.create_model, name)
         try:
             return build(**arguments)
@@ -85,13 +85,14 @@ def create(name: str, **arguments: Any) -> nn.Module:
 
 def takes_img_size(name: str) -> bool:
     """Return whether a model is built for a size of images, as vision transformers are and CNNs are not."""
-    if _is_ours(name):
+    if is_ours(name):
         return True
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=False) if timm.is_model(name) else None
     return cfg is None or cfg.fixed_input_size
 
 
-def _is_ours(name: str) -> bool:
+def is_ours(name: str) -> bool:
+    """Return whether a model is of this package, and drops patches without :func:`evit_ext.apply`."""
     if name in models.__all__:
         return True
     return timm.is_model(name) and model_entrypoint(name).__module__.startswith("evit_ext.")
