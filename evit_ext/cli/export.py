@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "model",
-        metavar="MODEL",
+        metavar="MODEL|RUN",
         help="folder of a run, or a model: of evit_ext.models, or any of timm's that evit_ext.apply supports",
     )
     parser.add_argument(
