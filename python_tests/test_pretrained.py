@@ -113,6 +113,8 @@ def test_card(tmp_path: Path) -> None:
     assert "# owls\n" in card and "Knows owls." in card and f"| GMACs | {macs:.3g}," in card
     assert "| Keep rate | 0.6, at blocks 1, 3; what is not kept is fused into one token |" in card
     assert 'evit_ext.from_pretrained("hf-hub:someone/owls")' in card
+    save_pretrained(deit(), tmp_path / "small-evit")
+    assert "# small-evit\n" in (tmp_path / "small-evit" / "README.md").read_text()
     (tmp_path / "README.md").write_text("mine")
     save_pretrained(deit(keep_rate=0.5), tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"

@@ -12,7 +12,7 @@ import evit_ext
 from evit_ext.cli import benchmark, completion, evaluate, export, info, train, visualize
 
 _EXAMPLES = """examples:
-  evit info deit_base --keep-rate 0.7 0.5
+  evit info deit_base
   evit train --recipe cluttered-digits
   evit eval runs/cluttered-digits --keep-rate 1 0.7 0.5
   evit visualize photo.jpg --model deit_small --checkpoint evit.pth -o photo.png
@@ -55,6 +55,13 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _words(error: Exception) -> str:
+    """Return what an error says; of the operating system's, the file first and no number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for bad input."""
     options = parser().parse_args(arguments)
@@ -66,6 +73,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, RuntimeError, AssertionError, OSError, ImportError) as error:
         if options.verbose:
             traceback.print_exc()
-        print(f"evit: error: {error}", file=sys.stderr)
+        print(f"evit: error: {_words(error)}", file=sys.stderr)
         return 2
     return int(status or 0)

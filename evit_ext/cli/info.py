@@ -14,6 +14,7 @@ import torch
 
 import evit_ext
 from evit_ext import _C, budget
+from evit_ext.cli.options import add_keep_rates
 from evit_ext.cli.shared import aligned
 from evit_ext.families import find_blocks
 from evit_ext.keep_rates import keep_rates, set_keep_rate
@@ -40,6 +41,7 @@ def add_parser(commands: Any) -> None:
         description="Print of one model its layers, tokens, parameters and multiply-accumulates (MACs), of\n"
         "several what they cost side by side, and of none how evit_ext was built. Nothing is\n"
         "computed or downloaded: the models are built on the meta device, without memory.",
+        usage="evit info [MODEL ...] [--keep-rate RATE ...] [--img-size N | --budget GMACS|MODEL] [--json]",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -50,13 +52,9 @@ def add_parser(commands: Any) -> None:
         help="of evit_ext.models, or any of timm's that evit_ext.apply supports (default: deit_small and "
         "dynamicvit_small)",
     )
-    parser.add_argument(
-        "--keep-rate",
-        dest="keep_rates",
-        nargs="+",
-        type=float,
-        metavar="RATE",
-        help="each in (0, 1]; layers are shown for the first (default: 1 0.9 0.8 0.7 0.6 0.5, layers for the "
+    add_keep_rates(
+        parser,
+        "each in (0, 1]; layers are shown for the first (default: 1 0.9 0.8 0.7 0.6 0.5, layers for the "
         "model's own; with --budget those in steps of 0.05)",
     )
     parser.add_argument("--img-size", type=int, metavar="N", help="of square images (default: the model's)")

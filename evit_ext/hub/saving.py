@@ -39,7 +39,7 @@ def save_pretrained(
     model_args: Mapping[str, Any] | None = None,
     license: str | None = None,
     description: str = "",
-    repo_id: str = "owner/name",
+    repo_id: str | None = None,
 ) -> Path:
     """Write a model with its keep rate to a folder: config.json, model.safetensors, and a card, README.md.
 
@@ -63,7 +63,7 @@ def save_pretrained(
             for the image's size and what drops patches.
         license: of the weights, for the card, such as "apache-2.0".
         description: text for the card.
-        repo_id: of the hub, for the card's example.
+        repo_id: of the hub, for the card's title and example; default "owner/" and the folder's name.
 
     Returns:
         The folder.
@@ -86,7 +86,7 @@ def save_pretrained(
         state = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in vit.state_dict().items()}
         safetensors.torch.save_file(state, new / WEIGHTS, metadata={"format": "pt"})
         _compare(vit, new)
-        card = model_card(vit, config, repo_id, license, description)
+        card = model_card(vit, config, repo_id or f"owner/{target.resolve().name}", license, description)
         (new / _CARD).write_text(card, encoding="utf-8")
         for file in (WEIGHTS, CONFIG, _CARD):
             if file != _CARD or not (target / _CARD).exists():

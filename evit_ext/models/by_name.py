@@ -63,12 +63,7 @@ def create_dense(name: str, **arguments: Any) -> nn.Module:
 def create(name: str, **arguments: Any) -> nn.Module:
     """Build a model as it is; arguments and errors as of :func:`create_evit`."""
     if name not in models.__all__ and not timm.is_model(name):
-        near = difflib.get_close_matches(name, {*models.__all__, *timm.list_models()}, n=3)
-        raise ValueError(
-            f"there is no model {name!r}: "
-            + (f"the nearest names are {', '.join(near)}; " if near else "")
-            + f"expected one of {', '.join(models.__all__)}, or a name of timm's"
-        )
+        raise unknown_model(name)
     what = (
         f"the pretrained weights of {name} could not be fetched from the Hugging Face hub, nor are they in "
         "its cache"
@@ -81,6 +76,17 @@ def create(name: str, **arguments: Any) -> nn.Module:
             return build(**arguments)
         except TypeError as error:
             raise TypeError(f"{name} cannot be built with {', '.join(arguments)}: {error}") from error
+
+
+def unknown_model(name: str) -> ValueError:
+    """Return the error for a name that no model has, with the nearest names."""
+    near = difflib.get_close_matches(name, {*models.__all__, *timm.list_models()}, n=3)
+    expected = (
+        f"the nearest names are {', '.join(near)}"
+        if near
+        else f"expected one of {', '.join(models.__all__)}, or a name of timm's"
+    )
+    return ValueError(f"there is no model {name!r}: {expected}")
 
 
 def takes_img_size(name: str) -> bool:

@@ -171,7 +171,7 @@ def _events(folder: Path, purge_step: int, tensorboard: bool | str) -> Any:
         if tensorboard == "auto":
             return None
         raise RuntimeError(
-            f"TensorBoard's events are wanted but it cannot be imported ({error}): install the package "
-            "tensorboard, or do without"
+            f"TensorBoard's events are wanted but it cannot be imported ({error}): pip install "
+            "'evit_ext[train]', or do without"
         ) from error
     return SummaryWriter(str(folder), purge_step=purge_step)
