@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm.data
 from torch import nn
 
 from evit_ext.macs import count_macs
@@ -49,13 +50,16 @@ def model_card(
     rates = ", ".join(f"{value:g}" for value in (rate if isinstance(rate, list) else [rate]))
     blocks = ", ".join(map(str, evit["drop_loc"]))
     dropped = "dropped" if not evit.get("fuse_token") else "fused into one token"
+    # With timm's defaults where the configuration says nothing.
+    image = timm.data.resolve_data_config(pretrained_cfg=cfg)
     height, width = cfg["input_size"][1:]
     facts = {
         "Architecture": f"`{config['architecture']}`",
         "Keep rate": f"{rates}, at blocks {blocks}; what is not kept is {dropped}",
         "Parameters": f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M",
         "GMACs": f"{count_macs(model) / 1e9:.3g}, multiply-accumulates of an image in 10⁹",
-        "Images": f"{height} × {width} pixels, mean {_shown(cfg['mean'])}, deviation {_shown(cfg['std'])}",
+        "Images": f"{height} × {width} pixels",
+        "Normalised by": f"mean {_shown(image['mean'])}, deviation {_shown(image['std'])}",
         "Classes": str(config["num_classes"]),
     }
     method = "[DynamicViT](https://arxiv.org/abs/2106.02034)" if is_dynamicvit else _EVIT

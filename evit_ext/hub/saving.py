@@ -212,7 +212,8 @@ def _write_config(
     settings: dict[str, Any] = {"pretrained_cfg": {"input_size": (channels, *size), **(pretrained_cfg or {})}}
     if label_names is not None:
         settings["label_names"] = list(label_names)
-    save_config_for_hf(vit, str(file), settings, arguments)
+    path: Any = file  # older versions of timm take nothing but a Path, newer ones declare text
+    save_config_for_hf(vit, path, settings, arguments)
     config: dict[str, Any] = json.loads(file.read_text("utf-8"))
     for name in _OF_BEGINNINGS:
         config.get("model_args", {}).pop(name, None)
