@@ -9,8 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from evit_ext import models, ops
 from evit_ext.apply import apply, remove, set_keep_rate
+from evit_ext.budget import fit_budget
 from evit_ext.checkpoints import load_checkpoint
 from evit_ext.costs import compare_costs
+from evit_ext.hub import from_pretrained, push_to_hub, save_pretrained
+from evit_ext.layer_costs import layer_costs
 from evit_ext.macs import count_macs
 from evit_ext.oracle import Oracle
 from evit_ext.prepack import prepack
@@ -28,13 +31,18 @@ __all__ = [
     "apply",
     "compare_costs",
     "count_macs",
+    "fit_budget",
+    "from_pretrained",
     "keep_rate_levels",
     "keep_rate_schedule",
+    "layer_costs",
     "load_checkpoint",
     "models",
     "ops",
     "prepack",
+    "push_to_hub",
     "record_tokens",
     "remove",
+    "save_pretrained",
     "set_keep_rate",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from evit_ext import models
-from evit_ext.apply import set_keep_rate
+from evit_ext.keep_rates import set_keep_rate
 from evit_ext.macs import count_macs
 
 
@@ -53,7 +53,7 @@ def compare_costs(
     costs = []
     for keep_rate in keep_rates:
         set_keep_rate(evit, keep_rate)
-        dynamicvit.keep_rate = keep_rate
+        set_keep_rate(dynamicvit, keep_rate)
         costs.append((_cost("EViT", keep_rate, evit), _cost("DynamicViT", keep_rate, dynamicvit)))
     return costs
 

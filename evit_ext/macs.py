@@ -34,8 +34,17 @@ def count_macs(model: nn.Module, img_size: int | tuple[int, int] | None = None) 
     Raises:
         ValueError: `img_size` is not given and the model does not tell its own.
     """
-    model = unwrap_model(model)  # out of torch.compile or DistributedDataParallel
-    channels, size = _input_size(model, img_size)
+    return run_counting(unwrap_model(model), img_size).get_total_flops() // 2
+
+
+def run_counting(model: nn.Module, img_size: int | tuple[int, int] | None) -> FlopCounterMode:
+    """Run `model` on an image of meta tensors, as :func:`count_macs` says; return what counted.
+
+    Args:
+        model: out of the wrappers of torch.compile and DistributedDataParallel.
+        img_size: as of :func:`count_macs`.
+    """
+    channels, size = input_size(model, img_size)
     state: dict[str, Any] = {
         name: tensor.detach().to("meta")
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
@@ -46,11 +55,11 @@ def count_macs(model: nn.Module, img_size: int | tuple[int, int] | None = None) 
     # any others. Compiled parts run uncompiled under the counter, a dispatch mode.
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         functional_call(model, state, (images,))
-    return counter.get_total_flops() // 2
+    return counter
 
 
-def _input_size(model: nn.Module, img_size: int | tuple[int, int] | None) -> tuple[int, tuple[int, int]]:
-    """Return the channels and (height, width) of the model's images."""
+def input_size(model: nn.Module, img_size: int | tuple[int, int] | None) -> tuple[int, tuple[int, int]]:
+    """Return the channels and (height, width) of the model's images, those that :func:`count_macs` takes."""
     patch_embed: Any = getattr(model, "patch_embed", None)
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     configured = config.get("input_size") or (3, None, None)

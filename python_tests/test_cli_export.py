@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import evit_ext
 from evit_ext import models
 from evit_ext.cli import main
 from evit_ext.export import read_metadata
@@ -43,6 +44,20 @@ def logits(file: str) -> Tensor:
 def expected(model: Any) -> Tensor:
     with torch.no_grad():
         return model(images())
+
+
+def test_a_folder_for_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(small(1).state_dict(), "weights.pth")
+    Path("names.txt").write_text("a\nb\nc\nd\ne\n")
+    arguments = ["--checkpoint", "weights.pth", "--keep-rate", "0.5", "--classes", "names.txt", *SMALL]
+    assert main(["export", "deit_tiny", *arguments, "--format", "hf", "--crop-pct", "0.8"]) == 0
+    out = capsys.readouterr().out
+    assert "written: deit_tiny-hf, keep rate 0.5\nto load it: evit_ext.from_pretrained('deit_tiny-hf')" in out
+    model: Any = evit_ext.from_pretrained("deit_tiny-hf")
+    assert torch.equal(expected(model), expected(small(1)))
+    assert model.pretrained_cfg["label_names"] == list("abcde") and model.pretrained_cfg["crop_pct"] == 0.8
+    assert main(["export", "deit_tiny", *arguments, "--format", "hf", "--max-batch", "4"]) == 2
+    assert "--max-batch is for files" in capsys.readouterr().err
 
 
 def test_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
@@ -42,7 +42,7 @@ def local_file(source: str | os.PathLike[str], progress: bool, check: Callable[[
         raise TypeError(f"path_or_url must be a path or a URL, got {type(source).__name__}")
     if isinstance(source, str):
         if source.startswith(_HUB_PREFIXES):
-            return _from_hub(source)
+            return hub_file(source, _HUB_FILES)
         scheme = _SCHEME.match(source)
         if scheme and scheme[1].lower() in ("https", "http"):
             return _from_url(source, progress, check)
@@ -103,7 +103,17 @@ def _from_url(url: str, progress: bool, check: Callable[[Path, str], object]) ->
     return file
 
 
-def _from_hub(source: str) -> Path:
+def hub_file(source: str, names: Sequence[str]) -> Path:
+    """Return the first of the files `names` that a repository has; fetch it where it is not in the cache.
+
+    Args:
+        source: ``hf-hub:owner/name`` or ``hf-hub:owner/name@revision``.
+        names: in the repository.
+
+    Raises:
+        ValueError: `source` is nothing of the kind.
+        RuntimeError: it could not be fetched, or the repository has none of them.
+    """
     repository, _, revision = source.split(":", 1)[1].strip("/").partition("@")
     if repository.count("/") != 1:
         raise ValueError(
@@ -121,7 +131,7 @@ def _from_hub(source: str) -> Path:
     except ImportError as error:
         raise RuntimeError("hf-hub: needs the package huggingface_hub, which is not installed") from error
     unreachable: Exception | None = None
-    for name in _HUB_FILES:
+    for name in names:
         try:
             # Where the hub was not reached once, the other file may be in the cache; no more retries.
             return Path(
@@ -151,6 +161,6 @@ def _from_hub(source: str) -> Path:
             f"({type(unreachable).__name__}). {_OFFLINE}"
         ) from unreachable
     raise RuntimeError(
-        f"{repository} on the Hugging Face hub has no {' and no '.join(_HUB_FILES)}: download the file that "
-        "it has and give its path"
+        f"{repository} on the Hugging Face hub has no {' and no '.join(names)}: if it has the file "
+        "under another name, download it and give its path"
     )

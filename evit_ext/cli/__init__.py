@@ -6,12 +6,13 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 import evit_ext
-from evit_ext.cli import benchmark, evaluate, export, info, train, visualize
+from evit_ext.cli import benchmark, completion, evaluate, export, info, train, visualize
 
 _EXAMPLES = """examples:
-  evit info deit_base --keep-rate 0.7 0.5
+  evit info deit_base
   evit train --recipe cluttered-digits
   evit eval runs/cluttered-digits --keep-rate 1 0.7 0.5
   evit visualize photo.jpg --model deit_small --checkpoint evit.pth -o photo.png
@@ -21,15 +22,28 @@ _EXAMPLES = """examples:
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status, 2 for bad input."""
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others of the command."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"evit: error: {message}; see {self.prog} --help\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command and of all that it can do."""
+    parser = _Parser(
         prog="evit",
         description="EViT: vision transformers that keep the patches that matter.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"evit_ext {evit_ext.__version__}")
+    parser.add_argument(
+        "--completion",
+        action=completion.Completion,
+        choices=completion.SHELLS,
+        help="print a script with which the shell completes commands, options and models",
+    )
     help_text = "show where in the program an error comes from"
     parser.add_argument("--verbose", action="store_true", help=help_text)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -38,7 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for subparser in commands.choices.values():
         # Without a default, which would undo what is said before the command.
         subparser.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help=help_text)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def _words(error: Exception) -> str:
+    """Return what an error says; of the operating system's, the file first and no number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status, 2 for bad input."""
+    options = parser().parse_args(arguments)
     try:
         status = options.run(options)
     except KeyboardInterrupt:
@@ -47,6 +73,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, RuntimeError, AssertionError, OSError, ImportError) as error:
         if options.verbose:
             traceback.print_exc()
-        print(f"evit: error: {error}", file=sys.stderr)
+        print(f"evit: error: {_words(error)}", file=sys.stderr)
         return 2
     return int(status or 0)

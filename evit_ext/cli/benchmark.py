@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from evit_ext.benchmark import MODES, TASKS, Row, contestants, measure
+from evit_ext.cli.options import add_device, chosen_device
 from evit_ext.cli.shared import aligned
 from evit_ext.training.precision import PRECISIONS, choose_precision
 from evit_ext.training.progress import Progress
@@ -19,17 +21,25 @@ from evit_ext.training.progress import Progress
 LATENCY_CALLS = 100
 _BATCHES = {"cpu": [1, 4, 16], "cuda": [1, 8, 64, 256]}
 
+_EXAMPLES = """examples:
+  evit benchmark deit_small
+  evit benchmark vit_base_patch16_224 --batch-size 1 16 --precision bfloat16 --mode eager compile
+  evit benchmark deit_small --task training --batch-size 16 --output results/deit-small
+"""
+
 
 def add_parser(commands: Any) -> None:
     """Add ``evit benchmark`` to the commands."""
     parser = commands.add_parser(
         "benchmark",
         help="speed of a model, dense and at several keep rates, side by side",
-        description="Time a model and what drops patches of it, in turns, so that what else happens on the "
-        "machine happens to all. Weights and images are random: they do not change how long it takes.",
-        epilog="ms is the median time of a call; MiB is what a call needs at its peak beyond what is there "
-        "before it; a dash is not measured. Example: evit benchmark deit_small --batch-size 1 16 --mode "
-        "eager compile",
+        usage="evit benchmark [MODEL] [--keep-rate RATE ...] [--batch-size N ...] [OPTION ...]",
+        description="Time a model and what drops patches of it, in turns, so that what else happens on the\n"
+        "machine happens to all. Weights and images are random: they do not change how long\n"
+        "it takes. In the table, ms is the median time of a call, MiB what a call needs at its\n"
+        "peak beyond what is there before it, and a dash what is not measured.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "model",
@@ -68,7 +78,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--img-size", type=int, metavar="N", help="of square images (default: the model's own)"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    add_device(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: torch's own choice)")
     parser.add_argument(
         "--seconds", type=float, default=5.0, metavar="N", help="for each group of rows (default: 5)"
@@ -86,12 +96,10 @@ def add_parser(commands: Any) -> None:
 
 
 def _benchmark(options: argparse.Namespace) -> None:
+    _check(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    kind = options.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(kind)
+    device = chosen_device(options)
     size = {} if options.img_size is None else {"img_size": options.img_size}
     torch.manual_seed(0)
     models = contestants(options.model, options.keep_rate, device, **size)
@@ -100,7 +108,7 @@ def _benchmark(options: argparse.Namespace) -> None:
         (task, precision, batch)
         for task in options.task
         for precision in options.precision
-        for batch in options.batch_size or _BATCHES[kind]
+        for batch in options.batch_size or _BATCHES[device.type]
     ]
     rows: list[Row] = []
     with Progress("benchmark", len(groups), not options.json) as progress:
@@ -122,6 +130,21 @@ def _benchmark(options: argparse.Namespace) -> None:
         options.output.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
         options.output.with_suffix(".md").write_text(f"# {options.model}\n\n{text}\n")
     print(json.dumps(everything, indent=2) if options.json else text)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise ValueError for numbers with which nothing could be measured."""
+    numbers = {
+        "--batch-size": min(options.batch_size or [1]),
+        "--threads": options.threads,
+        "--img-size": options.img_size,
+        "--latency-calls": options.latency_calls,
+    }
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 < options.seconds < math.inf:
+        raise ValueError(f"--seconds must be positive, got {options.seconds:g}")
 
 
 def table(rows: list[Row]) -> str:

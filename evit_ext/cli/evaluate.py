@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 import evit_ext
-from evit_ext.cli.options import add_options
+from evit_ext.cli.options import add_device, add_keep_rates, add_options, add_weights
 from evit_ext.cli.shared import aligned
 from evit_ext.cli.trained import configuration, load_weights
+from evit_ext.keep_rates import keep_rates, set_keep_rate
 from evit_ext.training.config import TrainConfig
 from evit_ext.training.evaluation import Evaluation, evaluate
-from evit_ext.training.keep_rates import keep_rates, set_keep_rate
 from evit_ext.training.precision import Precision, choose_precision
 from evit_ext.training.ranks import Ranks, join
 from evit_ext.training.throughput import measure_throughput
@@ -43,37 +43,30 @@ _FIELDS = (
     "precision",
 )
 
+_EXAMPLES = """examples:
+  evit eval runs/small --keep-rate 1 0.7 0.5
+  evit eval --model deit_small --checkpoint evit.pth --data imagenet
+  torchrun --nproc-per-node 8 --no-python evit eval runs/imagenet-300
+"""
+
 
 def add_parser(commands: Any) -> None:
     """Add ``evit eval`` to the commands."""
     parser = commands.add_parser(
         "eval",
         help="accuracy, speed and cost of a trained model, at several keep rates",
-        description="Evaluate what a run has trained, or a model with the weights of a file, on the "
-        "validation split. Under torchrun or srun, the processes share the images, and each counts once.",
-        epilog="Example: evit eval runs/small --keep-rate 1 0.7 0.5; or evit eval --model deit_small "
-        "--checkpoint evit.pth --data imagenet",
+        description="Evaluate what a run has trained, or a model with the weights of a file, on the\n"
+        "validation split. Under torchrun or srun, the processes share the images, and each\n"
+        "counts once.",
+        usage="evit eval [RUN | --model NAME --checkpoint FILE --data FOLDER] [OPTION ...]",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "run_folder", nargs="?", metavar="RUN", help="folder of a run: its config.yaml and newest checkpoint"
     )
-    parser.add_argument(
-        "--checkpoint", metavar="FILE", help="weights: whatever evit_ext.load_checkpoint reads"
-    )
-    parser.add_argument(
-        "--ema",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="take the moving average of the weights (default: of a run where it has one, of a file not)",
-    )
-    parser.add_argument(
-        "--keep-rate",
-        dest="keep_rates",
-        nargs="+",
-        type=float,
-        metavar="RATE",
-        help="each in (0, 1], a row each (default: the configured one)",
-    )
+    add_weights(parser)
+    add_keep_rates(parser, "each in (0, 1], a row each (default: the configured one)")
     parser.add_argument(
         "--batch-size",
         dest="at_once",
@@ -89,7 +82,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="timed batches a row, for the images/s of the model alone; 0 leaves it out (default: 5)",
     )
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_options(parser.add_argument_group("model and data, as in a run's configuration"), _FIELDS)
     parser.set_defaults(run=_eval)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,24 @@ import timm.data
 import torch
 from torch import nn
 
+import evit_ext
 from evit_ext import models
-from evit_ext.cli.options import add_options, overrides
+from evit_ext.cli.options import add_keep_rates, add_options, add_weights, overrides
 from evit_ext.cli.runs import newest_weights
-from evit_ext.cli.trained import configuration, load_weights
-from evit_ext.models.by_name import create_evit
+from evit_ext.cli.trained import build, configuration, is_of_digits, load_weights, preparation
+from evit_ext.keep_rates import keep_rates, set_keep_rate
+from evit_ext.models.by_name import unknown_model
 from evit_ext.training.config import TrainConfig, load_config
-from evit_ext.training.keep_rates import set_keep_rate
 
 #: The fields of a configuration that make the model; the keep rate is an option of its own.
 _FIELDS = ("model_args", "img_size", "num_classes", "drop_loc", "fuse_token", "pretrained", "crop_pct")
 
-_FORMATS = ("pt2", "onnx", "aoti")
+_FORMATS = ("pt2", "onnx", "aoti", "hf")
 
 _EXAMPLES = """examples:
   evit export runs/small --format onnx
   evit export deit_small --checkpoint evit.pth --keep-rate 0.7 --format aoti --output small.pt2
+  evit export runs/small --format hf --output small    # then: hf upload owner/small small
 """
 
 
@@ -36,16 +39,17 @@ def add_parser(commands: Any) -> None:
     """Add ``evit export`` to the commands."""
     parser = commands.add_parser(
         "export",
-        help="write a model to a file: torch.export, ONNX or AOTInductor",
+        help="write a model to a file: torch.export, ONNX or AOTInductor; or for the Hugging Face hub",
         description="Write a model, at one keep rate and for batches of any size, to a file that runs\n"
         "without this package's Python. The file is loaded again and compared with the model\n"
         "before it has its name; what cannot be exported is refused with the reason.",
+        usage="evit export RUN|MODEL [--format FORMAT] [--checkpoint FILE | --pretrained] [OPTION ...]",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "model",
-        metavar="MODEL",
+        metavar="MODEL|RUN",
         help="folder of a run, or a model: of evit_ext.models, or any of timm's that evit_ext.apply supports",
     )
     parser.add_argument(
@@ -53,32 +57,20 @@ def add_parser(commands: Any) -> None:
         choices=_FORMATS,
         default="pt2",
         help="pt2: a program of torch.export with this package's operators; onnx: standard operators only; "
-        "aoti: compiled by AOTInductor for this kind of machine, with this package's operators "
-        "(default: pt2)",
+        "aoti: compiled by AOTInductor for this kind of machine, with this package's operators; hf: a folder "
+        "for the Hugging Face hub, which evit_ext.from_pretrained and timm read (default: pt2)",
     )
     parser.add_argument(
-        "--output", metavar="FILE", type=Path, help="(default: the model's name and .pt2, -aoti.pt2 or .onnx)"
+        "--output",
+        metavar="FILE|FOLDER",
+        type=Path,
+        help="(default: the model's name and .pt2, .onnx, -aoti.pt2 or -hf)",
     )
-    parser.add_argument(
-        "--checkpoint", metavar="FILE", help="weights: whatever evit_ext.load_checkpoint reads"
-    )
+    add_weights(parser)
     parser.add_argument(
         "--random-weights", action="store_true", help="export a model without training, to measure its speed"
     )
-    parser.add_argument(
-        "--ema",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="take the moving average of the weights (default: of a run where it has one, of a file not)",
-    )
-    parser.add_argument(
-        "--keep-rate",
-        dest="keep_rates",
-        nargs="+",
-        type=float,
-        metavar="RATE",
-        help="in (0, 1], one or one for each stage (default: the configured one)",
-    )
+    add_keep_rates(parser, "in (0, 1], one or one for each stage (default: the configured one)")
     parser.add_argument(
         "--max-batch", type=int, metavar="N", help="the most images at once, at least 2 (default: any number)"
     )
@@ -100,6 +92,8 @@ def _export(options: argparse.Namespace) -> None:
     from evit_ext.export import FORMATS, export_model
 
     # So that a missing file is told before a model is built.
+    if options.format == "hf" and options.max_batch is not None:
+        raise ValueError("--max-batch is for files, and not for --format hf, whose model takes any number")
     classes = None if options.classes is None else options.classes.read_text("utf-8").splitlines()
     config, model, source = _trained(options)
     if options.keep_rates is not None:
@@ -107,15 +101,14 @@ def _export(options: argparse.Namespace) -> None:
         set_keep_rate(model, rates[0] if len(rates) == 1 else rates)
     if classes is None and config.pretrained:
         classes = _imagenet_classes(model)
-    kind = "-aoti" if options.format == "aoti" else ""  # pt2 has the same ending
-    file = options.output or Path(config.model.replace("/", "-") + kind + FORMATS[options.format])
-    images: dict[str, Any] = {"crop_pct": config.crop_pct}
-    if config.dataset in ("digits", "cluttered-digits"):
-        from evit_ext.data.digits import MEAN, STD
-
-        images = {"crop_pct": 1.0, "mean": (MEAN,) * 3, "std": (STD,) * 3}
-        if classes is None:
-            classes = [str(digit) for digit in range(10)]
+    endings = {**FORMATS, "aoti": "-aoti.pt2", "hf": "-hf"}  # pt2 has the same ending as aoti
+    file = options.output or Path(config.model.replace("/", "-") + endings[options.format])
+    images = preparation(config)
+    if classes is None and is_of_digits(config):
+        classes = [str(digit) for digit in range(10)]
+    if options.format == "hf":
+        _write_folder(model, file, classes, images, source, options.json)
+        return
     exported = export_model(
         model.eval(),
         file,
@@ -141,6 +134,26 @@ def _export(options: argparse.Namespace) -> None:
     )
 
 
+def _write_folder(
+    model: nn.Module,
+    folder: Path,
+    classes: list[str] | None,
+    images: dict[str, Any],
+    source: str,
+    as_json: bool,
+) -> None:
+    """Write the folder of a model for the hub, and say so."""
+    evit_ext.save_pretrained(model, folder, label_names=classes, pretrained_cfg=images)
+    rates = keep_rates(model)
+    if as_json:
+        facts = {"file": str(folder), "format": "hf", "keep_rate": rates, "weights": source}
+        print(json.dumps(facts, indent=2))
+        return
+    print(f"weights: {source}")
+    print(f"written: {folder}, keep rate {' '.join(f'{rate:g}' for rate in rates)}")
+    print(f"to load it: evit_ext.from_pretrained({str(folder)!r}); to the hub: hf upload OWNER/NAME {folder}")
+
+
 def _trained(options: argparse.Namespace) -> tuple[TrainConfig, nn.Module, str]:
     """Return the configuration, the model with its weights, and which these are."""
     # A folder may have a model's name without being a run.
@@ -150,6 +163,9 @@ def _trained(options: argparse.Namespace) -> tuple[TrainConfig, nn.Module, str]:
     options.run_folder = options.model if is_run else None
     name = vars(options).pop("model")
     given = overrides(options)
+    if not is_run and not is_model:
+        where = f"there is no folder {folder}, nor a model of that name" if os.sep in name else ""
+        raise ValueError(where or str(unknown_model(name)))
     ways = sum(
         (is_run, options.checkpoint is not None, options.random_weights, bool(given.get("pretrained")))
     )
@@ -160,32 +176,17 @@ def _trained(options: argparse.Namespace) -> tuple[TrainConfig, nn.Module, str]:
         )
     if options.ema is not None and (options.random_weights or given.get("pretrained")):
         raise ValueError("--ema and --no-ema are for the weights of a run or of a file")
+    state: Any = None
     if is_run:
         config = configuration(options)
         state, _ = newest_weights(options.run_folder, ema=False)
-        classes = config.num_classes or (len(state["head.weight"]) if "head.weight" in state else None)
     else:
         config = load_config(model=name, **given)
-        classes = config.num_classes
-    model = _build(config, classes)
+    torch.manual_seed(config.seed)  # of random weights
+    model = build(config, state)
     if options.random_weights:
         return config, model, "random"
     return config, model, load_weights(model, options)
-
-
-def _build(config: TrainConfig, num_classes: int | None) -> nn.Module:
-    sizes = {"img_size": config.img_size, "num_classes": num_classes}
-    given = {key: value for key, value in sizes.items() if value is not None}
-    torch.manual_seed(config.seed)  # of random weights
-    return create_evit(
-        config.model,
-        config.keep_rate,
-        config.drop_loc,
-        config.fuse_token,
-        pretrained=config.pretrained,
-        **given,
-        **config.model_args,
-    )
 
 
 def _imagenet_classes(model: Any) -> list[str] | None:

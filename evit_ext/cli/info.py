@@ -1,4 +1,4 @@
-"""``evit info``: what models cost, and what was built."""
+"""``evit info``: what models cost and where, what fits a budget, and what was built."""
 
 from __future__ import annotations
 
@@ -6,75 +6,107 @@ import argparse
 import json
 import platform
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import timm
 import torch
 
 import evit_ext
-from evit_ext import _C
+from evit_ext import _C, budget
+from evit_ext.cli.options import add_keep_rates
 from evit_ext.cli.shared import aligned
+from evit_ext.families import find_blocks
+from evit_ext.keep_rates import keep_rates, set_keep_rate
+from evit_ext.layer_costs import LayerCost, layer_costs
 from evit_ext.models.by_name import create_evit
-from evit_ext.training.keep_rates import set_keep_rate
 
 KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+
+_EXAMPLES = """examples:
+  evit info
+  evit info deit_small                                   # layer by layer, and at several keep rates
+  evit info vit_base_patch16_224 --keep-rate 0.5 --img-size 384
+  evit info deit_small dynamicvit_small lvvit_small      # side by side
+  evit info deit_small --budget 4.6                      # sizes of images and keep rates for 4.6 GMACs
+  evit info deit_small --budget deit_small               # … for what DeiT-S costs with all patches
+"""
 
 
 def add_parser(commands: Any) -> None:
     """Add ``evit info`` to the commands."""
     parser = commands.add_parser(
         "info",
-        help="parameters and multiply-accumulates of models, and what was built",
-        description="Print what models cost at several keep rates, side by side, and what was built. Nothing "
-        "is computed, downloaded or kept in memory: the models are built on the meta device.",
-        epilog="Example: evit info deit_base dynamicvit_base --keep-rate 0.7 0.5",
+        help="what a model costs, layer by layer; what fits a budget; what was built",
+        description="Print of one model its layers, tokens, parameters and multiply-accumulates (MACs), of\n"
+        "several what they cost side by side, and of none how evit_ext was built. Nothing is\n"
+        "computed or downloaded: the models are built on the meta device, without memory.",
+        usage="evit info [MODEL ...] [--keep-rate RATE ...] [--img-size N | --budget GMACS|MODEL] [--json]",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "models",
         nargs="*",
         metavar="MODEL",
-        default=["deit_small", "dynamicvit_small"],
-        help="a model of evit_ext.models, or any of timm's that evit_ext.apply supports (default: "
-        "deit_small dynamicvit_small)",
+        help="of evit_ext.models, or any of timm's that evit_ext.apply supports (default: deit_small and "
+        "dynamicvit_small)",
+    )
+    add_keep_rates(
+        parser,
+        "each in (0, 1]; layers are shown for the first (default: 1 0.9 0.8 0.7 0.6 0.5, layers for the "
+        "model's own; with --budget those in steps of 0.05)",
+    )
+    parser.add_argument("--img-size", type=int, metavar="N", help="of square images (default: the model's)")
+    parser.add_argument(
+        "--budget",
+        metavar="GMACS|MODEL",
+        help="list the sizes of images and, for each, the highest keep rate that cost at most so many 10^9 "
+        "MACs, or what another model costs with all patches",
     )
     parser.add_argument(
-        "--keep-rate",
-        nargs="+",
+        "--tolerance",
         type=float,
-        default=KEEP_RATES,
-        metavar="RATE",
-        help="each in (0, 1] (default: 1 0.9 0.8 0.7 0.6 0.5)",
+        metavar="PERCENT",
+        help=f"by how much a cost may be above the budget (default: {100 * budget.TOLERANCE:g})",
     )
-    parser.add_argument(
-        "--img-size",
-        type=int,
-        default=argparse.SUPPRESS,
-        metavar="N",
-        help="of square images (default: the model's own)",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
     parser.set_defaults(run=_info)
 
 
 def _info(options: argparse.Namespace) -> None:
-    build = {
+    if options.budget is None and options.tolerance is not None:
+        raise ValueError("--tolerance is for a --budget, which is not given")
+    if options.budget is not None and options.img_size is not None:
+        raise ValueError("--budget chooses the sizes of images: leave out --img-size")
+    names = options.models or ["deit_small", "dynamicvit_small"]
+    if options.budget is not None:
+        fits = [_fits(name, options) for name in names]
+        if not options.json:
+            print("\n\n".join(_fits_text(fit) for fit in fits))
+            return
+    rates = options.keep_rates or KEEP_RATES
+    found = [_facts(name, options.keep_rates, rates, options.img_size) for name in names]
+    if options.json:
+        everything: dict[str, Any] = {"build": _build(), "models": found}
+        if options.budget is not None:
+            everything["budget"] = fits
+        print(json.dumps(everything, indent=2))
+    elif len(options.models) == 1:
+        print(_text_of_one(found[0]))
+    else:
+        print("\n".join(f"{name}: {_text(value)}" for name, value in _build().items()))
+        print(f"\n{_side_by_side(found, rates)}")
+
+
+def _build() -> dict[str, Any]:
+    return {
         "evit_ext": evit_ext.__version__,
         "torch": torch.__version__,
         "timm": timm.__version__,
         "python": platform.python_version(),
         **{name: value for name, value in _C.build_info().items() if name != "version"},
     }
-    size = {"img_size": options.img_size} if "img_size" in options else {}
-    costs = [_costs(name, options.keep_rate, size) for name in options.models]
-    if options.json:
-        print(json.dumps({"build": build, "models": costs}, indent=2))
-        return
-    print("\n".join(f"{name}: {_text(value)}" for name, value in build.items()))
-    lines = [["model", "parameters", *(f"{rate:g}" for rate in options.keep_rate)]]
-    for cost in costs:
-        gmacs = (f"{value:.2f}" for value in cost["gmacs"].values())
-        lines.append([cost["model"], f"{cost['parameters'] / 1e6:.2f} M", *gmacs])
-    print(f"\nMultiply-accumulates of one image in 10^9, by keep rate:\n\n{aligned(lines)}")
 
 
 def _text(value: Any) -> str:
@@ -83,16 +115,162 @@ def _text(value: Any) -> str:
     return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
-def _costs(name: str, keep_rates: Sequence[float], size: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters and, by keep rate, the GMACs of a model."""
+def _facts(
+    name: str, first: Sequence[float] | None, rates: Sequence[float], size: int | None
+) -> dict[str, Any]:
+    """Return what is to be said of a model: its layers at the first rate of `first`, its cost at `rates`."""
+    arguments: dict[str, Any] = {} if size is None else {"img_size": size}
     with torch.device("meta"):
-        model = create_evit(name, **size).eval()
-    gmacs = {}
-    for rate in keep_rates:
+        model: Any = create_evit(name, **arguments).eval()
+    if first:
+        set_keep_rate(model, first[0])
+    own = keep_rates(model)
+    layers = layer_costs(model, size)
+    blocks: Any = find_blocks(model)
+    tokens = next(layer.tokens_in for layer in layers if layer.tokens_in is not None)
+    costs = []
+    for rate in rates:
         set_keep_rate(model, rate)
-        gmacs[f"{rate:g}"] = evit_ext.count_macs(model, size.get("img_size")) / 1e9
+        costs.append(layer_costs(model, size))
+    set_keep_rate(model, 1.0)
+    dense = evit_ext.count_macs(model, size)
     return {
         "model": name,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "gmacs": gmacs,
+        "class": type(model).__name__,
+        "input_size": list(model.patch_embed.img_size) if size is None else [size, size],
+        "patches": tokens - model.num_prefix_tokens,
+        "patch_size": model.patch_embed.feat_ratio(),
+        "prefix_tokens": model.num_prefix_tokens,
+        "blocks": len(blocks),
+        "channels": model.embed_dim,
+        "heads": getattr(getattr(blocks[0], "attn", None), "num_heads", None),
+        "parameters": sum(layer.parameters for layer in layers),
+        "keep_rate": own,
+        "layers": [layer._asdict() for layer in layers],
+        "gmacs": {
+            f"{rate:g}": sum(layer.macs for layer in cost) / 1e9
+            for rate, cost in zip(rates, costs, strict=True)
+        },
+        "keep_rates": [
+            {
+                "keep_rate": rate,
+                "gmacs": (macs := sum(layer.macs for layer in cost)) / 1e9,
+                "share": macs / dense,
+                "speed_up": dense / macs,
+                "tokens": [layer.tokens_out for layer in cost if layer.tokens_out is not None][-1],
+            }
+            for rate, cost in zip(rates, costs, strict=True)
+        ],
     }
+
+
+def _text_of_one(facts: dict[str, Any]) -> str:
+    """Return what :func:`_facts` found, to be read."""
+    height, width = facts["input_size"]
+    prefix = facts["prefix_tokens"]
+    heads = "" if facts["heads"] is None else f", {facts['heads']} heads"
+    fuses = any(layer["fused"] for layer in facts["layers"])
+    return "\n".join(
+        [
+            f"{facts['model']}: {facts['class']}, {facts['blocks']} blocks, {facts['channels']} channels"
+            f"{heads}",
+            f"parameters: {facts['parameters'] / 1e6:.2f} M",
+            f"images: {height} x {width}, {facts['patches']} patches of {facts['patch_size']} x "
+            f"{facts['patch_size']}, and {prefix} prefix {'token' if prefix == 1 else 'tokens'}",
+            f"keep rate: {' '.join(f'{rate:g}' for rate in facts['keep_rate'])}"
+            + (", what is not kept is fused into one token" if fuses else ""),
+            "",
+            _layer_table([LayerCost(**layer) for layer in facts["layers"]]),
+            "",
+            _keep_rate_table(facts["keep_rates"]),
+        ]
+    )
+
+
+def _layer_table(layers: Sequence[LayerCost]) -> str:
+    """Return a line for each part, and for blocks in a row that see the same tokens one for all."""
+    whole = sum(layer.macs for layer in layers)
+    lines = [["part", "tokens in", "out", "patches kept", "fused", "parameters", "GMACs", "share"]]
+    for _, group in groupby(enumerate(layers), _alike):
+        run = [layer for _, layer in group]
+        first, macs = run[0], sum(layer.macs for layer in run)
+        name = first.name or "(embeddings)"
+        lines.append(
+            [
+                name if len(run) == 1 else f"{name} - {run[-1].name.rpartition('.')[2]}",
+                _or_dash(first.tokens_in),
+                _or_dash(first.tokens_out),
+                "-" if first.kept is None else f"{first.kept} of {first.patches}",
+                _or_dash(first.fused),
+                f"{sum(layer.parameters for layer in run):,}",
+                f"{macs / 1e9:.3f}",
+                f"{macs / whole:.1%}",
+            ]
+        )
+    parameters = sum(layer.parameters for layer in layers)
+    lines.append(["all", "", "", "", "", f"{parameters:,}", f"{whole / 1e9:.3f}", "100.0%"])
+    return aligned(lines)
+
+
+def _alike(numbered: tuple[int, LayerCost]) -> Any:
+    """Return what is the same for blocks that stand on one line of the table, and for nothing else."""
+    number, layer = numbered
+    if layer.tokens_in is None or layer.patches is not None:
+        return number
+    return layer._replace(name="")
+
+
+def _or_dash(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _keep_rate_table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [["keep rate", "GMACs", "of keep rate 1", "speed-up in theory", "tokens at the end"]]
+    for row in rows:
+        lines.append(
+            [
+                f"{row['keep_rate']:g}",
+                f"{row['gmacs']:.2f}",
+                f"{row['share']:.0%}",
+                f"{row['speed_up']:.2f}",
+                str(row["tokens"]),
+            ]
+        )
+    return aligned(lines)
+
+
+def _side_by_side(found: Sequence[dict[str, Any]], rates: Sequence[float]) -> str:
+    lines = [["model", "parameters", *(f"{rate:g}" for rate in rates)]]
+    for facts in found:
+        gmacs = (f"{value:.2f}" for value in facts["gmacs"].values())
+        lines.append([facts["model"], f"{facts['parameters'] / 1e6:.2f} M", *gmacs])
+    return f"Multiply-accumulates of one image in 10^9, by keep rate:\n\n{aligned(lines)}"
+
+
+def _fits(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what of a model fits the budget."""
+    tolerance = budget.TOLERANCE if options.tolerance is None else options.tolerance / 100
+    try:
+        macs = float(options.budget) * 1e9
+    except ValueError:
+        macs = float(budget.cost_of(options.budget))
+    fits = evit_ext.fit_budget(name, macs, options.keep_rates or budget.KEEP_RATES, tolerance)
+    return {
+        "model": name,
+        "gmacs": macs / 1e9,
+        "tolerance": tolerance,
+        "fits": [
+            {"img_size": fit.img_size, "keep_rate": fit.keep_rate, "gmacs": fit.macs / 1e9} for fit in fits
+        ],
+    }
+
+
+def _fits_text(found: dict[str, Any]) -> str:
+    lines = [["img_size", "keep rate", "GMACs", "of the budget"]]
+    for fit in found["fits"]:
+        share = fit["gmacs"] / found["gmacs"]
+        lines.append([f"{fit['img_size']}", f"{fit['keep_rate']:g}", f"{fit['gmacs']:.2f}", f"{share:.1%}"])
+    return (
+        f"{found['model']} for {found['gmacs']:.4g} GMACs, {100 * found['tolerance']:g} % more allowed; for "
+        f"each size of images the highest keep rate that fits:\n\n{aligned(lines)}"
+    )

@@ -1,4 +1,4 @@
-"""The fields of a configuration as options of a command."""
+"""Options that several commands have: the fields of a configuration, weights, keep rates, the device."""
 
 from __future__ import annotations
 
@@ -9,9 +9,46 @@ from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from typing import Any
 
+import torch
 import yaml
 
 from evit_ext.training.config import TrainConfig
+
+
+def add_weights(parser: Any, metavar: str = "FILE", more: str = "") -> None:
+    """Add ``--checkpoint`` and ``--ema``, which say where a model's weights come from.
+
+    Args:
+        parser: an ArgumentParser, or a group of one.
+        metavar: what ``--checkpoint`` takes.
+        more: what its help says besides.
+    """
+    parser.add_argument(
+        "--checkpoint", metavar=metavar, help=f"weights: whatever evit_ext.load_checkpoint reads{more}"
+    )
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="take the moving average of the weights (default: of a run where it has one, of a file not)",
+    )
+
+
+def add_keep_rates(parser: Any, text: str) -> None:
+    """Add ``--keep-rate``, whose numbers are ``keep_rates`` in the namespace, None where it is not given."""
+    parser.add_argument("--keep-rate", dest="keep_rates", nargs="+", type=float, metavar="RATE", help=text)
+
+
+def add_device(parser: Any) -> None:
+    """Add ``--device``."""
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+
+
+def chosen_device(options: argparse.Namespace) -> torch.device:
+    """Return the device of :func:`add_device`: for auto a GPU where there is one."""
+    if options.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(options.device)
 
 
 def add_options(parser: Any, names: Iterable[str] | None = None) -> None:

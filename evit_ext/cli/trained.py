@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 import evit_ext
 from evit_ext.cli import runs
 from evit_ext.cli.options import overrides
+from evit_ext.models.by_name import create_evit
 from evit_ext.training.config import TrainConfig, load_config
 
 
@@ -52,3 +55,49 @@ def load_weights(model: nn.Module, options: argparse.Namespace) -> str:
     weights, words = runs.newest_weights(options.run_folder, options.ema)
     runs.load_weights(model, weights, options.run_folder)
     return words
+
+
+def build(config: TrainConfig, state: Mapping[str, Any] | None = None) -> nn.Module:
+    """Return the model of a configuration, with random or pretrained weights.
+
+    Args:
+        config: as :func:`configuration` returns it.
+        state: weights of its run, whose head tells the number of classes where the configuration does not.
+
+    Raises:
+        TypeError, ValueError: as :func:`evit_ext.models.by_name.create_evit`; or the number of classes is not
+            known.
+    """
+    classes = config.num_classes
+    if classes is None and state is not None:
+        heads = [state[key] for key in ("head.weight", "head.fc.weight") if key in state]
+        if not heads:
+            raise ValueError("the run's weights do not tell the number of its classes: give --num-classes")
+        classes = len(heads[0])
+    sizes = {"img_size": config.img_size, "num_classes": classes}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    return create_evit(
+        config.model,
+        config.keep_rate,
+        config.drop_loc,
+        config.fuse_token,
+        pretrained=config.pretrained,
+        **{**config.model_args, **given},
+    )
+
+
+def is_of_digits(config: TrainConfig) -> bool:
+    """Return whether a model was trained on the digits that come with scikit-learn."""
+    return config.dataset in ("digits", "cluttered-digits")
+
+
+def preparation(config: TrainConfig) -> dict[str, Any]:
+    """Return what is particular about how a model's images are prepared, by timm's names."""
+    image: dict[str, Any] = {}
+    if is_of_digits(config):
+        from evit_ext.data.digits import MEAN, STD
+
+        image = {"mean": (MEAN,) * 3, "std": (STD,) * 3, "crop_pct": 1.0}
+    if config.crop_pct is not None:
+        image["crop_pct"] = config.crop_pct
+    return image

@@ -12,11 +12,18 @@ import timm.data
 import torch
 
 import evit_ext
-from evit_ext.cli.options import add_options, overrides
+from evit_ext.cli.options import (
+    add_device,
+    add_keep_rates,
+    add_options,
+    add_weights,
+    chosen_device,
+    overrides,
+)
 from evit_ext.cli.runs import load_weights, newest_weights, run_config
-from evit_ext.models.by_name import create_evit
+from evit_ext.cli.trained import build, is_of_digits, preparation
+from evit_ext.keep_rates import keep_rates, set_keep_rate
 from evit_ext.training.config import TrainConfig, load_config
-from evit_ext.training.keep_rates import keep_rates, set_keep_rate
 
 if TYPE_CHECKING:
     from evit_ext.visualize.photos import Photo
@@ -53,6 +60,7 @@ def add_parser(commands: Any) -> None:
         description="Show a photograph as the model sees it and, stage by stage, the patches that are kept,\n"
         "what scores they got, and what the model takes it for with all patches and without.\n"
         "Several photographs, or a folder of them, make a contact sheet.",
+        usage="evit visualize PHOTO ... [--checkpoint RUN | --model NAME --checkpoint FILE] [OPTION ...]",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -70,26 +78,8 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="write a page there, with sliders over stages and keep rates; one file that needs nothing else",
     )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="FILE|RUN",
-        help="weights: whatever evit_ext.load_checkpoint reads; or the folder of a run of evit train, which "
-        "knows its model, too",
-    )
-    parser.add_argument(
-        "--ema",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="take the moving average of the weights (default: of a run where it has one, of a file not)",
-    )
-    parser.add_argument(
-        "--keep-rate",
-        dest="keep_rates",
-        nargs="+",
-        type=float,
-        metavar="RATE",
-        help="each in (0, 1] (default: the model's own; with --html 0.9 0.8 0.7 0.6 0.5)",
-    )
+    add_weights(parser, "FILE|RUN", "; or the folder of a run of evit train, which knows its model, too")
+    add_keep_rates(parser, "each in (0, 1] (default: the model's own; with --html 0.9 0.8 0.7 0.6 0.5)")
     parser.add_argument(
         "--classes",
         metavar="FILE",
@@ -99,7 +89,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--most", type=int, default=64, metavar="N", help="photographs to show of more (default: 64)"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    add_device(parser)
     add_options(parser.add_argument_group("model, as in a run's configuration"), _FIELDS)
     parser.set_defaults(run=_visualize)
 
@@ -142,9 +132,7 @@ def _visualize(options: argparse.Namespace) -> None:
     torch.manual_seed(0)  # the same random weights each time
     known = _build(options)
     rates = _rates(known.model, options)
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    )
+    device = chosen_device(options)
     model = known.model.to(device).eval()
     eye = photos.Eye(known.image)
     seen, names = [], []
@@ -215,20 +203,7 @@ def _build(options: argparse.Namespace) -> _Model:
         raise ValueError("expected --model NAME, or --checkpoint with the folder of a run")
     config = load_config(**given) if folder is None else run_config(folder, given)
     state, words = (None, "") if folder is None else newest_weights(folder, options.ema)
-    arguments = dict(config.model_args)
-    if config.img_size is not None:
-        arguments["img_size"] = config.img_size
-    num_classes = config.num_classes if state is None else _num_classes(config, state)
-    if num_classes is not None:
-        arguments["num_classes"] = num_classes
-    model: Any = create_evit(
-        config.model,
-        config.keep_rate,
-        config.drop_loc,
-        config.fuse_token,
-        pretrained=config.pretrained,
-        **arguments,
-    )
+    model: Any = build(config, state)
     warning = ""
     if state is not None:
         load_weights(model, state, str(folder))
@@ -247,16 +222,6 @@ def _build(options: argparse.Namespace) -> _Model:
     )
 
 
-def _num_classes(config: TrainConfig, state: Any) -> int | None:
-    """Return how many classes a run has: as it says, or as the bias of its head does."""
-    if config.num_classes is not None:
-        return config.num_classes
-    for key in ("head.bias", "head.fc.bias"):
-        if key in state:
-            return len(state[key])
-    raise ValueError("the run's weights do not tell the number of its classes: give --num-classes")
-
-
 def _image(model: Any, config: TrainConfig) -> dict[str, Any]:
     """Return how images are shown to the model, as of `timm.data.resolve_model_data_config`."""
     size = model.patch_embed.img_size
@@ -265,17 +230,7 @@ def _image(model: Any, config: TrainConfig) -> dict[str, Any]:
     )
     if size is not None:
         image["input_size"] = (image["input_size"][0], *size)
-    if _is_of_digits(config):
-        from evit_ext.data.digits import MEAN, STD
-
-        image.update(mean=(MEAN,) * 3, std=(STD,) * 3, crop_pct=1.0)
-    if config.crop_pct is not None:
-        image["crop_pct"] = config.crop_pct
-    return image
-
-
-def _is_of_digits(config: TrainConfig) -> bool:
-    return config.dataset in ("digits", "cluttered-digits")
+    return {**image, **preparation(config)}
 
 
 def _class_names(model: Any, config: TrainConfig, options: argparse.Namespace) -> Sequence[str] | None:
@@ -284,7 +239,7 @@ def _class_names(model: Any, config: TrainConfig, options: argparse.Namespace) -
     num_classes = int(getattr(model, "num_classes", 0))
     if options.classes is not None:
         return read_class_names(options.classes, num_classes)
-    if _is_of_digits(config):
+    if is_of_digits(config):
         return [str(number) for number in range(num_classes)]
     names = folder_names(config.data, config.val_split, num_classes) if config.data else None
     return imagenet_names(num_classes) if names is None else names

@@ -42,7 +42,7 @@ def create_evit(
     settings: dict[str, Any] = {"drop_loc": drop_loc}
     if keep_rate is not None:
         settings["keep_rate"] = keep_rate
-    if not _is_ours(name):
+    if not is_ours(name):
         return apply(create(name, **arguments), fuse_token=fuse_token, **settings)
     if not name.startswith("dynamicvit_"):
         settings["fuse_token"] = fuse_token
@@ -54,7 +54,7 @@ def create_dense(name: str, **arguments: Any) -> nn.Module:
 
     Arguments and errors as of :func:`create_evit`; any model of timm's will do, and a DynamicViT stays one.
     """
-    if _is_ours(name):
+    if is_ours(name):
         arguments["drop_loc"] = None  # which fits any depth
     model = create(name, **arguments)
     return remove(model) if reorganizing_blocks(model) else model
@@ -63,19 +63,14 @@ def create_dense(name: str, **arguments: Any) -> nn.Module:
 def create(name: str, **arguments: Any) -> nn.Module:
     """Build a model as it is; arguments and errors as of :func:`create_evit`."""
     if name not in models.__all__ and not timm.is_model(name):
-        near = difflib.get_close_matches(name, {*models.__all__, *timm.list_models()}, n=3)
-        raise ValueError(
-            f"there is no model {name!r}: "
-            + (f"the nearest names are {', '.join(near)}; " if near else "")
-            + f"expected one of {', '.join(models.__all__)}, or a name of timm's"
-        )
+        raise unknown_model(name)
     what = (
         f"the pretrained weights of {name} could not be fetched from the Hugging Face hub, nor are they in "
         "its cache"
     )
     # Our own models say so themselves, and better: some weights come from elsewhere.
     pretrained = bool(arguments.get("pretrained"))
-    with explaining_missing_network(pretrained and not _is_ours(name), what):
+    with explaining_missing_network(pretrained and not is_ours(name), what):
         build = getattr(models, name) if name in models.__all__ else partial(timm.create_model, name)
         try:
             return build(**arguments)
@@ -83,15 +78,27 @@ def create(name: str, **arguments: Any) -> nn.Module:
             raise TypeError(f"{name} cannot be built with {', '.join(arguments)}: {error}") from error
 
 
+def unknown_model(name: str) -> ValueError:
+    """Return the error for a name that no model has, with the nearest names."""
+    near = difflib.get_close_matches(name, {*models.__all__, *timm.list_models()}, n=3)
+    expected = (
+        f"the nearest names are {', '.join(near)}"
+        if near
+        else f"expected one of {', '.join(models.__all__)}, or a name of timm's"
+    )
+    return ValueError(f"there is no model {name!r}: {expected}")
+
+
 def takes_img_size(name: str) -> bool:
     """Return whether a model is built for a size of images, as vision transformers are and CNNs are not."""
-    if _is_ours(name):
+    if is_ours(name):
         return True
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=False) if timm.is_model(name) else None
     return cfg is None or cfg.fixed_input_size
 
 
-def _is_ours(name: str) -> bool:
+def is_ours(name: str) -> bool:
+    """Return whether a model is of this package, and drops patches without :func:`evit_ext.apply`."""
     if name in models.__all__:
         return True
     return timm.is_model(name) and model_entrypoint(name).__module__.startswith("evit_ext.")

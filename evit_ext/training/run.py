@@ -14,6 +14,7 @@ import timm.data
 import torch
 from timm.utils.model import unwrap_model
 
+from evit_ext.keep_rates import keep_rates
 from evit_ext.macs import count_macs
 from evit_ext.randomness import derive_seed, seeded
 from evit_ext.schedule import keep_rate_levels
@@ -22,7 +23,6 @@ from evit_ext.training.compiling import allow_recompiles
 from evit_ext.training.config import TrainConfig, load_config
 from evit_ext.training.evaluation import Evaluation, evaluate
 from evit_ext.training.folder_lock import FolderLock
-from evit_ext.training.keep_rates import keep_rates
 from evit_ext.training.loaders import Batch, Loaders
 from evit_ext.training.metrics import Metrics
 from evit_ext.training.precision import choose_precision

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from evit_ext.apply import set_keep_rate
 from evit_ext.families import reorganizing_blocks
+from evit_ext.keep_rates import keep_rates
 from evit_ext.randomness import derive_seed, random_state, seeded, set_random_state
 from evit_ext.schedule import keep_rate_schedule
 from evit_ext.training.building import build_criterion
-from evit_ext.training.keep_rates import keep_rates
 from evit_ext.training.objectives import Classification, Objective
 from evit_ext.training.precision import (
     Precision,

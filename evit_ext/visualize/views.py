@@ -12,11 +12,11 @@ from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from evit_ext.families import applied_blocks, family_of
+from evit_ext.keep_rates import keep_rates as current_keep_rates
+from evit_ext.keep_rates import set_keep_rate
 from evit_ext.macs import count_macs
 from evit_ext.record import TokenRecord, record_tokens
 from evit_ext.token_counts import patch_grid
-from evit_ext.training.keep_rates import keep_rates as current_keep_rates
-from evit_ext.training.keep_rates import set_keep_rate
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def view_images(model: nn.Module, images: Tensor, keep_rates: Sequence[float]) -
     finally:
         for module, training in modes.items():
             module.training = training
-        set_keep_rate(vit, before[0] if len(before) == 1 else before)  # type: ignore[arg-type]
+        set_keep_rate(vit, before[0] if len(before) == 1 else before)
     return [
         ImageView(grid, dense, tuple(rate[number] for rate in rates))
         for number, dense in enumerate(everything)

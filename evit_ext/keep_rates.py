@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-import evit_ext
+from evit_ext.apply import set_keep_rate as set_of_evit
 from evit_ext.families import reorganizing_blocks
 
 
-def set_keep_rate(model: nn.Module, keep_rate: float) -> None:
+def set_keep_rate(model: nn.Module, keep_rate: float | Sequence[float]) -> None:
     """Set the keep rate of an EViT or a DynamicViT.
 
     Raises:
@@ -19,7 +20,7 @@ def set_keep_rate(model: nn.Module, keep_rate: float) -> None:
     if hasattr(model, "score_predictor"):
         model.keep_rate = keep_rate  # type: ignore[assignment]
     else:
-        evit_ext.set_keep_rate(model, keep_rate)
+        set_of_evit(model, keep_rate)
 
 
 def keep_rates(model: Any) -> list[float]:

@@ -1,0 +1,91 @@
+"""Errors of the command line, of every command: one line that says what was expected, and exit code 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from evit_ext.cli import main, parser
+
+UNKNOWN = "there is no model 'deit_smal': the nearest names are deit_small"
+RATE = "keep_rate must be in (0, 1], got"
+
+CASES: dict[str, str] = {
+    "train --recipe nothing": "there is no recipe 'nothing': expected one of cluttered-digits",
+    "train --data nowhere": "data must be a folder with the data set's splits; there is no nowhere",
+    "train --dataset digits --model deit_smal": UNKNOWN,
+    "train --dataset digits --keep-rate 1.5": RATE,
+    "train --dataset digits --keep-rate many": "keep_rate must be float | None, got 'many'",
+    "eval": "expected a run, or --model with either --checkpoint FILE or --pretrained",
+    "eval nowhere": "there is no nowhere/config.yaml: nowhere is not the folder of a run",
+    "eval --model deit_tiny --checkpoint weights.pth --data nowhere": "there is no nowhere",
+    "eval --model deit_smal --checkpoint weights.pth --dataset digits": UNKNOWN,
+    "eval --model deit_tiny --checkpoint nowhere.pth --dataset digits": "there is no file nowhere.pth",
+    "eval --model deit_tiny --checkpoint notes.jpg --dataset digits": "notes.jpg is no checkpoint, it begins",
+    "eval --keep-rate many": "argument --keep-rate: invalid float value: 'many'; see evit eval --help",
+    "eval --device tpu": "argument --device: invalid choice: 'tpu'",
+    "visualize nowhere.jpg --model deit_tiny": "there is no file or folder nowhere.jpg",
+    "visualize notes.jpg --model deit_tiny": "notes.jpg cannot be read: not an image that Pillow knows",
+    "visualize empty --model deit_tiny": "the folder empty has no image files: expected",
+    "visualize notes.jpg --model deit_smal": UNKNOWN,
+    "visualize notes.jpg --model deit_tiny --keep-rate 0": RATE,
+    "visualize notes.jpg --model deit_tiny -o x.gif": "the picture must be a .png, .jpg",
+    "visualize notes.jpg --checkpoint empty": "empty is not the folder of a run",
+    "benchmark deit_smal": UNKNOWN,
+    "benchmark deit_tiny --keep-rate 2": RATE,
+    "benchmark deit_tiny --batch-size 1 0": "--batch-size must be at least 1, got 0",
+    "benchmark deit_tiny --seconds -1": "--seconds must be positive, got -1",
+    "benchmark deit_tiny --threads 0": "--threads must be at least 1, got 0",
+    "benchmark deit_tiny --latency-calls 0": "--latency-calls must be at least 1, got 0",
+    "benchmark deit_tiny --img-size 0": "--img-size must be at least 1, got 0",
+    "benchmark resnet18": "ResNet is not supported",
+    "export deit_smal --random-weights": UNKNOWN,
+    "export nowhere/run": "there is no folder nowhere/run, nor a model of that name",
+    "export empty": "empty is not the folder of a run",
+    "export deit_tiny": "got none of these",
+    "export deit_tiny --checkpoint nowhere.pth": "there is no file nowhere.pth",
+    "export deit_tiny --checkpoint empty": "empty is a folder: give the file in it",
+    "export deit_tiny --random-weights --keep-rate 0": RATE,
+    "export deit_tiny --random-weights --classes nowhere.txt": "nowhere.txt: No such file or directory",
+    "export deit_tiny --random-weights --format hf --output notes.jpg": "notes.jpg is a file: give a folder",
+    "info deit_smal": UNKNOWN,
+    "info deit_tiny --keep-rate 0": RATE,
+    "info deit_tiny --img-size 7": "should be divisible by patch size (16)",
+    "info --nothing": "unrecognized arguments: --nothing; see evit --help",
+    "nothing": "invalid choice: 'nothing'",
+}
+
+
+@pytest.mark.parametrize("line", CASES)
+def test_one_line_and_exit_code_2(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes.jpg").write_text("not an image")
+    Path("empty").mkdir()
+    try:
+        code = main(line.split())
+    except SystemExit as exit_:  # of what argparse itself refuses
+        code = exit_.code  # type: ignore[assignment]
+    out, error = capsys.readouterr()
+    assert code == 2 and not out
+    assert error.startswith("evit: error: ") and error.count("\n") == 1
+    assert CASES[line] in error
+    # A run's folder keeps what was asked for.
+    assert {path.name for path in tmp_path.iterdir()} - {"runs"} == {"notes.jpg", "empty"}
+    assert not Path("runs").exists() or line.startswith("train")
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "visualize", "benchmark", "export", "info"])
+def test_help_shows_examples_that_can_be_read(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0 and out.startswith(f"usage: evit {command} ")
+    _, found, examples = out.partition("\nexamples:\n")
+    lines = [line.partition("#")[0].split() for line in examples.splitlines() if line.strip()]
+    assert found and len(lines) >= 3
+    for words in lines:
+        assert words[words.index("evit") + 1] == command
+        parser().parse_args(words[words.index("evit") + 1 :])
