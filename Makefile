@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 
-.PHONY: help env demo bench test test-python test-faults test-cpp test-cuda-on-host test-sanitize test-oldest-torch lint format wheel gpu-check clean
+.PHONY: help env demo bench test test-python test-faults test-cpp test-cuda-on-host test-sanitize test-oldest-torch lint format docs wheel gpu-check clean
 
 help:
 	@echo "make demo               train a DeiT and EViTs on real digits, compare them (about 10 minutes)"
@@ -23,6 +23,7 @@ help:
 	@echo "make bench              DeiT-S next to what people would use instead; its growth with the image"
 	@echo "make gpu-check          every test and benchmark that needs a GPU, with the installed Python and torch"
 	@echo "make lint | format      check | mend formatting, style and types"
+	@echo "make docs               build the documentation's site into build/site"
 	@echo "make wheel              build a wheel into dist/"
 	@echo "make clean              remove builds, environments and runs"
 
@@ -87,6 +88,10 @@ lint: env
 
 format: env
 	PATH="$(abspath $(BIN)):$$PATH" scripts/lint --fix
+
+# -W: a warning, such as a link that leads nowhere, is an error.
+docs: env
+	$(BIN)/python -m sphinx -W --keep-going -c docs -d build/doctrees . build/site
 
 wheel: env
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
