@@ -24,7 +24,7 @@ import evit_ext  # noqa: E402
 NAVIGATION: dict[str, list[str]] = {
     "Use": ["docs/start", "docs/use", "docs/supported-models", "docs/hub"],
     "Train": ["docs/training", "docs/scaling"],
-    "Deploy": ["docs/export", "docs/cpp", "docs/visualize"],
+    "Deploy": ["docs/export", "docs/cpp", "examples/cpp/README", "docs/visualize"],
     "How it works": ["docs/kernels", "docs/cuda-kernels"],
     "Figures": [
         "docs/benchmarks",
@@ -59,8 +59,7 @@ exclude_patterns = [name for name in os.listdir(ROOT) if (ROOT / name).is_dir() 
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 myst_heading_anchors = 3
-myst_links_external_new_tab = False
-suppress_warnings = ["myst.strikethrough"]
+smartquotes = False  # -- is an option here, not a dash
 
 # Docstrings: Google's sections, `name` for code.
 default_role = "code"

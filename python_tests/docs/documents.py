@@ -1,4 +1,4 @@
-"""The blocks of code of README.md, CONTRIBUTING.md and docs/, and the commands among them."""
+"""The blocks of code of the repository's Markdown files, and the commands among them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,20 @@ from markdown_it import MarkdownIt
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"))
+    for pattern in ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "examples/**/*.md")
+    for path in ROOT.glob(pattern)
 )
+#: Languages of blocks that are run, by test_python_blocks.py and test_shell_blocks.py.
+RUN = ("python", "sh")
+#: And of those that are not, with the reason.
+NOT_RUN = {
+    "text": "a list, a formula or a drawing",
+    "bibtex": "a citation",
+    "json": "part of a file that is written by the package, and compared there",
+    "cmake": "python_tests/export builds programs with it",
+    "cpp": "python_tests/export builds programs with it",
+    "{eval-rst}": "Sphinx reads it: test_site.py builds the site",
+}
 
 
 class Block(NamedTuple):

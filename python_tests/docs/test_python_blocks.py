@@ -21,7 +21,7 @@ import timm
 import torch
 import torch._inductor
 import transformers
-from documents import PAGES, ROOT, Block, blocks
+from documents import NOT_RUN, PAGES, ROOT, RUN, Block, blocks
 
 import evit_ext
 from evit_ext import export, models
@@ -103,6 +103,17 @@ def run(block: Block, namespace: dict[str, Any], capsys: pytest.CaptureFixture[s
         if said:
             place = f"{block.page}:{block.line + begin}"
             assert [line.rstrip() for line in printed] == said, f"{place}: it prints other lines"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_say_their_language(page: str) -> None:
+    """So that every one is run, or says why not."""
+    unknown = [block for block in blocks(page) if block.language not in (*RUN, *NOT_RUN)]
+    assert not unknown, "\n".join(
+        f"{page}:{block.line}: a block in {block.language or 'no language'}: make it ```sh, ```python, ```text or "
+        "another of RUN and NOT_RUN in python_tests/docs/documents.py (an indented block has no language)"
+        for block in unknown
+    )
 
 
 def test_what_stands_in_is_what_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from documents import PAGES, ROOT, Command, commands
+from documents import PAGES, ROOT, Command, commands, split
 from playground import further_options, prepare
 
 from evit_ext.cli import main
@@ -28,7 +28,7 @@ NOT_RUN = {
     r"make (test|lint|format|gpu-check)": "runs the tests, or what checks the sources beside them",
     r"(\S+/)?pip install": "installs; the environment that this runs in was made by it",
     r"\S+/pre-commit install": "would put a hook into the repository",
-    r"(cmake|ctest) ": "make test-cpp runs it",
+    r"(cmake|ctest) ": "make test-cpp and python_tests build with CMake",
     r"python benchmarks/": "minutes; the benchmarks have tests of their own",
     r"(sudo )?apt(-get)? ": "installs packages of the system",
     r"sbatch ": "needs Slurm",
@@ -191,8 +191,6 @@ def test_runs(
 def test_mistakes_are_seen(
     text: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from documents import split
-
     ((_, words),) = split(text, 1)
     with pytest.raises(AssertionError, match=re.escape(message)):
         check(Command("page.md", 1, words, True), monkeypatch, capsys)
