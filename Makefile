@@ -89,9 +89,9 @@ lint: env
 format: env
 	PATH="$(abspath $(BIN)):$$PATH" scripts/lint --fix
 
-# -W: a warning, such as a link that leads nowhere, is an error.
+# -W: a warning, such as a link that leads nowhere, is an error. -E: also of pages that did not change.
 docs: env
-	$(BIN)/python -m sphinx -W --keep-going -c docs -d build/doctrees . build/site
+	$(BIN)/python -m sphinx -EW --keep-going -c docs -d build/doctrees . build/site
 
 wheel: env
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .

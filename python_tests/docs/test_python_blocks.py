@@ -110,8 +110,8 @@ def test_blocks_say_their_language(page: str) -> None:
     """So that every one is run, or says why not."""
     unknown = [block for block in blocks(page) if block.language not in (*RUN, *NOT_RUN)]
     assert not unknown, "\n".join(
-        f"{page}:{block.line}: a block in {block.language or 'no language'}: make it ```sh, ```python, ```text or "
-        "another of RUN and NOT_RUN in python_tests/docs/documents.py (an indented block has no language)"
+        f"{page}:{block.line}: in {block.language or 'no language'}: make it ```sh, ```python, ```text "
+        "or another of python_tests/docs/documents.py (an indented block has none)"
         for block in unknown
     )
 
