@@ -27,8 +27,8 @@ _TINY = (
 #: Options that a command is given besides, by a pattern: a small model for a moment instead of the named one.
 #: {new} is a folder that is not there yet.
 MADE_SMALL = {
-    r"evit train .*cluttered-digits": f"{_TINY} --train-images 64",
-    r"evit train .*(imagenet|config\.yaml)": f"{_TINY} --batch-size 8",
+    r"evit train .*(cluttered-digits|config\.yaml)": f"{_TINY} --train-images 64",
+    r"evit train .*imagenet": f"{_TINY} --batch-size 8",
     r"evit eval ": "--repeats 1 --batch-size 64 --device cpu",
     r"evit benchmark ": "--img-size 32 --precision float32 --seconds 0.1 --latency-calls 1 --device cpu",
 }
