@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 
-.PHONY: help env demo bench test test-python test-faults test-cpp test-cuda-on-host test-sanitize test-oldest-torch lint format wheels gpu-check clean
+.PHONY: help env demo bench test test-python test-faults test-cpp test-cuda-on-host test-sanitize test-oldest-torch lint format docs wheels gpu-check clean
 
 help:
 	@echo "make demo               train a DeiT and EViTs on real digits, compare them (about 10 minutes)"
@@ -24,6 +24,7 @@ help:
 	@echo "make gpu-check          every test and benchmark that needs a GPU, with the installed Python and torch"
 	@echo "make lint | format      check | mend formatting, style and types"
 	@echo "make wheels             sdist and wheels for CPython 3.10 to 3.14, CPU and CUDA, audited and tried, into dist/"
+	@echo "make docs               build the documentation's site into build/site"
 	@echo "make clean              remove builds, environments and runs"
 
 # torch and the build tools first, so that the extension is built against the torch it runs with, once.
@@ -88,6 +89,10 @@ lint: env
 
 format: env
 	PATH="$(abspath $(BIN)):$$PATH" scripts/lint --fix
+
+# -W: a warning, such as a link that leads nowhere, is an error. -E: also of pages that did not change.
+docs: env
+	$(BIN)/python -m sphinx -EW --keep-going -c docs -d build/doctrees . build/site
 
 # ARGS="--python 3.12 --variant cpu", for example; scripts/build-wheels.py --help lists them.
 wheels: $(BIN)/.created

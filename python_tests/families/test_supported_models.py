@@ -183,4 +183,4 @@ def test_documentation_has_what_is_refused() -> None:
 
 def test_documentation_has_the_names_that_were_tried() -> None:
     text = DOCS.read_text(encoding="utf-8").split("## Names")[1].split("## ")[0]
-    assert re.findall(r"^    (\S+)$", text, flags=re.MULTILINE) == NAMES
+    assert re.findall(r"^(\w\S+)$", text, flags=re.MULTILINE) == NAMES
