@@ -77,7 +77,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(abc|collections|contextlib|numpy|os|pathlib|timm|torch|typing)\..*|Tensor"),
     ("py:class", r"(dict|tuple)\[.*|.*~typing.*"),  # parts of annotations
-    ("py:class", r"evit_ext\.(apply\.Model|override\.Override)"),  # a type variable, a base class
+    ("py:class", r"evit_ext\.((apply|prepack)\.Model|override\.Override)"),  # type variables, a base class
 ]
 
 html_theme = "furo"
