@@ -33,7 +33,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "[2/2, " in done.stdout and "17 tokens, batch 1, float32, 4 models" in done.stdout
     results = json.loads(stem.with_suffix(".json").read_text())
-    assert list(results) == ["machine", "rows", "fits"] and results["machine"]["commit"] == "abc"
+    assert list(results) == ["machine", "left_out", "failures", "rows", "fits"]
+    assert results["machine"]["commit"] == "abc"
     sizes_of_rows = [(row["tokens"], row["batch"]) for row in results["rows"]]
     assert sizes_of_rows == [(5, 1)] * 4 + [(17, 1)] * 4
     for row in results["rows"]:

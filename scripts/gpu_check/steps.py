@@ -36,6 +36,16 @@ def pytest_command(python: str, *arguments: str) -> tuple[str, ...]:
     return (python, "-m", "pytest", *settings, *report, "--devices", "cuda", *arguments)
 
 
+def build_steps(python: str, ends_by: float) -> list[Step]:
+    """The package, built from its sources without network, and whether it is what was wanted."""
+    install = (python, "-m", "pip", "install", "-v", "--no-index", "--no-build-isolation", "--no-deps")
+    build = (*install, "--no-cache-dir", "--target", str(SITE), str(SOURCE))
+    return [
+        Step("build", (build,), 300, ends_by, cwd=WORK),
+        Step("package", ((python, "-c", PACKAGE, str(SITE)),), 60, ends_by, ("build",), cwd=WORK),
+    ]
+
+
 def plan(facts: dict[str, Any], python: str, output: Path, total: float, quick: bool) -> list[Step]:
     """All steps. They run together except the benchmarks, for which the last part of the time is reserved."""
     tests = ROOT / "python_tests"
@@ -46,12 +56,9 @@ def plan(facts: dict[str, Any], python: str, output: Path, total: float, quick: 
         command = pytest_command(python, *arguments)
         return Step(name, (command,), seconds, before, ("build",), after, judge=pytest_summary, cwd=WORK)
 
-    install = (python, "-m", "pip", "install", "-v", "--no-index", "--no-build-isolation", "--no-deps")
-    build = (*install, "--no-cache-dir", "--target", str(SITE), str(SOURCE))
     others = ("models", "test_apply.py", "test_block.py", "test_record.py", "test_macs.py")
     steps = [
-        Step("build", (build,), 300, before, cwd=WORK),
-        Step("package", ((python, "-c", PACKAGE, str(SITE)),), 60, before, ("build",), cwd=WORK),
+        *build_steps(python, before),
         pytest_step("tests-operators", 300, str(tests / "ops")),
         pytest_step("tests-models", 300, *(str(tests / name) for name in others)),
         pytest_step("tests-cuda", 300, str(tests / "cuda")),
