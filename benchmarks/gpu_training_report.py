@@ -133,11 +133,11 @@ def text(results: Results) -> str:
     done = results.get("rounds", 0) * setup["steps_in_round"]
     found = targets(results)
     judged = (
-        f"{done} steps of each run, in rounds of {setup['steps_in_round']}. Before, steps were timed alone, with "
-        "AdamW, in turns,\non a batch on the device. The twin is the run with the kernels once more, from "
-        "weights that are off by a millionth:\nhow far it drifts is the noise that the reference is held "
-        f"against, and should the twin be close by chance, {FLOOR:.0%} of\nthe loss is allowed. Accuracies may "
-        f"differ by {STANDARD_ERRORS:g} standard errors.\n"
+        f"{done} steps of each run, in rounds of {setup['steps_in_round']}. Before, steps were timed alone, "
+        "with AdamW, in turns,\non a batch on the device. The twin is the run with the kernels once more, "
+        "from weights that are off by a millionth:\nhow far it drifts is the noise that the reference is "
+        f"held against, and should the twin be close by chance, {FLOOR:.0%} of\nthe loss is allowed. "
+        f"Accuracies may differ by {STANDARD_ERRORS:g} standard errors.\n"
     )
     said = left_out_lines(results["left_out"], results["failures"]).replace("\n", "\n\n")
     return "\n".join(lines) + f"\n\n{judged}\n{targets_table(found)}\n{said}{verdict(found)}\n"

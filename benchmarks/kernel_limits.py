@@ -11,6 +11,7 @@ says that nothing was measured. A plot lies beside the page, under its name.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from dataclasses import dataclass
@@ -287,10 +288,13 @@ def main() -> int:
         parser.error(str(error))
     rows = chosen(operators)
     image = arguments.page.with_suffix(".png")
-    if operators and rows:
+    drawn = bool(rows) and importlib.util.find_spec("matplotlib") is not None
+    if rows and not drawn:
+        print("no plot: matplotlib is not installed")
+    if operators and drawn:
         title = f"{MODEL}, batch {SHARES_BATCH}, {DTYPE}, {operators['machine']['gpu']}"
         plot(rows, operators["copy_gigabytes_per_second"], title, image)
-    write_whole(arguments.page, page(operators, counted, image.name if rows else ""))
+    write_whole(arguments.page, page(operators, counted, image.name if drawn else ""))
     print(f"{arguments.page}: {len(rows)} operators, {len(counted)} kernels counted")
     return 0
 

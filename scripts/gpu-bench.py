@@ -10,8 +10,9 @@ minutes of the time. The benchmarks run one after another, each with its share o
 themselves what does not fit.
 
 Writes NAME-GPU.json and .md of each benchmark; gpu-bench-NAMES-GPU.json and .md, which say what became of
-each; and the logs in gpu-bench-NAMES-GPU.logs/. Exit code: 0 all ran, 1 something did not, 2 there is no GPU. The commit is what
-git says or, where the source came without its history, the environment variable EVIT_COMMIT.
+each; and the logs in gpu-bench-NAMES-GPU.logs/. Exit code: 0 all ran, 1 something did not, 2 there is no GPU.
+The commit is what git says or, where the source came without its history, the environment variable
+EVIT_COMMIT.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ def environment(facts: dict[str, Any]) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH", "")])),
     }
     found.setdefault("TORCH_CUDA_ARCH_LIST", facts["capability"])
+    # ninja lies beside the Python that has it; without it, files are compiled one after another.
     nvcc = cuda_tool("nvcc")
-    if nvcc:
-        found["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(nvcc).parent)])
+    beside = [str(Path(program).parent) for program in (sys.executable, nvcc) if program]
+    found["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), *beside])
     return found
