@@ -14,10 +14,11 @@ TIMES_DENSE = 1.4
 #: Relative difference of the first step's loss and gradient, which come from the same weights and batch: only
 #: rounding differs, and which patches it picks among those with all but the same score.
 FIRST_LOSS, FIRST_GRADIENT = 0.01, 0.05
-#: The curves of kernels and reference may be so many times as far apart as those of kernels and twin. This
-#: share of the loss is always allowed, should the twin be close by chance.
-TIMES_TWIN, FLOOR = 2.0, 0.01
-#: That curves agree says little before anything was learned: the last round's loss, of the first's, at most.
+#: The curves of kernels and reference may be so many times as far apart as those of kernels and twin: on the
+#: CPU, with a small model, 160 steps and operators that are known to be right, it was 1.8 times. This share
+#: of the loss is always allowed, should the twin be close by chance.
+TIMES_TWIN, FLOOR = 3.0, 0.02
+#: Curves that agree say little before anything was learned: the last round's loss, of the first's, at most.
 LEARNED = 0.5
 #: Accuracies may differ by so many standard errors of the difference of two shares.
 STANDARD_ERRORS = 3.0

@@ -22,6 +22,7 @@ import growth  # noqa: E402
 import onnx_rivals  # noqa: E402
 from end_to_end_targets import AIMS  # noqa: E402
 from plain_evit import PlainEViT  # noqa: E402
+from time_limit import TimeLimit  # noqa: E402
 
 from evit_ext.benchmark import Contestant, Row, contestants  # noqa: E402
 
@@ -109,6 +110,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, stem: Path, measure: Any, minutes:
     monkeypatch.setattr(end_to_end, "field", lambda *_: field())
     monkeypatch.setattr(end_to_end, "run", measure)
     monkeypatch.setattr(end_to_end, "machine", lambda device: {"gpu": "NVIDIA Example 9000"})
+    monkeypatch.setattr(end_to_end, "TimeLimit", lambda minutes: TimeLimit(minutes, lambda: 0.0))
     code = end_to_end.main()
     return code, json.loads(stem.with_suffix(".json").read_text())
 
