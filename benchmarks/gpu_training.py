@@ -101,7 +101,7 @@ def render(split: str, size: int, setup: Setup) -> Images:
         drawn = [_render(split, size, setup.img_size, *part) for part in parts]
     else:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["evit_ext.data"])
+        context.set_forkserver_preload(["__main__", "evit_ext.data"])
         with concurrent.futures.ProcessPoolExecutor(setup.processes, context) as pool:
             waiting = [pool.submit(_render, split, size, setup.img_size, *part) for part in parts]
             drawn = [part.result() for part in waiting]
@@ -190,8 +190,8 @@ def train(
     a_round = (
         ROUND_OVERHEAD * setup.steps_in_round * (sum(milliseconds.values()) + milliseconds[KERNELS]) / 1e3
     )
-    # A tenth of what is left is for the evaluation and the plot.
-    planned = rounds or max(2, min(MAX_ROUNDS, math.floor(0.9 * limit.left / a_round)))
+    reserve = 0.1 * min(limit.left, 300.0)  # for the evaluation and the plot
+    planned = rounds or max(2, min(MAX_ROUNDS, math.floor((limit.left - reserve) / a_round)))
     # As in the recipe cluttered-digits; timm has muon since 1.0.22.
     muon = "muon" in timm.optim.list_optimizers()
     recipe = Recipe(
@@ -209,7 +209,7 @@ def train(
     results |= {"planned_rounds": planned, "rounds": 0, "recipe": recipe.optimisation()}
     results |= {name: {run: [] for run in models} for name in ("losses", "grad_norms")}
     for number in range(planned):
-        if reason := limit.reason_against("round", a_round):
+        if reason := limit.reason_against("round", a_round, reserve):
             results["left_out"].append(f"rounds {number + 1} to {planned}: {reason}")
             break
         start = limit.passed
@@ -224,8 +224,7 @@ def train(
         results["rounds"] = number + 1
         losses = ", ".join(f"{run} {report.round_losses(results, run)[-1]:.3f}" for run in models)
         print(f"[{_clock(limit)}] round {number + 1} of {planned}: {losses}", flush=True)
-        if number % 5 == 4:
-            yield results
+        yield results
     results["test"] = {}
     places = torch.arange(len(test.labels), device=device).split(setup.batch)
     for run, model in models.items():

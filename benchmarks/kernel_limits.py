@@ -135,10 +135,10 @@ def held_back_by(kernel: Kernel) -> str:
     added = conflicts(kernel)
     note = f"; {added:.0%} of shared memory's work are bank conflicts" if added and added >= CONFLICTS else ""
     if percent >= FULL:
-        return f"{name}, at {percent:.0f} %{note}"
+        return f"{name}, at {percent:.0f}%{note}"
     if percent >= NEAR:
-        return f"mostly {name}, at {percent:.0f} %{note}"
-    words = f"waiting: nothing is busier than {percent:.0f} % ({name})"
+        return f"mostly {name}, at {percent:.0f}%{note}"
+    words = f"waiting: nothing is busier than {percent:.0f}% ({name})"
     if stall := top_stall(kernel):
         words += f"; its warps wait most for {STALLS.get(stall[0], stall[0])} ({stall[1]:.0%} of their time)"
     waves = kernel.first("launch__waves_per_multiprocessor")
@@ -199,7 +199,7 @@ def counters_part(counted: list[Kernel]) -> str:
     text = (
         "Each kernel once under Nsight Compute, the caches emptied before it and the clocks left alone: "
         "times may be longer\nthan above. Percent are of the unit's peak. The last column names the busiest "
-        f"unit, if it ran at {FULL:.0f} % or more; mostly\nit, from {NEAR:.0f} % on; below that nothing is "
+        f"unit, if it ran at {FULL:.0f}% or more; mostly\nit, from {NEAR:.0f}% on; below that nothing is "
         "full, the kernel waits, and it says for what its warps wait most.\nA dash: not counted.\n\n"
     )
     lines = [
@@ -215,8 +215,8 @@ def counters_part(counted: list[Kernel]) -> str:
             added = conflicts(kernel)
             cells = [operator, f"`{kernel.short_name}`"]
             cells += [_cell(seconds and seconds * 1e6, "{:.1f}"), _cell(moved, "{:.1f} MB")]
-            cells += [_cell(units.get(unit.name), "{:.0f} %") for unit in UNITS]
-            cells += [_cell(occupancy(kernel), "{:.0f} %"), _cell(added, "{:.0%}"), held_back_by(kernel)]
+            cells += [_cell(units.get(unit.name), "{:.0f}%") for unit in UNITS]
+            cells += [_cell(occupancy(kernel), "{:.0f}%"), _cell(added, "{:.0%}"), held_back_by(kernel)]
             lines.append("| " + " | ".join(cells) + " |")
     return text + "\n".join(lines) + "\n"
 
@@ -236,7 +236,7 @@ def plot(rows: list[dict[str, Any]], bandwidth: float, title: str, path: Path) -
     shares = [100 * row["gigabytes_per_second"]["ours"] / bandwidth for row in rows]
     figure, axis = plt.subplots(figsize=(8, 0.5 * len(rows) + 1.5))
     bars = axis.barh(names, shares, color="C0")
-    axis.bar_label(bars, fmt="%.0f %%", padding=3)
+    axis.bar_label(bars, fmt="%.0f%%", padding=3)
     for place, row in enumerate(rows):
         if goal := SHARES.get((row["operator"], row["direction"])):
             axis.plot([100 * goal] * 2, [place - 0.4, place + 0.4], color="black", linewidth=2)

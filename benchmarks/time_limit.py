@@ -39,15 +39,16 @@ class TimeLimit:
         """Seconds that a single group may take: what is left, and no more than half of all."""
         return max(1.0, min(self._seconds / 2, self.left))
 
-    def reason_against(self, kind: Hashable, expected: float) -> str | None:
+    def reason_against(self, kind: Hashable, expected: float, reserve: float = 0.0) -> str | None:
         """Return in words why a group is left out, or None where it fits.
 
         Args:
             kind: of the group: those of a kind take about as long as each other.
             expected: seconds, if no group of this kind has been measured yet.
+            reserve: seconds that are kept for what comes after.
         """
         expected = self._taken.get(kind, expected)
-        left = self.left
+        left = max(0.0, self.left - reserve)
         if expected <= left:
             return None
         return f"it would take about {expected:.0f} s, and {left:.0f} s were left"

@@ -70,6 +70,12 @@ def test_a_missing_tool_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "cuda_tool", lambda name: "")
     steps = bench.bench_plan(FACTS, "python3", Path("x"), 570.0, tuple(bench.BENCHMARKS), False)
     assert {step.name: step.missing for step in steps if step.missing} == {"counters": "no ncu"}
+    # The others have its time.
+    without = bench.bench_plan(
+        FACTS, "python3", Path("x"), 570.0, ("end-to-end", "growth", "training"), False
+    )
+    times = {step.name: minutes_of(step) for step in steps}
+    assert all(minutes_of(step) == times[step.name] for step in without)
 
 
 def test_torch_has_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,20 +156,20 @@ def kernel(**counters: float) -> Kernel:
     ("counters", "words"),
     [
         ({}, "not counted"),
-        ({"dram": 80.0, "sm": 20.0}, "device memory, at 80 %"),
-        ({"dram": 79.0, "sm": 20.0}, "mostly device memory, at 79 %"),
-        ({"dram": 30.0, "sm": 90.0, "tensor": 88.0}, "tensor cores, at 90 %"),
-        ({"dram": 30.0, "sm": 90.0, "tensor": 20.0}, "issuing instructions, at 90 %"),
-        ({"dram": 59.0, "sm": 20.0}, "waiting: nothing is busier than 59 % (device memory)"),
+        ({"dram": 80.0, "sm": 20.0}, "device memory, at 80%"),
+        ({"dram": 79.0, "sm": 20.0}, "mostly device memory, at 79%"),
+        ({"dram": 30.0, "sm": 90.0, "tensor": 88.0}, "tensor cores, at 90%"),
+        ({"dram": 30.0, "sm": 90.0, "tensor": 20.0}, "issuing instructions, at 90%"),
+        ({"dram": 59.0, "sm": 20.0}, "waiting: nothing is busier than 59% (device memory)"),
         (
             {"dram": 40.0, "long": 6.0, "short": 3.0, "selected": 1.0, "waves": 0.25},
-            "waiting: nothing is busier than 40 % (device memory); its warps wait most for device memory or "
+            "waiting: nothing is busier than 40% (device memory); its warps wait most for device memory or "
             "L2 (60% of their time); its blocks are 25% of what the GPU runs at once",
         ),
         # What a warp issues is no wait, however often.
         (
             {"dram": 40.0, "short": 1.0, "selected": 3.0, "waves": 1.0},
-            "waiting: nothing is busier than 40 % (device memory); its warps wait most for shared memory "
+            "waiting: nothing is busier than 40% (device memory); its warps wait most for shared memory "
             "(25% of their time)",
         ),
     ],
@@ -216,10 +216,10 @@ def test_the_page(tmp_path: Path) -> None:
     assert "| class_attention forward | 40.0 MB | 10.0 µs | 12.5 µs | 80% | ≥ 75% |" in text
     assert "| fuse_tokens forward | 20.0 MB | 5.0 µs | 10.0 µs | 50% | – |" in text and "stage" not in text
     assert (
-        "| class_attention forward | `class_attention_kernel` | 12.3 | 41.5 MB | 85 % | – | – | 0 % | 20 % "
-        "| 62 % | 5% | device memory, at 85 % |" in text
+        "| class_attention forward | `class_attention_kernel` | 12.3 | 41.5 MB | 85% | – | – | 0% | 20% "
+        "| 62% | 5% | device memory, at 85% |" in text
     )
-    assert "mostly tensor cores, at 70 %; 50% of shared memory's work are bank conflicts |" in text
+    assert "mostly tensor cores, at 70%; 50% of shared memory's work are bank conflicts |" in text
     assert "its blocks are 50% of what the GPU runs at once |" in text
     assert page.with_suffix(".png").stat().st_size > 5_000
     without = kernel_limits.page(operators(), [])

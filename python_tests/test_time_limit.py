@@ -27,6 +27,7 @@ def test_a_group_is_judged_by_the_longest_of_its_kind() -> None:
     now[0] += 45.0
     assert limit.passed == 45.0
     assert limit.reason_against("compiled", 99.0) is None
+    assert limit.reason_against("compiled", 99.0, 6.0) == "it would take about 10 s, and 9 s were left"
     assert limit.reason_against("eager", 16.0) == "it would take about 16 s, and 15 s were left"
     now[0] += 10.0
     assert limit.reason_against("compiled", 1.0) == "it would take about 10 s, and 5 s were left"

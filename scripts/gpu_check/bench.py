@@ -57,21 +57,37 @@ def bench_plan(
 ) -> list[Step]:
     """The steps, one after another. Where there is too little time for all, each gets less in proportion."""
     steps = build_steps(python, total) if build else []
-    there = total - (BUILD_SECONDS if build else 0.0) - MARGIN_SECONDS * len(names)
-    share = max(0.0, min(1.0, there / (60 * sum(BENCHMARKS[name].minutes for name in names))))
+    missing = {name: _missing(BENCHMARKS[name]) for name in names}
+    run = [name for name in names if not missing[name]]
+    there = total - (BUILD_SECONDS if build else 0.0) - MARGIN_SECONDS * len(run)
+    wanted = 60 * sum(BENCHMARKS[name].minutes for name in run)
+    share = max(0.0, min(1.0, there / wanted)) if run else 0.0
     for name in names:
         benchmark = BENCHMARKS[name]
         minutes = benchmark.minutes * share
         stem = output / f"{name}-{slug_of(facts['gpu'])}"
         command = [python, str(ROOT / "benchmarks" / benchmark.script), *benchmark.arguments]
         command += ["--minutes", f"{minutes:.2f}", "--output", str(stem)]
-        missing = f"no {benchmark.tool}" if benchmark.tool and not cuda_tool(benchmark.tool) else ""
         seconds = 60 * minutes + MARGIN_SECONDS
         needs, after = (("package",) if build else ()), tuple(step.name for step in steps)
         steps.append(
-            Step(name, (tuple(command),), seconds, total, needs, after, missing, benchmark.judge, cwd=WORK)
+            Step(
+                name,
+                (tuple(command),),
+                seconds,
+                total,
+                needs,
+                after,
+                missing[name],
+                benchmark.judge,
+                cwd=WORK,
+            )
         )
     return steps
+
+
+def _missing(benchmark: Benchmark) -> str:
+    return f"no {benchmark.tool}" if benchmark.tool and not cuda_tool(benchmark.tool) else ""
 
 
 def bench_environment(facts: dict[str, Any]) -> dict[str, str]:
