@@ -33,7 +33,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "[2/2, " in done.stdout and "17 tokens, batch 1, float32, 4 models" in done.stdout
     results = json.loads(stem.with_suffix(".json").read_text())
-    assert list(results) == ["machine", "rows", "fits"] and results["machine"]["commit"] == "abc"
+    assert list(results) == ["machine", "left_out", "failures", "rows", "fits"]
+    assert results["machine"]["commit"] == "abc"
     sizes_of_rows = [(row["tokens"], row["batch"]) for row in results["rows"]]
     assert sizes_of_rows == [(5, 1)] * 4 + [(17, 1)] * 4
     for row in results["rows"]:
@@ -117,3 +118,53 @@ def test_memory_is_linear_in_tokens(one_thread: None) -> None:
     assert found < 1.2 * expected, (small, large, found)
     # And one that has such a map is seen.
     assert measured("plain EViT", 768) > 3 * found
+
+
+def test_a_gpu_measures_all_in_one_process(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """As far as it goes without one: the calls run, and each has its memory."""
+    given = options(monkeypatch, "--model", "tiny", "--img-size", "32", "--batch", "1", "--seconds", "0.01")
+    (setups, _) = growth.groups(given)
+    calls, added = growth.in_this_process(setups[:2])
+    assert list(calls) == [str(setup) for setup in setups[:2]] and len(added) == 2
+    assert all(call.seconds() > 0 for call in calls.values())
+
+
+def test_a_gpu_begins_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth.torch.cuda, "is_available", lambda: True)
+    groups = growth.groups(options(monkeypatch, "--device", "cuda"))
+    assert [group[0].precision for group in groups] == ["bfloat16"] * 10 + ["float32"] * 10
+    assert [group[0].batch for group in groups[:10]] == [1] * 7 + [8, 64, 256]
+
+
+def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
+    stem = tmp_path / "growth-cpu"
+    sizes = ("--model", "tiny", "--img-size", "32", "--precision", "float32", "--batch", "1")
+    done = run(*sizes, "--minutes", "0.001", "--output", str(stem))
+    assert done.returncode == 0, done.stderr
+    results = json.loads(stem.with_suffix(".json").read_text())
+    assert results["rows"] == [] and results["failures"] == []
+    assert results["left_out"][0].startswith("5 tokens, batch 1, float32, 4 models: it would take about 14 s")
+    assert "no plot: nothing was measured" in done.stdout
+    assert "Left out: 5 tokens" in done.stdout and "Left out: 5 tokens" in stem.with_suffix(".md").read_text()
+
+
+def test_a_group_that_fails_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(group: list[growth.Setup], seconds: float) -> list[dict[str, Any]]:
+        if group[0].side == 32:
+            raise RuntimeError("out of memory\nand more")
+        return [
+            {**growth.asdict(s), "tokens": 17, "milliseconds": 1.0, "calls": 3, "peak_memory": 8}
+            for s in group
+        ]
+
+    stem = tmp_path / "growth-cpu"
+    given = ("--img-size", "32", "64", "--batch", "1", "--precision", "float32", "--output", str(stem))
+    chosen = options(monkeypatch, *given)
+    monkeypatch.setattr(growth, "parse", lambda: chosen)
+    monkeypatch.setattr(growth, "measure", measure)
+    assert growth.main() == 1
+    results = json.loads(stem.with_suffix(".json").read_text())
+    assert results["failures"] == ["5 tokens, batch 1, float32, 4 models: RuntimeError: out of memory"]
+    assert len(results["rows"]) == 4 and "failed: 5 tokens" in capsys.readouterr().out

@@ -64,7 +64,9 @@ def cuda_tool(name: str) -> str:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     folders = ([Path(home)] if home else []) + [Path("/usr/local/cuda")]
     places = [folder / "bin" for folder in folders] + [folder / "compute-sanitizer" for folder in folders]
-    search = os.pathsep.join([os.environ.get("PATH", ""), *map(str, places)])
+    # Nsight Compute has a folder of its own, too, one for each version.
+    profilers = sorted(Path("/opt/nvidia/nsight-compute").glob("*"), reverse=True)
+    search = os.pathsep.join([os.environ.get("PATH", ""), *map(str, places), *map(str, profilers)])
     return shutil.which(name, path=search) or ""
 
 
@@ -87,7 +89,7 @@ def collect_facts(python: str) -> dict[str, Any]:
     facts["nvcc"] = release[1] if release else "not found"
     facts["processor"] = f"{platform.machine()}, {os.cpu_count()} cores"
     facts["commit"] = commit()
-    facts["command"] = shlex.join(["scripts/gpu-check.py", *sys.argv[1:]])
+    facts["command"] = shlex.join([f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     return facts
 
 

@@ -45,6 +45,15 @@ def benchmark_summary(log: str) -> tuple[str, str]:
     return PASSED if found else FAILED, found[-1] if found else last_line(log)[1]
 
 
+def measured_summary(log: str) -> tuple[str, str]:
+    """Of a benchmark without targets: how long it took, and how much is missing."""
+    took = re.findall(r"^in (\d+:\d\d:\d\d)$", log, re.M)
+    left_out = len(re.findall(r"^Left out: ", log, re.M))
+    if not took:
+        return FAILED, last_line(log)[1]
+    return PASSED, f"in {took[-1]}" + (f"; left out for want of time: {left_out}" if left_out else "")
+
+
 @dataclass(frozen=True)
 class Result:
     """What became of a step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import shutil
 from pathlib import Path
 
@@ -39,3 +40,24 @@ def start_afresh() -> None:
             shutil.copytree(path, SOURCE / name, ignore=built)
         else:
             shutil.copy2(path, SOURCE / name)
+
+
+def built_from_these_sources() -> bool:
+    """Whether SITE holds a package that was built from the sources as they are now.
+
+    `start_afresh` has removed both SITE and SOURCE, and pip fills SITE when all is built.
+    """
+    if not list((SITE / "evit_ext").glob("_C*.so")):
+        return False
+    names = [path.relative_to(ROOT) for name in PACKAGE_FILES for path in _files(ROOT / name)]
+    of_copy = [path.relative_to(SOURCE) for name in PACKAGE_FILES for path in _files(SOURCE / name)]
+    return sorted(names) == sorted(of_copy) and all(
+        filecmp.cmp(ROOT / name, SOURCE / name, shallow=False) for name in names
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    files = [file for file in path.rglob("*") if file.is_file()]
+    return [file for file in files if "__pycache__" not in file.parts and file.suffix != ".so"]

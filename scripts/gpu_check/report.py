@@ -41,9 +41,11 @@ def verdict(results: list[Result], count: int, not_tested: Sequence[str] = ()) -
     return sentence + (f"; not passed: {', '.join(bad)}" if bad else "")
 
 
-def write_summary(stem: Path, facts: dict[str, Any], results: list[Result], count: int) -> None:
+def write_summary(
+    stem: Path, facts: dict[str, Any], results: list[Result], count: int, title: str = "GPU check"
+) -> None:
     """STEM.json and STEM.md."""
-    not_tested = untested(facts)
+    not_tested = untested(facts) if title == "GPU check" else []
     sentence = verdict(results, count, not_tested)
     everything = {
         "machine": facts,
@@ -53,4 +55,4 @@ def write_summary(stem: Path, facts: dict[str, Any], results: list[Result], coun
     }
     stem.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
     heading = "".join(f"- {name}: {fact}\n" for name, fact in facts.items())
-    stem.with_suffix(".md").write_text(f"# GPU check\n\n{heading}\n{table(results)}\n{sentence}\n")
+    stem.with_suffix(".md").write_text(f"# {title}\n\n{heading}\n{table(results)}\n{sentence}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,16 @@ def pytest_command(python: str, *arguments: str) -> tuple[str, ...]:
     return (python, "-m", "pytest", *settings, *report, "--devices", "cuda", *arguments)
 
 
+def build_steps(python: str, ends_by: float) -> list[Step]:
+    """The package, built from its sources without network, and whether it is what was wanted."""
+    install = (python, "-m", "pip", "install", "-v", "--no-index", "--no-build-isolation", "--no-deps")
+    build = (*install, "--no-cache-dir", "--target", str(SITE), str(SOURCE))
+    return [
+        Step("build", (build,), 300, ends_by, cwd=WORK),
+        Step("package", ((python, "-c", PACKAGE, str(SITE)),), 60, ends_by, ("build",), cwd=WORK),
+    ]
+
+
 def plan(facts: dict[str, Any], python: str, output: Path, total: float, quick: bool) -> list[Step]:
     """All steps. They run together except the benchmarks, for which the last part of the time is reserved."""
     tests = ROOT / "python_tests"
@@ -46,19 +57,10 @@ def plan(facts: dict[str, Any], python: str, output: Path, total: float, quick: 
         command = pytest_command(python, *arguments)
         return Step(name, (command,), seconds, before, ("build",), after, judge=pytest_summary, cwd=WORK)
 
-    install = (python, "-m", "pip", "install", "-v", "--no-index", "--no-build-isolation", "--no-deps")
-    build = (*install, "--no-cache-dir", "--target", str(SITE), str(SOURCE))
-    others: tuple[str, ...] = (
-        "models",
-        "test_apply.py",
-        "test_block.py",
-        "test_block_at_once.py",
-        "test_record.py",
-    )
-    others += ("test_macs.py",)
+    others = ["models", "test_apply.py", "test_block.py", "test_block_at_once.py", "test_record.py"]
+    others += ["test_macs.py"]
     steps = [
-        Step("build", (build,), 300, before, cwd=WORK),
-        Step("package", ((python, "-c", PACKAGE, str(SITE)),), 60, before, ("build",), cwd=WORK),
+        *build_steps(python, before),
         pytest_step("tests-operators", 300, str(tests / "ops")),
         pytest_step("tests-models", 300, *(str(tests / name) for name in others)),
         pytest_step("tests-cuda", 300, str(tests / "cuda")),
@@ -122,7 +124,8 @@ def environment(facts: dict[str, Any]) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH", "")])),
     }
     found.setdefault("TORCH_CUDA_ARCH_LIST", facts["capability"])
+    # ninja lies beside the Python that has it; without it, files are compiled one after another.
     nvcc = cuda_tool("nvcc")
-    if nvcc:
-        found["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(nvcc).parent)])
+    beside = [str(Path(program).parent) for program in (sys.executable, nvcc) if program]
+    found["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), *beside])
     return found

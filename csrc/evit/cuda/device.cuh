@@ -135,6 +135,10 @@ class SharedParts {
     if (!(condition)) __trap();       \
   } while (false)
 #elif defined(NDEBUG)
+// CUDA's headers and glibc's do not declare it with NDEBUG, which CMake's release build defines: nvcc 13.0
+// then refused restore_tokens.cu, where it is used outside of a template.
+extern "C" __host__ __device__ void __assert_fail(const char*, const char*, unsigned int,
+                                                  const char*) noexcept;
 #define EVIT_DEVICE_ASSERT(condition)                                                     \
   do {                                                                                    \
     if (!(condition)) __assert_fail(#condition, __FILE__, __LINE__, __PRETTY_FUNCTION__); \
