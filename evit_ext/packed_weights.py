@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 #: Puts a weight into the layout that oneDNN multiplies by fastest; None where torch lacks it.
 _reorder: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
@@ -18,15 +20,18 @@ class _Packed:
 
     def __init__(self) -> None:
         # The tensor is kept so that no other comes to lie at its address. Replaced as a whole, for threads.
-        self._last: tuple[Tensor, int, Tensor] | None = None
+        self._last: tuple[Tensor, tuple[int, int], Tensor] | None = None
+        #: Steps of optimizers that had the weight.
+        self.steps = 0
 
     def of(self, weight: Tensor) -> Tensor:
         """Return `weight` in oneDNN's layout, put there anew where it is not what it was."""
+        version = weight._version, self.steps
         if self._last is not None:
-            source, version, packed = self._last
-            if version == weight._version and _same_memory(source, weight):
+            source, packed_version, packed = self._last
+            if version == packed_version and _same_memory(source, weight):
                 return packed
-        source, version = weight.detach(), weight._version
+        source = weight.detach()
         packed = _reorder(source)
         self._last = source, version, packed
         return packed
@@ -47,6 +52,7 @@ _PACKED: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
 
 def keep(layers: Iterable[nn.Module]) -> None:
     """Let layers keep their weights packed."""
+    _watch_optimizers()
     for layer in layers:
         _PACKED.setdefault(layer, _Packed())
 
@@ -55,6 +61,21 @@ def let_go(layers: Iterable[nn.Module]) -> None:
     """Let layers no longer do so."""
     for layer in layers:
         _PACKED.pop(layer, None)
+
+
+@cache
+def _watch_optimizers() -> None:
+    """From now on, count the steps of optimizers: fused ones do not count as changes."""
+    register_optimizer_step_post_hook(_count_step)
+
+
+def _count_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling():
+        return  # a compiled step is counted by PyTorch, and may not be broken by this
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for layer, packed in list(_PACKED.items()):
+        if id(layer._parameters.get("weight")) in stepped:
+            packed.steps += 1
 
 
 def weight_of(layer: nn.Linear) -> Tensor:

@@ -18,7 +18,8 @@ def prepack(vit: Model, enabled: bool = True) -> Model:
     For inference on the CPU, where every product otherwise begins with putting the weight into that layout.
     Results are the same. It takes as much memory again as the weights of the blocks. They are packed when
     first used, and again after they were changed: by an optimizer, ``load_state_dict``, ``model.to(...)`` or
-    any operation on the parameter.
+    any operation on the parameter. A model that has gone to another device or dtype holds that memory, and
+    its former weights, until it is used here again or lets go of them.
 
     Has no effect where the layers do not run through oneDNN: with gradients, under ``torch.compile``, at keep
     rate 1, in float16 and on other devices. A copy of the model, or one that is loaded, has to be prepacked
@@ -26,7 +27,9 @@ def prepack(vit: Model, enabled: bool = True) -> Model:
 
     Warning:
         **What is written through ``parameter.data`` is not noticed**, as PyTorch does not count it as a
-        change. A model whose weights are changed in that way is not to be prepacked.
+        change; nor is what comes through other tensors, NumPy arrays or processes that share the memory, or
+        from the collectives of torch.distributed, such as ``broadcast(parameter)``. After such a change,
+        let go of the packed weights: ``prepack(vit, False)``, and prepack the model anew.
 
     Args:
         vit: a model that :func:`evit_ext.apply` changed.

@@ -82,10 +82,15 @@ def test_the_same_logits(small_vit: Build, packed: list[int], dtype: torch.dtype
     assert packed == [16, 32]
 
 
-def _optimize(vit: Any) -> None:
+def _optimize(vit: Any, fused: bool = False) -> None:
     with torch.enable_grad():
         vit(images()).square().mean().backward()
-    torch.optim.SGD(vit.parameters(), lr=0.1).step()
+    torch.optim.SGD(vit.parameters(), lr=0.1, fused=fused).step()
+
+
+def _optimize_fused(vit: Any) -> None:
+    # Of which PyTorch counts no change.
+    _optimize(vit, fused=True)
 
 
 def _load(vit: Any) -> None:
@@ -112,7 +117,9 @@ def _to_and_back(vit: Any) -> None:
     vit.to(torch.bfloat16).to(torch.float32)
 
 
-@pytest.mark.parametrize("change", [_optimize, _load, _assign, _replace_data, _copy, _to_and_back])
+@pytest.mark.parametrize(
+    "change", [_optimize, _optimize_fused, _load, _assign, _replace_data, _copy, _to_and_back]
+)
 def test_changes_are_noticed(small_vit: Build, packed: list[int], change: Callable[[Any], None]) -> None:
     vit = evit_ext.prepack(evit_ext.apply(small_vit(), 0.7))
     before = logits(vit)
@@ -120,6 +127,25 @@ def test_changes_are_noticed(small_vit: Build, packed: list[int], change: Callab
     close(vit)
     assert packed == [32, 32]
     assert not torch.allclose(logits(vit), before, rtol=1e-4)
+
+
+def test_an_optimizer_of_other_weights_changes_nothing(small_vit: Build, packed: list[int]) -> None:
+    vit, other = evit_ext.prepack(evit_ext.apply(small_vit(), 0.7)), small_vit()
+    logits(vit)
+    _optimize(other, fused=True)
+    logits(vit)
+    assert packed == [16, 32]
+
+
+def test_optimizers_can_still_be_compiled(small_vit: Build, packed: list[int]) -> None:
+    vit = evit_ext.prepack(evit_ext.apply(small_vit(), 0.7))
+    logits(vit)
+    with torch.enable_grad():
+        vit(images()).square().mean().backward()
+    optimizer = torch.optim.SGD(vit.blocks[0].attn.qkv.parameters(), lr=0.1)
+    torch.compile(optimizer.step, backend="aot_eager")()
+    close(vit)
+    assert packed == [17, 32]
 
 
 def test_weights_made_in_inference_mode_are_not_packed(small_vit: Build, packed: list[int]) -> None:

@@ -6,13 +6,18 @@ import contextlib
 import multiprocessing
 import pickle
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
 from evit_ext.benchmark.timing import Here
+
+#: How processes are started: macOS' own libraries do not outlive a fork, and Windows has none.
+METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 
 
 class Apart:
@@ -22,8 +27,9 @@ class Apart:
     call is: on Linux the same forward of a timm model had 50,000 page faults in a fresh process, and none
     after larger tensors than its own had been freed in the same one.
 
-    The process is forked from one that has imported this package and computed nothing. It ends with
-    :meth:`close`, or with this process.
+    The process is forked from one that has imported this package and computed nothing; elsewhere than on
+    Linux it is a new one. It ends with :meth:`close`, or with this process. It imports the program that is
+    run, which therefore does its work below ``if __name__ == "__main__":``.
 
     Args:
         make: given `arguments`, returns the call. A function of a module.
@@ -31,7 +37,7 @@ class Apart:
 
     Raises:
         TypeError: `make` or `arguments` cannot be pickled.
-        RuntimeError: `make` has failed; the message says how.
+        RuntimeError: `make` has failed, or the process has ended; the message says how.
     """
 
     def __init__(self, make: Callable[..., Callable[[], object]], *arguments: Any) -> None:
@@ -43,41 +49,50 @@ class Apart:
                 f"what is measured in a process of its own must be picklable: {error}; "
                 "measure it in this process instead (apart=False)"
             ) from error
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", "evit_ext.benchmark"])
+        if METHOD == "forkserver":
+            _start_fork_server()
+        context: Any = multiprocessing.get_context(METHOD)
         self._line, theirs = context.Pipe()
         self._process = context.Process(target=_answer, args=(theirs,), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._line.send_bytes(sent)
-        self._receive()
+        try:
+            with theirs:
+                self._process.start()
+            self._ask(sent)
+        except BaseException:
+            self.close()
+            raise
 
     def seconds(self) -> float:
         """Make the call; return how long it took."""
-        taken: float = self._ask("seconds")
+        taken: float = self._ask(b"seconds")
         return taken
 
     def memory(self) -> int | None:
         """Make the call; return what :func:`evit_ext.benchmark.memory_added` says of it."""
-        added: int | None = self._ask("memory")
+        added: int | None = self._ask(b"memory")
         return added
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, also in the midst of a call."""
         self._line.close()
-        self._process.join()
-
-    def _ask(self, command: str) -> Any:
-        self._line.send_bytes(command.encode())
-        return self._receive()
-
-    def _receive(self) -> Any:
-        try:
-            answer, failure = pickle.loads(self._line.recv_bytes())
-        except EOFError:
+        if self._process.pid is None:
+            return
+        self._process.join(1)  # waiting for a command, it ends by itself
+        if self._process.is_alive():
+            self._process.kill()
             self._process.join()
+
+    def _ask(self, command: bytes) -> Any:
+        try:
+            self._line.send_bytes(command)
+            answer, failure = pickle.loads(self._line.recv_bytes())
+        except (EOFError, ConnectionError):
+            self._process.join()
+            status = self._process.exitcode
+            # What fails in a call is answered: with this status, it did not come so far.
+            why = '; does the program measure below `if __name__ == "__main__":`?' if status == 1 else ""
             raise RuntimeError(
-                f"a process that was measured has ended, with exit status {self._process.exitcode}"
+                f"a process that was measured has ended, with exit status {status}{why}"
             ) from None
         if failure is not None:
             raise RuntimeError(f"in a process that was measured: {failure}")
@@ -95,6 +110,18 @@ def apart(
             calls[name] = Apart(make, *arguments)
             stack.callback(calls[name].close)
         yield calls
+
+
+def _start_fork_server() -> None:
+    """Start the process that others are forked from, unless it runs."""
+    multiprocessing.set_forkserver_preload(["__main__", "evit_ext.benchmark"])
+    resource_tracker.ensure_running()  # first: it lets signals through again
+    # While it imports, Ctrl-C would print a traceback; it ends with this process.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _answer(line: Connection) -> None:

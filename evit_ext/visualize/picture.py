@@ -21,8 +21,8 @@ from evit_ext.visualize.views import RateView
 #: Side of a picture in the large layout and in a contact sheet, in pixels.
 LARGE, SMALL = 240, 128
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-#: The longest side that a format has room for, in pixels.
-_LONGEST = {".jpg": 65535, ".jpeg": 65535, ".webp": 16383}
+#: The longest side that a format has room for, in pixels; of JPEG, that libjpeg writes.
+_LONGEST = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}
 #: What a dropped patch is mixed with, and how much of it; RGB.
 PAPER, PAPER_SHARE = (208, 212, 220), 0.86
 

@@ -67,8 +67,8 @@ Model::Model(const std::unordered_map<std::string, std::string>& metadata) {
   name = get("model");
   torch = get("torch");
   const auto input_size = numbers<int64_t>(get("input_size"));
-  expect(input_size.size() == 3 && input_size[0] == 3, "input_size", get("input_size"),
-         "3, height and width");
+  expect(input_size.size() == 3 && input_size[0] == 3 && input_size[1] > 0 && input_size[2] > 0, "input_size",
+         get("input_size"), "3, height and width");
   height = input_size[1];
   width = input_size[2];
   mean = numbers<double>(get("mean"));
@@ -78,7 +78,9 @@ Model::Model(const std::unordered_map<std::string, std::string>& metadata) {
   interpolation = get("interpolation");
   expect(interpolation == "bicubic" || interpolation == "bilinear", "interpolation", interpolation,
          "bicubic or bilinear");
-  crop_pct = std::stod(get("crop_pct"));
+  const auto shares = numbers<double>(get("crop_pct"));
+  expect(shares.size() == 1 && shares[0] > 0, "crop_pct", get("crop_pct"), "a number above 0");
+  crop_pct = shares[0];
   crop_mode = get("crop_mode");
   expect(crop_mode == "center" || crop_mode == "border" || crop_mode == "squash", "crop_mode", crop_mode,
          "center, border or squash");
@@ -86,7 +88,12 @@ Model::Model(const std::unordered_map<std::string, std::string>& metadata) {
       {"float32", at::kFloat}, {"float64", at::kDouble}, {"float16", at::kHalf}, {"bfloat16", at::kBFloat16}};
   expect(dtypes.count(get("dtype")) == 1, "dtype", get("dtype"), "float32, float64, float16 or bfloat16");
   dtype = dtypes.at(get("dtype"));
-  max_batch = metadata.count("evit.max_batch") ? std::stoll(get("max_batch")) : INT64_MAX;
+  max_batch = INT64_MAX;
+  if (metadata.count("evit.max_batch")) {
+    const auto most = numbers<int64_t>(get("max_batch"));
+    expect(most.size() == 1 && most[0] > 0, "max_batch", get("max_batch"), "a whole number, 1 or more");
+    max_batch = most[0];
+  }
   if (metadata.count("evit.classes")) {
     std::istringstream lines(get("classes"));
     for (std::string line; std::getline(lines, line);) classes.push_back(line);

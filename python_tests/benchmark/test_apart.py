@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +33,10 @@ def notes(file: Path) -> Callable[[], None]:
 
 def takes_memory(mib: int) -> Callable[[], object]:
     return lambda: torch.ones(mib * 2**20, dtype=torch.uint8)
+
+
+def waits(seconds: float) -> Callable[[], None]:
+    return lambda: time.sleep(seconds)
 
 
 def fails(when: str) -> Callable[[], object]:
@@ -71,6 +78,7 @@ def test_memory_is_that_of_the_process() -> None:
 def test_what_fails_there_is_said_here() -> None:
     with pytest.raises(RuntimeError, match="in a process that was measured: ValueError: no such thing"):
         Apart(fails, "made")
+    assert not multiprocessing.active_children()
     with apart({"call": (fails, ("called",))}) as calls:
         for _ in range(2):  # and the process stays
             with pytest.raises(RuntimeError, match="IndexError: list index out of range"):
@@ -80,6 +88,64 @@ def test_what_fails_there_is_said_here() -> None:
         pytest.raises(RuntimeError, match="has ended, with exit status -9"),
     ):
         calls["call"].seconds()
+    with (
+        apart({"call": (takes_memory, (1,))}) as calls,
+        pytest.raises(RuntimeError, match="has ended, with exit status -9$"),
+    ):
+        calls["call"]._process.kill()  # while it waits, as where memory is short
+        calls["call"]._process.join()
+        calls["call"].seconds()
+
+
+def test_it_ends_in_the_midst_of_a_call() -> None:
+    call = Apart(waits, 60.0)
+    call._line.send_bytes(b"seconds")
+    time.sleep(0.1)
+    start = time.monotonic()
+    call.close()
+    assert time.monotonic() - start < 30 and not call._process.is_alive()
+
+
+def test_where_there_is_no_fork_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys.modules[Apart.__module__], "METHOD", "spawn")
+    with apart({"call": (notes, (tmp_path / "note",))}) as calls:
+        assert 0.01 <= calls["call"].seconds() < 1
+    assert (tmp_path / "note").read_text().count("\n") == 1
+
+
+def run_program(folder: Path, program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a session of its own, as Ctrl-C reaches all processes of a terminal's."""
+    file = folder / "program.py"
+    file.write_text(f"from evit_ext.benchmark import Apart\n{program}")
+    # Into files: processes that stay would hold pipes open.
+    with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
+        done = subprocess.run([sys.executable, file], stdout=out, stderr=err, start_new_session=True)
+    said = [(folder / name).read_text() for name in ("out", "err")]
+    return subprocess.CompletedProcess(done.args, done.returncode, *said)
+
+
+def test_a_program_that_measures_when_it_is_imported(tmp_path: Path) -> None:
+    done = run_program(tmp_path, "Apart(print)\n")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("RuntimeError: a process that was measured has ended, with exit status 1")
+    assert 'below `if __name__ == "__main__":`' in last
+
+
+def test_interrupted_while_the_first_process_is_made(tmp_path: Path) -> None:
+    """The fork server, which imports for seconds by then, does not speak of it."""
+    program = """
+import os, signal, threading
+if __name__ == "__main__":
+    threading.Timer(0.5, os.killpg, (0, signal.SIGINT)).start()
+    try:
+        Apart(print).seconds()
+        print("made")
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+    done = run_program(tmp_path, program)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
 
 
 def test_what_cannot_be_pickled() -> None:

@@ -223,7 +223,7 @@ def test_help(classify: Path) -> None:
     ("arguments", "message"),
     [
         ("", "expected PACKAGE IMAGE...; --help says more"),
-        ("none.pt2 {photo}", "there is no file none.pt2"),
+        ("missing.pt2 {photo}", "there is no file missing.pt2"),
         (". {photo}", "there is no file ."),
         ("{photo} {photo}", "is no AOTInductor package: "),
         ("program.pt2 {photo}", "program.pt2 is no AOTInductor package: "),
@@ -232,6 +232,8 @@ def test_help(classify: Path) -> None:
             "nameless.pt2 cannot be used: it has no evit.model: expected a package of evit",
         ),
         ("lanczos.pt2 {photo}", "its interpolation is lanczos: expected bicubic or bilinear"),
+        ("none.pt2 {photo}", "its max_batch is 0: expected a whole number, 1 or more"),
+        ("no-share.pt2 {photo}", "its crop_pct is 0: expected a number above 0"),
         ("gpu.pt2 {photo}", "gpu.pt2 cannot be loaded: "),
         ("--device 1 {package} {photo}", "--device is for a GPU: {package} was compiled for the CPU"),
         ("{package} none.png", "none.png: No such file or directory"),
@@ -274,6 +276,8 @@ def bad_files(package: Path, photos: list[Path], tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("bad")
     with_metadata(package, folder / "nameless.pt2", {"evit.": "other."})
     with_metadata(package, folder / "lanczos.pt2", {'"bicubic"': '"lanczos"'})
+    with_metadata(package, folder / "none.pt2", {'"evit.dtype"': '"evit.max_batch": "0", "evit.dtype"'})
+    with_metadata(package, folder / "no-share.pt2", {'"evit.crop_pct": "0.92"': '"evit.crop_pct": "0"'})
     with_metadata(package, folder / "gpu.pt2", {'"AOTI_DEVICE_KEY": "cpu"': '"AOTI_DEVICE_KEY": "cuda"'})
     program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
     torch.export.save(program, folder / "program.pt2")

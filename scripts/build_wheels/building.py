@@ -45,8 +45,9 @@ class Builder:
         copy, made = self._scratch / "tree", self._scratch / "sdist"
         shutil.copytree(ROOT, copy, ignore=_MADE_HERE)
         made.mkdir()
-        # setup.py states its choices even here: this one needs no CUDA toolkit.
-        run([sys.executable, "-c", _SDIST, made], log, cwd=copy, environment={"FORCE_CUDA": "0"})
+        # setup.py states its choices even here: this one needs no CUDA toolkit, and is of no variant.
+        choices = {"FORCE_CUDA": "0", "EVIT_NAME_VARIANT": "0"}
+        run([sys.executable, "-c", _SDIST, made], log, cwd=copy, environment=choices)
         (sdist,) = made.glob("*.tar.gz")
         check_metadata(sdist, log)
         self.sdist = Path(shutil.copy2(sdist, output))
