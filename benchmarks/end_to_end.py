@@ -251,8 +251,8 @@ def takes_part(entry: Contestant, group: Group) -> bool:
         return group.task == "inference"  # under autograd it is the dense model
     if entry.name != "dense" and entry.keep_rate not in group.keep_rates:
         return False
-    # A DynamicViT trains by masking, with losses of its own; and it is not the compiled rival. Prepacking has no
-    # effect on either.
+    # A DynamicViT trains by masking, with losses of its own, and is not the compiled rival. Prepacking
+    # tells on neither.
     eager_only = entry.name.startswith("Dynamic") or entry.name.endswith(PREPACKED)
     return not eager_only or (group.task == "inference" and group.modes == ("eager",))
 
