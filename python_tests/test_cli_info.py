@@ -123,7 +123,7 @@ def test_budget_of_another_model_as_json(capsys: pytest.CaptureFixture[str]) -> 
         (["--budget", "nan"], "must be positive multiply-accumulates"),
         (["--budget", "1e-6"], "for an image of one patch, 16 pixels, more than the budget"),
         (["--budget", "4.6", "--keep-rate", "0"], "keep_rate must be in (0, 1], got 0"),
-        (["--budget", "4.6", "--tolerance", "-1"], "tolerance must be 0 or more"),
+        (["--budget", "4.6", "--tolerance", "-1"], "--tolerance must be from 0 to 100 percent, got -1"),
         (["--budget", "4.6", "--img-size", "224"], "leave out --img-size"),
         (["--tolerance", "1"], "--tolerance is for a --budget"),
     ],
