@@ -56,8 +56,8 @@ def fit_budget(
         macs: the budget, multiply-accumulates of one image (4.6e9 for 4.6 GMACs); or the name of a model,
             whose cost with all patches it is.
         keep_rates: to choose from, each in (0, 1].
-        tolerance: share of the budget, in [0, 1], by which a cost may be above it. DeiT-S at 256 and keep rate 0.8 has
-            4.61 GMACs, at 224 with all patches 4.60.
+        tolerance: share of the budget, in [0, 1], by which a cost may be above it. DeiT-S at 256 and keep
+            rate 0.8 has 4.61 GMACs, at 224 with all patches 4.60.
         arguments: of the model, such as ``drop_loc``, ``fuse_token`` and ``num_classes``.
 
     Returns:

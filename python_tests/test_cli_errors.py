@@ -53,6 +53,7 @@ CASES: dict[str, str] = {
     "export deit_tiny --random-weights --keep-rate 0": RATE,
     "export deit_tiny --random-weights --classes nowhere.txt": "nowhere.txt: No such file or directory",
     "export deit_tiny --random-weights --format hf --output notes.jpg": "notes.jpg is a file: give a folder",
+    "export deit_tiny --random-weights --format hf --opset 18": "--opset is for --format onnx, got",
     "info deit_smal": UNKNOWN,
     "info deit_tiny --keep-rate 0": RATE,
     "info deit_tiny --img-size 7": "should be divisible by patch size (16)",

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever reads, such as head, wants no more. What is still to be written would raise again at the end.
+        # Whoever reads, such as head, wants no more; what is still buffered would raise again at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
