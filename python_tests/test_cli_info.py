@@ -119,8 +119,8 @@ def test_budget_of_another_model_as_json(capsys: pytest.CaptureFixture[str]) -> 
     ("arguments", "message"),
     [
         (["--budget", "nothing"], "there is no model 'nothing'"),
-        (["--budget", "-1"], "must be positive multiply-accumulates"),
-        (["--budget", "nan"], "must be positive multiply-accumulates"),
+        (["--budget", "-1"], "--budget must be GMACs, 10^9 multiply-accumulates, above 0"),
+        (["--budget", "nan"], "--budget must be GMACs, 10^9 multiply-accumulates, above 0"),
         (["--budget", "1e-6"], "for an image of one patch, 16 pixels, more than the budget"),
         (["--budget", "4.6", "--keep-rate", "0"], "keep_rate must be in (0, 1], got 0"),
         (["--budget", "4.6", "--tolerance", "-1"], "--tolerance must be from 0 to 100 percent, got -1"),
