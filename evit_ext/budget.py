@@ -16,6 +16,9 @@ from evit_ext.models.by_name import create_dense, create_evit
 #: From none dropped to the lowest that the paper trains.
 KEEP_RATES = tuple(percent / 100 for percent in range(100, 45, -5))
 
+#: The largest budget: DeiT-T at about 3,000 pixels. For more, many hundred sizes would be tried.
+MOST_MACS = 10**13
+
 #: By what share a cost may be above the budget: costs are published to three digits or fewer.
 TOLERANCE = 0.01
 
@@ -53,8 +56,8 @@ def fit_budget(
         macs: the budget, multiply-accumulates of one image (4.6e9 for 4.6 GMACs); or the name of a model,
             whose cost with all patches it is.
         keep_rates: to choose from, each in (0, 1].
-        tolerance: share of the budget by which a cost may be above it. DeiT-S at 256 and keep rate 0.8 has
-            4.61 GMACs, at 224 with all patches 4.60.
+        tolerance: share of the budget, in [0, 1], by which a cost may be above it. DeiT-S at 256 and keep
+            rate 0.8 has 4.61 GMACs, at 224 with all patches 4.60.
         arguments: of the model, such as ``drop_loc``, ``fuse_token`` and ``num_classes``.
 
     Returns:
@@ -71,13 +74,15 @@ def fit_budget(
     rates = sorted(set(keep_rates), reverse=True)
     if not rates:
         raise ValueError("keep_rates must be some numbers in (0, 1], got none")
-    if not 0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance must be 0 or more, a share of the budget, got {tolerance}")
+    if not 0 <= tolerance <= 1:
+        raise ValueError(f"tolerance must be in [0, 1], a share of the budget, got {tolerance}")
     budget = cost_of(macs) if isinstance(macs, str) else macs
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
         raise TypeError(f"macs must be a number of multiply-accumulates or a model's name, got {budget!r}")
-    if not 0 < budget < math.inf:
-        raise ValueError(f"macs must be positive multiply-accumulates of one image, got {budget}")
+    if not 0 < budget <= MOST_MACS:
+        raise ValueError(
+            f"macs must be positive multiply-accumulates of one image, at most {MOST_MACS:g}, got {budget}"
+        )
     costs = _Costs(model, arguments)
     most = budget * (1 + tolerance)
     size = costs.largest(rates[0], most)

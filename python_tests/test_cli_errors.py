@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,9 +53,13 @@ CASES: dict[str, str] = {
     "export deit_tiny --random-weights --keep-rate 0": RATE,
     "export deit_tiny --random-weights --classes nowhere.txt": "nowhere.txt: No such file or directory",
     "export deit_tiny --random-weights --format hf --output notes.jpg": "notes.jpg is a file: give a folder",
+    "export deit_tiny --random-weights --format hf --opset 18": "--opset is for --format onnx, got",
     "info deit_smal": UNKNOWN,
     "info deit_tiny --keep-rate 0": RATE,
     "info deit_tiny --img-size 7": "should be divisible by patch size (16)",
+    "info deit_tiny --budget 0": "--budget must be GMACs, 10^9 multiply-accumulates, above 0",
+    "info deit_tiny --budget 4.6e9": "and at most 10000, or a model's name, got 4.6e9",
+    "info deit_tiny --budget 1 --tolerance -5": "--tolerance must be from 0 to 100 percent, got -5",
     "info --nothing": "unrecognized arguments: --nothing; see evit --help",
     "nothing": "invalid choice: 'nothing'",
 }
@@ -89,3 +97,14 @@ def test_help_shows_examples_that_can_be_read(command: str, capsys: pytest.Captu
     for words in lines:
         assert words[words.index("evit") + 1] == command
         parser().parse_args(words[words.index("evit") + 1 :])
+
+
+@pytest.mark.parametrize("line", ["info deit_tiny", "--completion bash"])
+def test_a_reader_that_has_enough(line: str) -> None:
+    """As `evit info | head -1`: neither an error nor a traceback, and the status of other commands."""
+    code = f"import sys; from evit_ext.cli import main; sys.exit(main({line.split()!r}))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as closed:
+        run = subprocess.run([sys.executable, "-c", code], stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert (run.returncode, run.stderr) == (128 + signal.SIGPIPE, "")

@@ -15,7 +15,8 @@ import torch
 
 from evit_ext.models.deit import is_connection_error
 
-_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+#: How the name of a repository of the Hugging Face hub begins, as of timm.
+HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 # As torch.hub, but for the 8 digits, "lvvit_s-26M-224-83.3.pth.tar" has no hash, nor has a date.
@@ -41,7 +42,7 @@ def local_file(source: str | os.PathLike[str], progress: bool, check: Callable[[
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"path_or_url must be a path or a URL, got {type(source).__name__}")
     if isinstance(source, str):
-        if source.startswith(_HUB_PREFIXES):
+        if source.startswith(HUB_PREFIXES):
             return hub_file(source, _HUB_FILES)
         scheme = _SCHEME.match(source)
         if scheme and scheme[1].lower() in ("https", "http"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -64,9 +66,15 @@ def _words(error: Exception) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for bad input."""
-    options = parser().parse_args(arguments)
+    options = argparse.Namespace(verbose=False)
     try:
+        options = parser().parse_args(arguments)
         status = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever reads, such as head, wants no more; what is still buffered would raise again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("evit: interrupted", file=sys.stderr)
         return 130

@@ -36,7 +36,7 @@ class Completion(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         try:
-            print(script(parser, str(values)))
+            print(script(parser, str(values)), flush=True)
         except ImportError as error:
             parser.error(str(error))
         parser.exit()

@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "model",
-        metavar="MODEL|RUN",
+        metavar="RUN|MODEL",
         help="folder of a run, or a model: of evit_ext.models, or any of timm's that evit_ext.apply supports",
     )
     parser.add_argument(
@@ -74,7 +74,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--max-batch", type=int, metavar="N", help="the most images at once, at least 2 (default: any number)"
     )
-    parser.add_argument("--opset", type=int, default=20, metavar="N", help="of ONNX (default: 20)")
+    parser.add_argument("--opset", type=int, metavar="N", help="of --format onnx (default: 20)")
     parser.add_argument(
         "--classes",
         type=Path,
@@ -94,6 +94,8 @@ def _export(options: argparse.Namespace) -> None:
     # So that a missing file is told before a model is built.
     if options.format == "hf" and options.max_batch is not None:
         raise ValueError("--max-batch is for files, and not for --format hf, whose model takes any number")
+    if options.format != "onnx" and options.opset is not None:
+        raise ValueError(f"--opset is for --format onnx, got --format {options.format}")
     classes = None if options.classes is None else options.classes.read_text("utf-8").splitlines()
     config, model, source = _trained(options)
     if options.keep_rates is not None:
@@ -118,7 +120,7 @@ def _export(options: argparse.Namespace) -> None:
         classes=classes,
         **images,
         max_batch=options.max_batch,
-        opset=options.opset,
+        opset=20 if options.opset is None else options.opset,
     )
     if options.json:
         print(json.dumps({**asdict(exported), "file": str(exported.file), "weights": source}, indent=2))

@@ -250,10 +250,17 @@ def _side_by_side(found: Sequence[dict[str, Any]], rates: Sequence[float]) -> st
 def _fits(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return what of a model fits the budget."""
     tolerance = budget.TOLERANCE if options.tolerance is None else options.tolerance / 100
+    if not 0 <= tolerance <= 1:
+        raise ValueError(f"--tolerance must be from 0 to 100 percent, got {options.tolerance:g}")
     try:
         macs = float(options.budget) * 1e9
     except ValueError:
         macs = float(budget.cost_of(options.budget))
+    if not 0 < macs <= budget.MOST_MACS:
+        raise ValueError(
+            f"--budget must be GMACs, 10^9 multiply-accumulates, above 0 and at most "
+            f"{budget.MOST_MACS / 1e9:g}, or a model's name, got {options.budget}"
+        )
     fits = evit_ext.fit_budget(name, macs, options.keep_rates or budget.KEEP_RATES, tolerance)
     return {
         "model": name,

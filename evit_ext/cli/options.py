@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -51,24 +51,28 @@ def chosen_device(options: argparse.Namespace) -> torch.device:
     return torch.device(options.device)
 
 
-def add_options(parser: Any, names: Iterable[str] | None = None) -> None:
+def add_options(
+    parser: Any, names: Iterable[str] | None = None, defaults: Mapping[str, str] | None = None
+) -> None:
     """Add ``--field VALUE`` for the fields of :class:`TrainConfig`; absent ones are not in the namespace.
 
     Args:
         parser: an ArgumentParser, or a group of one.
         names: of the fields; None is all.
+        defaults: what the help says of a field's default where the command has another one.
     """
     hints = typing.get_type_hints(TrainConfig)
     for entry in fields(TrainConfig):
         if names is not None and entry.name not in names:
             continue
         hint = hints[entry.name]
-        default = {} if entry.default is MISSING else entry.default
+        default = _shown({} if entry.default is MISSING else entry.default)
+        default = (defaults or {}).get(entry.name, default)
         arguments: dict[str, Any] = {
             "dest": entry.name,
             "default": argparse.SUPPRESS,
             # argparse formats help texts with %.
-            "help": entry.metadata["help"].replace("%", "%%") + f" (default: {_shown(default)})",
+            "help": entry.metadata["help"].replace("%", "%%") + f" (default: {default})",
         }
         if hint is bool:
             arguments["action"] = argparse.BooleanOptionalAction

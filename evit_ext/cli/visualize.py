@@ -60,7 +60,8 @@ def add_parser(commands: Any) -> None:
         description="Show a photograph as the model sees it and, stage by stage, the patches that are kept,\n"
         "what scores they got, and what the model takes it for with all patches and without.\n"
         "Several photographs, or a folder of them, make a contact sheet.",
-        usage="evit visualize PHOTO ... [--checkpoint RUN | --model NAME --checkpoint FILE] [OPTION ...]",
+        usage="evit visualize PHOTO ... [--checkpoint RUN | --model NAME [--checkpoint FILE | --pretrained]] "
+        "[OPTION ...]",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -90,7 +91,8 @@ def add_parser(commands: Any) -> None:
         "--most", type=int, default=64, metavar="N", help="photographs to show of more (default: 64)"
     )
     add_device(parser)
-    add_options(parser.add_argument_group("model, as in a run's configuration"), _FIELDS)
+    group = parser.add_argument_group("model, as in a run's configuration")
+    add_options(group, _FIELDS, {"model": "the run's; without a run it is needed"})
     parser.set_defaults(run=_visualize)
 
 

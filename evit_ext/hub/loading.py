@@ -13,7 +13,7 @@ from torch import nn
 
 from evit_ext.apply import apply
 from evit_ext.checkpoints import load_checkpoint
-from evit_ext.checkpoints.source import hub_file
+from evit_ext.checkpoints.source import HUB_PREFIXES, hub_file
 from evit_ext.keep_rates import set_keep_rate
 from evit_ext.models.by_name import create, is_ours
 
@@ -22,8 +22,6 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 #: What config.json has about token reorganisation, of which timm knows nothing.
 ENTRY = "evit"
-
-_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
 #: Arguments of timm.create_model that say where weights come from: these are in the folder.
 _NOT_OF_A_MODEL = frozenset(
@@ -71,7 +69,7 @@ def from_pretrained(
 
 def _find(source: str | os.PathLike[str], name: str) -> Path:
     """Return a file of a model, fetched where it is not here."""
-    if isinstance(source, str) and source.startswith(_HUB_PREFIXES):
+    if isinstance(source, str) and source.startswith(HUB_PREFIXES):
         return hub_file(source, (name,))
     folder = Path(source).expanduser()
     if not folder.exists():

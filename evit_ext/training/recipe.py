@@ -43,7 +43,7 @@ class Recipe:
         None, "decay of an exponential moving average of the weights; none keeps none"
     )
     keep_rate: float | None = option(None, "keep rate of an EViT at the end; none leaves the model's own")
-    keep_rate_start_epoch: float = option(0, "up to here the keep rate is 1,")
+    keep_rate_start_epoch: float = option(0, "up to here the keep rate is 1")
     keep_rate_end_epoch: float = option(0, "from here on it is keep_rate; between them a half cosine")
     keep_rate_token_step: int | None = option(
         None,
