@@ -35,12 +35,16 @@ $(BIN)/.created:
 	$(BIN)/python -m pip install "$(TORCH)" numpy "setuptools>=77" wheel ninja "pybind11>=2.13"
 	touch $@
 
-env: $(BIN)/.created
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable ".[dev]"
+# Built and installed with an extra, and again when a source was changed since: that takes minutes.
+SOURCES = pyproject.toml setup.py $(shell find csrc -type f)
+$(BIN)/.installed-%: $(BIN)/.created $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable ".[$*]"
+	touch $@
+
+env: $(BIN)/.installed-dev
 
 # ARGS="--difficulty hard --epochs 40", for example; `.venv/bin/python -m evit_ext.demo --help` lists them.
-demo: $(BIN)/.created
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable ".[demo]"
+demo: $(BIN)/.installed-demo
 	$(BIN)/python -m evit_ext.demo --output runs/demo $(ARGS)
 
 test: env test-cpp test-python test-cuda-on-host
@@ -84,8 +88,7 @@ gpu-bench:
 # RESULTS is the folder of the results, those of the repository by default.
 DEVICE ?= cpu
 RESULTS ?= benchmarks/results
-bench: $(BIN)/.created
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable ".[bench]"
+bench: $(BIN)/.installed-bench
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/end_to_end.py --device $(DEVICE) --output $(RESULTS)/end-to-end-$(DEVICE) $(ARGS)
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/growth.py --device $(DEVICE) --output $(RESULTS)/growth-$(DEVICE) $(ARGS)
 
@@ -100,8 +103,7 @@ docs: env
 	$(BIN)/python -m sphinx -EW --keep-going -c docs -d build/doctrees . build/site
 
 # ARGS="--python 3.12 --variant cpu", for example; scripts/build-wheels.py --help lists them.
-wheels: $(BIN)/.created
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable ".[wheels]"
+wheels: $(BIN)/.installed-wheels
 	$(BIN)/python scripts/build-wheels.py $(ARGS)
 
 clean:
