@@ -98,7 +98,7 @@ def test_products_outside_of_modules_are_counted() -> None:
 
 
 def test_other_sizes_wrappers_and_nothing_changed() -> None:
-    model = models.deit_tiny(keep_rate=[0.5, 1.0, 0.9], fuse_token=False, weight_init="skip")
+    model = models.deit_tiny(keep_rate=[0.5, 1.0, 0.9], fuse_token=False)
     before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
     layers = by_name(torch.nn.parallel.DataParallel(model), img_size=(32, 64))
     assert layers["blocks.3"][3:] == (9, 5, 8, 4, 0)
