@@ -31,7 +31,7 @@ import end_to_end_targets
 import onnx_rivals
 import torch
 from end_to_end_plot import ONNX, plot, shown_in_plot
-from operator_times.facts import machine
+from operator_times.facts import commit, machine
 from operator_times.report import targets_table, verdict
 from plain_evit import PlainEViT
 from time_limit import TimeLimit, at_most, left_out_lines, write_whole
@@ -301,6 +301,7 @@ def run_or_say(
 
 def main() -> int:
     options = parse()
+    commit()
     device = torch.device(options.device)
     limit = TimeLimit(options.minutes)
     torch.manual_seed(0)

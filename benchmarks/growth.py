@@ -38,7 +38,7 @@ from typing import Any
 
 import torch
 from growth_report import PATCH, fits, fits_table, plot, table, tokens
-from operator_times.facts import machine
+from operator_times.facts import commit, machine
 from plain_evit import PlainEViT
 from time_limit import TimeLimit, at_most, left_out_lines, write_whole
 
@@ -234,6 +234,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
+    commit()
     on_gpu = options.device == "cuda"
     seconds = options.seconds or (2.0 if options.quick or on_gpu else 4.0)
     rows: list[dict[str, Any]] = []

@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,15 @@ def _output(*command: str) -> str:
 
 
 def commit() -> str:
-    """EVIT_COMMIT where the source came without its history, else what git says."""
-    if os.environ.get("EVIT_COMMIT"):
-        return os.environ["EVIT_COMMIT"]
+    """EVIT_COMMIT where the source came without its history, else what git said when it was first asked.
+
+    To be called before results are written, which change the tree.
+    """
+    return os.environ.get("EVIT_COMMIT") or _commit_of_git()
+
+
+@cache
+def _commit_of_git() -> str:
     head = _output("git", "rev-parse", "HEAD")
     if not head:
         return "unknown"
