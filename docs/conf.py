@@ -29,6 +29,7 @@ NAVIGATION: dict[str, list[str]] = {
     "Figures": [
         "docs/benchmarks",
         "benchmarks/results/end-to-end-cpu",
+        "benchmarks/results/onnx-runtime-cpu",
         "benchmarks/results/growth-cpu",
         "benchmarks/results/operators-cpu",
         "benchmarks/results/training-scaling-cpu",

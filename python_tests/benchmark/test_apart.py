@@ -136,11 +136,11 @@ def test_a_program_that_measures_when_it_is_imported(tmp_path: Path) -> None:
 def test_interrupted_while_the_first_process_is_made(tmp_path: Path) -> None:
     """The fork server, which imports for seconds by then, does not speak of it."""
     program = """
-import os, signal, threading
+import functools, os, signal, threading, time
 if __name__ == "__main__":
     threading.Timer(0.5, os.killpg, (0, signal.SIGINT)).start()
     try:
-        Apart(print).seconds()
+        Apart(functools.partial, time.sleep, 10).seconds()
         print("made")
     except KeyboardInterrupt:
         print("interrupted")
