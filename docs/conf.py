@@ -78,7 +78,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(abc|collections|contextlib|numpy|os|pathlib|timm|torch|typing)\..*|Tensor"),
     ("py:class", r"(dict|tuple)\[.*|.*~typing.*"),  # parts of annotations
-    ("py:class", r"evit_ext\.((apply|prepack)\.Model|override\.Override)"),  # type variables, a base class
+    ("py:class", r"evit_ext\.((apply|keep_rates|prepack)\.Model|override\.Override)"),  # type variables, a base class
 ]
 
 html_theme = "furo"

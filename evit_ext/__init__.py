@@ -1,18 +1,22 @@
 """EViT for PyTorch: vision transformers that keep the patches that matter and fuse the rest.
 
 The method is that of Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via
-Token Reorganizations" (ICLR 2022, arXiv 2202.07800). ``apply`` turns a timm vision transformer into an EViT,
-``models`` builds the paper's, ``ops`` has the operators.
+Token Reorganizations" (ICLR 2022, arXiv 2202.07800). :func:`apply` turns a vision transformer of timm or
+transformers into an EViT, :mod:`evit_ext.models` builds the paper's, :mod:`evit_ext.ops` has the operators.
+The packages ``training``, ``data``, ``export``, ``visualize`` and ``benchmark`` are imported when first used.
 """
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 
 from evit_ext import models, ops
-from evit_ext.apply import apply, remove, set_keep_rate
+from evit_ext.apply import apply, remove
 from evit_ext.budget import fit_budget
 from evit_ext.checkpoints import load_checkpoint
 from evit_ext.costs import compare_costs
 from evit_ext.hub import from_pretrained, push_to_hub, save_pretrained
+from evit_ext.keep_rates import set_keep_rate
 from evit_ext.layer_costs import layer_costs
 from evit_ext.macs import count_macs
 from evit_ext.oracle import Oracle
@@ -46,3 +50,16 @@ __all__ = [
     "save_pretrained",
     "set_keep_rate",
 ]
+
+#: Imported when first asked for: ``import evit_ext`` alone would otherwise wait for all of them.
+_LAZY = frozenset({"benchmark", "data", "export", "training", "visualize"})
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _LAZY:
+        return importlib.import_module(f"evit_ext.{name}")
+    raise AttributeError(f"module 'evit_ext' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

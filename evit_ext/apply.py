@@ -1,4 +1,4 @@
-"""Turn a timm vision transformer into an EViT, change its keep rate, and turn it back."""
+"""Turn a vision transformer into an EViT, and back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from evit_ext import cpu_overrides, packed_weights
 from evit_ext.block import AdoptedBlock
-from evit_ext.families import FAMILIES, applied_blocks, check_block, cpu_forwards, family_of, find_blocks
+from evit_ext.families import FAMILIES, check_block, cpu_forwards, family_of, find_blocks
 from evit_ext.full_grid import FullGridIntermediates
 from evit_ext.override import ReplicateOverrides, overrides, remove_overrides
 
@@ -92,7 +92,7 @@ def apply(
     if following is not None:
         family.install(vit)
     cpu_overrides.install(find_blocks(vit) or nn.ModuleList(), cpu_forwards(vit))
-    _compute_faster(vit, rates)
+    switch_cpu_forwards(vit, rates)
     if FullGridIntermediates.fits(vit):
         FullGridIntermediates(vit, "forward_intermediates").install()
     if overrides(vit):
@@ -100,10 +100,10 @@ def apply(
     return vit
 
 
-def _compute_faster(vit: nn.Module, rates: Sequence[float]) -> None:
-    """Switch the faster forwards for the CPU on, or off where no patch is dropped.
+def switch_cpu_forwards(vit: nn.Module, rates: Sequence[float]) -> None:
+    """Switch the faster forwards for the CPU on, or off if every patch is kept.
 
-    They round otherwise than the model's own, and with keep rate 1 it is to be what it was, to the last bit.
+    They round differently, and with keep rate 1 the model promises the original's results to the last bit.
     """
     cpu_overrides.set_active(find_blocks(vit) or nn.ModuleList(), min(rates) < 1)
 
@@ -127,7 +127,7 @@ def check_arguments(
     if not isinstance(fuse_token, bool):
         raise TypeError(f"fuse_token must be True or False, got {fuse_token!r}")
     locations = _locations(drop_loc, depth)
-    return locations, _keep_rates(keep_rate, len(locations))
+    return locations, check_keep_rates(keep_rate, len(locations))
 
 
 def remove(vit: Model) -> Model:
@@ -162,32 +162,6 @@ def remove(vit: Model) -> Model:
     return vit
 
 
-def set_keep_rate(vit: Model, keep_rate: float | Sequence[float]) -> Model:
-    """Change the keep rate of an EViT; in place, from the next forward on.
-
-    Under ``torch.compile`` every new keep rate compiles the model again, and after
-    ``torch._dynamo.config.recompile_limit`` of them (8 unless changed) torch stops compiling:
-    :func:`evit_ext.training.allow_recompiles` lets it go on.
-
-    Args:
-        vit: a model that :func:`apply` changed.
-        keep_rate: share of the patch tokens to keep, in (0, 1], or one for each reorganising block.
-
-    Returns:
-        `vit`.
-
-    Raises:
-        TypeError: a keep rate is not a number.
-        ValueError: :func:`apply` was not called, a keep rate is not in (0, 1] or their number is wrong.
-    """
-    blocks = applied_blocks(vit)
-    rates = _keep_rates(keep_rate, len(blocks))
-    for block, rate in zip(blocks, rates, strict=True):
-        block.keep_rate = rate
-    _compute_faster(getattr(vit, "_orig_mod", vit), rates)
-    return vit
-
-
 def _locations(drop_loc: Sequence[int] | None, depth: int) -> list[int]:
     """Return the checked numbers of the reorganising blocks of a model with `depth` blocks."""
     if drop_loc is None:
@@ -212,8 +186,13 @@ def _locations(drop_loc: Sequence[int] | None, depth: int) -> list[int]:
     return locations
 
 
-def _keep_rates(keep_rate: float | Sequence[float], number: int) -> list[float]:
-    """Return `number` checked keep rates."""
+def check_keep_rates(keep_rate: float | Sequence[float], number: int) -> list[float]:
+    """Return `number` keep rates, one for each reorganising block.
+
+    Raises:
+        TypeError: a keep rate is not a number.
+        ValueError: a keep rate is not in (0, 1], or their number is wrong.
+    """
     if isinstance(keep_rate, (list, tuple)):
         rates = list(keep_rate)
         if len(rates) != number:

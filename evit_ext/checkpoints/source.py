@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import torch
 
-from evit_ext.models.deit import is_connection_error
+from evit_ext.models.building import is_connection_error
 
 #: How the name of a repository of the Hugging Face hub begins, as of timm.
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")

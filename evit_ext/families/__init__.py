@@ -168,7 +168,10 @@ def applied_blocks(vit: nn.Module) -> list[ReorganizingBlock]:
     """Return the reorganising blocks of `vit`; ValueError if there are none."""
     blocks = reorganizing_blocks(vit)
     if not blocks and hasattr(vit, "score_predictor"):
-        raise ValueError(f"{type(vit).__name__} drops tokens by its score_predictor: set its .keep_rate")
+        raise ValueError(
+            f"{type(vit).__name__} drops tokens by its score_predictor and has no block that reorganises "
+            "them: expected a model that evit_ext.apply changed"
+        )
     if not blocks:
         raise ValueError(
             f"{type(vit).__name__} has no block that reorganises tokens: call evit_ext.apply first"

@@ -20,12 +20,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from evit_ext.apply import check_arguments
-from evit_ext.models.building import (
-    explaining_missing_network,
-    feature_settings,
-    is_connection_error,
-    reorganizing,
-)
+from evit_ext.models.building import explaining_missing_network, feature_settings, reorganizing
 from evit_ext.models.deit_model import DeiT, DistilledDeiT
 from evit_ext.models.named import named_model
 
@@ -45,7 +40,6 @@ __all__ = [
     "deit_small_distilled",
     "deit_tiny",
     "deit_tiny_distilled",
-    "is_connection_error",
 ]
 
 Model = TypeVar("Model", bound=DeiT)

@@ -16,9 +16,8 @@ from timm.utils.model import unwrap_model
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from evit_ext.apply import set_keep_rate
 from evit_ext.families import reorganizing_blocks
-from evit_ext.keep_rates import keep_rates
+from evit_ext.keep_rates import keep_rates, set_keep_rate
 from evit_ext.randomness import derive_seed, random_state, seeded, set_random_state
 from evit_ext.schedule import keep_rate_schedule
 from evit_ext.training.building import build_criterion

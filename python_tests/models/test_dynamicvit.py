@@ -195,8 +195,8 @@ def test_arguments_are_checked_before_anything_is_fetched(monkeypatch: pytest.Mo
 def test_is_no_evit() -> None:
     with pytest.raises(ValueError, match="it drops tokens itself, by its score_predictor"):
         evit_ext.apply(micro())
-    with pytest.raises(ValueError, match=r"set its \.keep_rate"):
-        evit_ext.set_keep_rate(micro(), 0.5)
+    with pytest.raises(ValueError, match="by its score_predictor .* expected a model that evit_ext.apply"):
+        evit_ext.prepack(micro())
     with pytest.raises(NotImplementedError, match="no intermediate features"):
         micro().forward_intermediates(images())
     for mask in ({"attn_mask": torch.ones(17, 17, dtype=torch.bool)}, {"is_causal": True}):
@@ -282,6 +282,20 @@ def test_order_of_the_tokens_does_not_matter() -> None:
     shuffled = torch.cat([x[:, :1], x[:, 1:][:, torch.randperm(16)]], dim=1)
     model._embed = lambda tokens: tokens
     torch.testing.assert_close(model(shuffled), model(x), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_set_keep_rate(compiled: bool) -> None:
+    """The function that changes an EViT's keep rate changes a DynamicViT's, too."""
+    model = micro(keep_rate=0.9)
+    given: Any = torch.compile(model, backend="eager") if compiled else model
+    assert evit_ext.set_keep_rate(given, 0.5) is given
+    assert (model.keep_rate, model.keep_ratios) == (0.5, pytest.approx((0.5, 0.25, 0.125)))
+    evit_ext.set_keep_rate(given, [1, 0.5, 0.5])
+    assert model.keep_rate == (1.0, 0.5, 0.5)
+    with pytest.raises(ValueError, match=r"keep_rate must be in \(0, 1\], got 2"):
+        evit_ext.set_keep_rate(given, 2)
+    assert model.keep_rate == (1.0, 0.5, 0.5)
 
 
 def test_keep_rates() -> None:
