@@ -10,6 +10,17 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
+import torch  # noqa: F401  # loads the libraries that the compiled module needs
+
+try:
+    from evit_ext import _C  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"the compiled module evit_ext._C cannot be imported ({error}). If Python runs in a clone of the "
+        "repository, it finds the sources there instead of the installed package: run it elsewhere, or "
+        "install the clone with: pip install --no-build-isolation --editable ."
+    ) from error
+
 from evit_ext import models, ops
 from evit_ext.apply import apply, remove
 from evit_ext.budget import fit_budget

@@ -1,4 +1,4 @@
-"""What `import evit_ext` gives: the public names, and packages that are imported when first used."""
+"""What `import evit_ext` gives: public names, packages that are imported when first used, or an error."""
 
 from __future__ import annotations
 
@@ -39,3 +39,12 @@ def test_packages_are_imported_when_first_used() -> None:
 def test_unknown_names() -> None:
     with pytest.raises(AttributeError, match="module 'evit_ext' has no attribute 'traning'"):
         evit_ext.traning  # noqa: B018
+
+
+def test_a_missing_compiled_module_says_what_to_do() -> None:
+    """As in a clone that is not installed in editable mode."""
+    hidden = "import sys; sys.modules['evit_ext._C'] = None; import evit_ext"
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ImportError: the compiled module evit_ext._C cannot be imported (" in done.stderr
+    assert done.stderr.rstrip().endswith("pip install --no-build-isolation --editable .")
