@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from evit_ext.randomness import derive_seed, seeded
 from evit_ext.schedule import keep_rate_levels
 from evit_ext.training.building import build_model, build_objective, load_initial
 from evit_ext.training.compiling import allow_recompiles
-from evit_ext.training.config import TrainConfig, load_config
+from evit_ext.training.config import TrainConfig
 from evit_ext.training.evaluation import Evaluation, evaluate
 from evit_ext.training.folder_lock import FolderLock
 from evit_ext.training.loaders import Batch, Loaders
@@ -29,6 +28,8 @@ from evit_ext.training.precision import choose_precision
 from evit_ext.training.ranks import Ranks
 from evit_ext.training.results import Results
 from evit_ext.training.run_checkpoints import RunCheckpoints
+from evit_ext.training.run_clock import RunClock
+from evit_ext.training.run_folder import claim_folder
 from evit_ext.training.sharding import distribute, share_buffers
 from evit_ext.training.stopping import Stopped, StopSignals
 from evit_ext.training.summary import RunSummary, peak_memory
@@ -36,13 +37,6 @@ from evit_ext.training.trainer import Trainer
 from evit_ext.training.unreadable import UnreadableImages
 
 _WEIGHTS_STREAM = 2  # of the random numbers that the first weights are drawn from
-
-# What may differ when a run goes on: it changes neither what is learned nor the order of the images. Another
-# micro_batch, as another number of processes, has mixup and drop path draw other numbers.
-_MAY_CHANGE = (
-    "workers", "max_unreadable", "micro_batch", "checkpoint_every", "keep_checkpoints", "eval_every",
-    "log_every", "data", "teacher_checkpoint", "oracle_checkpoint", "initial_checkpoint",
-)  # fmt: skip
 
 
 class Run:
@@ -83,43 +77,14 @@ class Run:
         self._checkpoints = RunCheckpoints(self.folder / "checkpoints", config.keep_checkpoints)
         self._unreadable = UnreadableImages(self.folder, ranks, config.max_unreadable)
         self._results = Results(self.folder, ranks, config.model)
-        self._seconds = self._training_seconds = 0.0
-        self._epoch_start: float | None = None
+        self._clock = RunClock()
         self._stop = StopSignals()
         self._lock = FolderLock(self.folder, ranks)
-        self._take_folder(resume)
+        claim_folder(self.folder, config, self._checkpoints.steps(), ranks, may_resume=resume == "auto")
         self._build()
         resumed = self._load()
         self._unreadable.begin()
         self._metrics = Metrics(self.folder, tensorboard, ranks.is_first, resumed)
-
-    def _take_folder(self, resume: str) -> None:
-        """Refuse a folder that has another run; write this one's configuration into it."""
-        steps = self._checkpoints.steps()
-        if resume == "never" and steps:
-            raise ValueError(
-                f"{self.folder} has checkpoints, the newest of step {steps[-1]}: go on with resume 'auto', "
-                "or choose another folder"
-            )
-        seen = self.ranks.gather(steps)
-        if any(other != seen[0] for other in seen):
-            raise ValueError(
-                f"the processes see different checkpoints in {self.folder}: {seen}; it must be a folder that "
-                "all machines share"
-            )
-        path = self.folder / "config.yaml"
-        if steps and path.exists():
-            before, now = (dataclasses.asdict(config) for config in (load_config(path), self.config))
-            different = [name for name in now if now[name] != before[name] and name not in _MAY_CHANGE]
-            if different:
-                said = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in different)
-                raise ValueError(
-                    f"{self.folder} has a run with another configuration ({said}): choose another folder, or "
-                    "repeat that run's options to go on with it"
-                )
-        self.ranks.barrier()
-        if self.ranks.is_first:
-            self.config.save(path)
 
     def _build(self) -> None:
         config, ranks = self.config, self.ranks
@@ -166,7 +131,7 @@ class Run:
         state, step = found
         self.trainer.load_state_dict(state)
         self._results.load_state(state["results"])
-        self._seconds, self._training_seconds = state["seconds"], state["training_seconds"]
+        self._clock.load_state(state)
         self._unreadable.load_state(state["unreadable"])
         self._say(f"goes on from {self._checkpoints.path(step)}")
         return step
@@ -182,19 +147,18 @@ class Run:
             RuntimeError: another process ended.
         """
         trainer, config = self.trainer, self.config
-        self._start = time.perf_counter()
+        self._clock.start()
         self._introduce()
         with self._stop, allow_recompiles(self._programs()):
             for epoch in range(trainer.step // trainer.steps_per_epoch, config.epochs):
                 if trainer.step_in_epoch == 0:
                     self._evaluate_if_due(epoch)
                 name = f"epoch {epoch + 1}/{config.epochs}"
-                self._epoch_start = time.perf_counter()
-                batches = self._watched(self._loaders.train(epoch, trainer.step_in_epoch))
-                result = trainer.train_one_epoch(
-                    batches, name, self._progress and self.ranks.is_first, self._after_step
-                )
-                self._training_seconds, self._epoch_start = self._training_seconds_so_far(), None
+                with self._clock.training():
+                    batches = self._watched(self._loaders.train(epoch, trainer.step_in_epoch))
+                    result = trainer.train_one_epoch(
+                        batches, name, self._progress and self.ranks.is_first, self._after_step
+                    )
                 self._write(
                     "epoch",
                     loss=result.loss,
@@ -255,8 +219,7 @@ class Run:
         state = {
             **self.trainer.state_dict(),
             "results": self._results.state(),
-            "seconds": self._seconds_so_far(),
-            "training_seconds": self._training_seconds_so_far(),
+            **self._clock.state(),
             "unreadable": self._unreadable.state(),
         }
         failure: OSError | None = None
@@ -336,7 +299,6 @@ class Run:
     def _finish(self) -> RunSummary:
         """Write what came of the run."""
         trainer, config, model = self.trainer, self.config, unwrap_model(self.trainer.model)
-        seconds = self._seconds_so_far()
         images = trainer.step * config.batch_size
         summary = RunSummary(
             model=config.model,
@@ -352,8 +314,8 @@ class Run:
             steps=trainer.step,
             images=images,
             processes=self.ranks.world_size,
-            seconds=seconds,
-            images_per_second=images / self._training_seconds,
+            seconds=self._clock.seconds,
+            images_per_second=images / self._clock.training_seconds,
             peak_memory=peak_memory(self.ranks.device),
             unreadable=len(self._unreadable),
             checkpoints=str(self._checkpoints.folder),
@@ -407,14 +369,6 @@ class Run:
         if images is None:
             return None
         return math.ceil(math.ceil(images / self.ranks.world_size) / self._loaders.micro_batch)
-
-    def _seconds_so_far(self) -> float:
-        return self._seconds + time.perf_counter() - self._start
-
-    def _training_seconds_so_far(self) -> float:
-        """Return the seconds without evaluation, those of an epoch that is under way included."""
-        under_way = 0.0 if self._epoch_start is None else time.perf_counter() - self._epoch_start
-        return self._training_seconds + under_way
 
     def _say(self, text: str) -> None:
         if self.ranks.is_first:

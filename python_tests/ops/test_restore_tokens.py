@@ -1,4 +1,4 @@
-"""Tests of evit_ext.ops.restore_tokens."""
+"""restore_tokens: what it computes, its gradients, and that it undoes reorganize_tokens."""
 
 from __future__ import annotations
 
@@ -9,43 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from operator_tester import DTYPES, Case, OperatorTester, assert_near, differentiable, random_examples
+from restore_cases import make, make_fill, plain_loops
 from torch import Tensor
 
 from evit_ext import ops
-
-
-def make(
-    batch: int, num_kept: int, channels: int, num_patches: int, others: int = 2, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Tokens [B, `others` + K, C], as many as there are prefix and fused tokens, and kept [B, K]."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randn(batch, num_kept + others, channels, dtype=torch.float64, generator=generator)
-    ranks = torch.rand(batch, num_patches, generator=generator).argsort(dim=1)
-    return tokens, ranks[:, :num_kept].sort(dim=1).values
-
-
-def make_fill(batch: int, num_tokens: int, channels: int) -> Tensor:
-    generator = torch.Generator().manual_seed(99)
-    return torch.randn(batch, num_tokens, channels, dtype=torch.float64, generator=generator)
-
-
-def plain_loops(
-    tokens: Tensor, kept: Tensor, num_patches: int, num_prefix_tokens: int, fill: str | Tensor
-) -> Tensor:
-    """The definition, a row at a time."""
-    out = torch.zeros(tokens.shape[0], num_prefix_tokens + num_patches, tokens.shape[2], dtype=tokens.dtype)
-    for b in range(tokens.shape[0]):
-        out[b, :num_prefix_tokens] = tokens[b, :num_prefix_tokens]
-        for patch in range(num_patches):
-            places = kept[b].tolist()
-            row = num_prefix_tokens + patch
-            if patch in places:
-                out[b, row] = tokens[b, num_prefix_tokens + places.index(patch)]
-            elif isinstance(fill, Tensor):
-                out[b, row] = fill[b, row]
-            elif fill == "fused":
-                out[b, row] = tokens[b, -1]
-    return out
 
 
 class TestRestoreTokens(OperatorTester):
@@ -296,136 +263,3 @@ def test_many_patches(device: torch.device) -> None:
         others = torch.ones(4000, dtype=torch.bool, device=device)
         others[kept[0]] = False
         torch.testing.assert_close(actual[0, -1], grad[0, 1:][others].sum(dim=0), rtol=1e-11, atol=1e-11)
-
-
-FUNCTIONS = (ops.restore_tokens, ops.reference.restore_tokens)
-
-
-def test_errors(device: torch.device) -> None:
-    tokens, kept = (t.to(device) for t in make(2, 4, 5, 7))
-    tokens = tokens.float()
-    fill = make_fill(2, 8, 5).float().to(device)
-    for function in FUNCTIONS:
-        with pytest.raises(TypeError, match="num_patches must be an int, got float"):
-            function(tokens, kept, 7.0)
-        with pytest.raises(TypeError, match="num_prefix_tokens must be an int, got bool"):
-            function(tokens, kept, 7, True)
-        with pytest.raises(ValueError, match="num_patches must be at least 4, the number of kept .* got 3"):
-            function(tokens, kept, 3)
-        with pytest.raises(ValueError, match="num_prefix_tokens must not be negative, got -1"):
-            function(tokens, kept, 7, -1)
-        for prefix, numbers in (
-            (0, r"4 tokens \(P = 0, K = 4\) or 5"),
-            (3, r"7 tokens \(P = 3, K = 4\) or 8"),
-        ):
-            with pytest.raises(ValueError, match=rf"tokens must have {numbers} .*got shape \(2, 6, 5\)"):
-                function(tokens, kept, 7, prefix)
-        with pytest.raises(ValueError, match=r'tokens must have 6 tokens with fill "fused", .*\(2, 5, 5\)'):
-            function(tokens[:, :5], kept, 7)
-        with pytest.raises(
-            ValueError, match=r"must have 5 tokens .*where every patch is kept, .*\(2, 6, 5\)"
-        ):
-            function(tokens, torch.arange(4, device=device).expand(2, -1), 4)
-        with pytest.raises(ValueError, match='fill must be "fused", "zero" or a tensor .*got \'mean\''):
-            function(tokens, kept, 7, 1, "mean")
-        with pytest.raises(TypeError, match="fill must be .*, got NoneType"):
-            function(tokens, kept, 7, 1, None)
-        with pytest.raises(TypeError, match="fill must be .*, got int"):
-            function(tokens, kept, 7, 1, 0)
-        with pytest.raises(TypeError, match="one dtype, got torch.float64 and torch.float32"):
-            function(tokens, kept, 7, 1, fill.double())
-        for wrong in (fill[:, 1:], fill[:1], fill[..., 1:], fill[0]):
-            with pytest.raises(ValueError, match=r"fill must have shape .* = \(2, 8, 5\), got"):
-                function(tokens, kept, 7, 1, wrong)
-        with pytest.raises(TypeError, match="kept must be int64, got torch.int32"):
-            function(tokens, kept.int(), 7)
-        with pytest.raises(
-            ValueError, match=r"kept must have the batch size of tokens, 2, got shape \(1, 4\)"
-        ):
-            function(tokens, kept[:1], 7)
-        with pytest.raises(ValueError, match=r"kept must have shape \[B, K\], got \(4,\)"):
-            function(tokens, kept[0], 7)
-        with pytest.raises(ValueError, match=r"tokens must have shape \[B, P \+ K"):
-            function(tokens[0], kept, 7)
-        with pytest.raises(TypeError, match="tokens must be float32.*got torch.int64"):
-            function(tokens.long(), kept, 7)
-        with pytest.raises(TypeError, match="tokens must be a tensor of shape .*, got list"):
-            function([1.0], kept, 7)
-        with pytest.raises(ValueError, match="fill and tokens must be on one device"):
-            function(tokens, kept, 7, 1, fill.to("meta"))
-        with pytest.raises(ValueError, match="kept and tokens must be on one device"):
-            function(tokens, kept.to("meta"), 7)
-
-
-def test_contents_of_kept_are_checked_on_the_cpu() -> None:
-    tokens = torch.randn(2, 5, 3)
-    good = torch.tensor([[0, 2, 6], [1, 4, 5]])
-    for place, value, error, message in (
-        ((1, 2), 7, IndexError, r"kept must be in \[0, 7\), got 7"),
-        ((0, 0), -1, IndexError, r"kept must be in \[0, 7\), got -1"),
-        ((1, 1), 5, ValueError, r"kept must be strictly ascending, got \[1, 5, 5\]"),
-        ((0, 1), 0, ValueError, r"kept must be strictly ascending, got \[0, 0, 6\]"),
-        ((0, 0), 3, ValueError, r"kept must be strictly ascending, got \[3, 2, 6\]"),
-    ):
-        kept = good.clone()
-        kept[place] = value
-        for function in FUNCTIONS:
-            with pytest.raises(error, match=message):
-                function(tokens, kept, 7)
-
-
-def test_operator_refuses_what_the_function_would(device: torch.device) -> None:
-    tokens, kept = (t.to(device) for t in make(2, 4, 5, 7))
-    fill = make_fill(2, 8, 5).to(device)
-    operator, backward = torch.ops.evit.restore_tokens, torch.ops.evit.restore_tokens_backward
-    every = torch.arange(4, device=device).expand(2, -1).contiguous()
-    for args in (
-        (tokens, kept, 3, 1, True),
-        (tokens, kept, -1, 1, True),
-        (tokens, kept, 2**63 - 1, 1, True),
-        (tokens, kept, 7, -1, True),
-        (tokens, kept, 7, 0, True),
-        (tokens, kept, 7, 3, True),
-        (tokens, kept, 7, 2**62, True),
-        (tokens[:, :5], kept, 7, 1, True),
-        (tokens, every, 4, 1, True),
-        (tokens, kept, 7, 1, True, fill),
-        (tokens, kept, 7, 1, False, fill[:, 1:]),
-        (tokens, kept, 7, 1, False, fill[:1]),
-        (tokens, kept, 7, 1, False, fill.float()),
-        (tokens, kept.int(), 7, 1, True),
-        (tokens, kept[:1], 7, 1, True),
-        (tokens, kept[0], 7, 1, True),
-        (tokens[0], kept, 7, 1, True),
-        (tokens.long(), kept, 7, 1, True),
-    ):
-        with pytest.raises(RuntimeError):
-            operator(*args)
-    grad = make_fill(2, 8, 5).to(device)
-    for args in (
-        (grad, kept, 4, 1, False),
-        (grad, kept, 7, 1, False),
-        (grad, kept, -1, 1, False),
-        (grad, kept, 5, 1, True),
-        (grad[:, :5], every, 6, 1, True),
-        (grad, kept, 6, 9, False),
-        (grad, kept, 5, -1, False),
-        (grad[:, :4], kept, 6, 1, True),
-        (grad, kept.int(), 6, 1, True),
-        (grad, kept[:1], 6, 1, True),
-        (grad.long(), kept, 6, 1, True),
-        (grad[0], kept, 6, 1, True),
-    ):
-        with pytest.raises(RuntimeError):
-            backward(*args)
-    with pytest.raises(RuntimeError, match=r"tokens must have P \+ K = 7 tokens, or one more .*, got 6"):
-        operator(tokens, kept, 7, 3, True)
-    # On a GPU, the kernels look: python_tests/cuda/test_cuda_out_of_range.py.
-    wrongs = ([3, 1, 2, 4], [1, 1, 2, 4], [0, 1, 2, 7], [-1, 0, 1, 2]) if device.type == "cpu" else ()
-    for wrong in wrongs:
-        wrong_kept = torch.tensor([wrong, wrong], device=device)
-        with pytest.raises(RuntimeError, match=r"kept must be ascending and in \[0, 7\), got"):
-            operator(tokens, wrong_kept, 7, 1, True)
-        for fill_fused in (True, False):
-            with pytest.raises(RuntimeError, match=r"kept must be ascending and in \[0, 7\), got"):
-                backward(grad, wrong_kept, 6, 1, fill_fused)

@@ -2,86 +2,18 @@
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from image_data import CLASSES, IMAGE, damage, write_folder, write_parquet, write_tars
+from image_data import CLASSES, IMAGE, write_parquet, write_tars
+from open_loaders import assert_equal, fingerprints, loaders
 from torch import Tensor
 
 from evit_ext.data import ClutteredDigits, Digits
 from evit_ext.data.token_label_maps import read_label_map
-from evit_ext.training.config import TrainConfig
-from evit_ext.training.loaders import Batch, Loaders
-from evit_ext.training.ranks import Ranks
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """14 training images and 10 validation images of two classes."""
-    return write_folder(tmp_path_factory.mktemp("loaders") / "data")
-
-
-@pytest.fixture
-def spoilt(folder: Path, tmp_path: Path) -> Path:
-    """The same with four bad files in each split's class flower."""
-    data = tmp_path / "spoilt"
-    shutil.copytree(folder, data)
-    for split in ("train", "val"):
-        damage(data / split / "flower")
-    return data
-
-
-def loaders(
-    data: Path | None,
-    rank: int = 0,
-    world_size: int = 1,
-    micro_batch: int = 2,
-    accumulation: int = 1,
-    training: bool = True,
-    patch_grid: tuple[int, int] | None = None,
-    **fields: Any,
-) -> Loaders:
-    fields = {
-        "data": str(data) if data else None,
-        "batch_size": micro_batch * accumulation * world_size,
-        "workers": 0,
-        "epochs": 10,
-        **fields,
-    }
-    config = TrainConfig(**fields)
-    ranks = Ranks(rank, world_size, rank)
-    return Loaders(config, ranks, micro_batch, accumulation, IMAGE, patch_grid, training)
-
-
-def assert_equal(first: list[Batch], second: list[Batch]) -> None:
-    assert len(first) == len(second) > 0
-    for one, other in zip(first, second, strict=True):
-        assert torch.equal(one.images, other.images)
-        assert torch.equal(one.labels, other.labels)
-        assert one.unreadable == other.unreadable
-        assert (one.token_labels is None) == (other.token_labels is None)
-        if one.token_labels is not None:
-            assert torch.equal(one.token_labels, other.token_labels)
-
-
-def fingerprints(batches: list[Batch] | Iterator[Batch]) -> list[tuple[bytes, int]]:
-    """The images with their labels, in an order of their own."""
-    return sorted(
-        (image.numpy().tobytes(), int(label))
-        for batch in batches
-        for image, label in zip(batch.images, batch.labels, strict=True)
-    )
+from evit_ext.training.loaders import Batch
 
 
 def save_token_labels(folder: Path, root: Path) -> Path:
@@ -164,65 +96,6 @@ def test_repeated_augmentation_shows_half_the_images_twice(folder: Path) -> None
     seen = fingerprints(loaders(folder, augment=False, **data).train(0))
     assert len(seen) == 10 and len(set(seen)) == 5
     assert len(set(fingerprints(loaders(folder, **data).train(0)))) == 10
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_counts_each_image_once(spoilt: Path, world_size: int) -> None:
-    everything = fingerprints(loaders(spoilt).val())
-    assert len(everything) == 6
-    parts, unreadable = [], []
-    for rank in range(world_size):
-        batches = list(loaders(spoilt, rank, world_size, micro_batch=3, workers=rank % 2).val())
-        parts += fingerprints(batches)
-        unreadable += [report.path for batch in batches for report in batch.unreadable]
-        assert all(batch.images.shape == (len(batch.labels), 3, 32, 32) for batch in batches)
-    assert sorted(parts) == everything
-    assert sorted(unreadable) == [str(spoilt / "val" / "flower" / f"{number}.jpg") for number in range(4)]
-
-
-def test_a_batch_without_a_readable_image(spoilt: Path) -> None:
-    shutil.rmtree(spoilt / "val" / "china")
-    shutil.rmtree(spoilt / "train" / "china")
-    batches = list(loaders(spoilt, micro_batch=4).val())
-    assert [len(batch.labels) for batch in batches] == [0, 1]
-    assert batches[0].images.shape == (0, 3, 32, 32) and len(batches[0].unreadable) == 4
-
-
-def test_in_training_the_next_image_takes_the_place(spoilt: Path) -> None:
-    """The last five files of flower: four bad ones, so 4.jpg is seen five times."""
-    opened = loaders(spoilt, train_split="val", augment=False, micro_batch=5, workers=1)
-    batches = list(opened.train(0))
-    seen = fingerprints(batches)
-    assert len(seen) == 10 and max(seen.count(one) for one in seen) == 5
-    assert set(seen) == set(fingerprints(opened.val()))
-    names = sorted({Path(report.path).name for batch in batches for report in batch.unreadable})
-    assert names == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
-    assert (
-        "100000x100000"
-        in {Path(report.path).name: report.reason for batch in batches for report in batch.unreadable}[
-            "3.jpg"
-        ]
-    )
-
-
-def test_nothing_readable_ends_the_run(folder: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(folder, data)
-    for path in (data / "train").rglob("*.jpg"):
-        path.write_bytes(b"")
-    for workers in (0, 1):
-        with pytest.raises(RuntimeError, match=r"too many images in a row.*train/.*not an image"):
-            list(loaders(data, workers=workers).train(0))
-
-
-def test_a_file_that_vanishes_while_training(folder: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(folder, data)
-    opened = loaders(data)
-    (data / "train" / "china" / "3.jpg").unlink()
-    reports = [report for batch in opened.train(0) for report in batch.unreadable]
-    assert [Path(report.path).name for report in reports] == ["3.jpg"]
-    assert "FileNotFoundError" in reports[0].reason
 
 
 def test_tars_and_arrow_give_the_same_batches(folder: Path, tmp_path: Path) -> None:
@@ -364,46 +237,3 @@ def test_classes_that_differ_are_named(folder: Path, tmp_path: Path) -> None:
     message = "only the training data has flower; only the validation data has tree"
     with pytest.raises(ValueError, match=message):
         loaders(data)
-
-
-def test_workers_outlive_signals_but_not_their_process(folder: Path) -> None:
-    """A run in a process group of its own is told to stop, goes on loading, and is then killed."""
-    script = Path(__file__).parent / "loading_run.py"
-    paths = [str(script.parents[1]), str(script.parents[2])]
-    with subprocess.Popen(
-        [sys.executable, str(script), str(folder)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        start_new_session=True,
-    ) as run:
-        assert run.stdout is not None
-        try:
-            worker = int(run.stdout.readline())
-            os.killpg(run.pid, signal.SIGTERM)
-            os.kill(worker, signal.SIGINT)
-            # More than what the worker had prepared already.
-            lines = [run.stdout.readline().split() for _ in range(8)]
-            assert lines[-1] == ["batch", "7", "stopped"]
-            assert Path(f"/proc/{worker}").exists()
-        finally:
-            run.kill()
-    for _ in range(150):
-        stat = Path(f"/proc/{worker}/stat")
-        # Z: it has ended, and who has inherited it does not ask.
-        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
-            return
-        time.sleep(0.1)
-    raise AssertionError("the worker is still there after 15 seconds")
-
-
-def test_an_error_in_a_worker_leaves_no_worker(folder: Path, tmp_path: Path) -> None:
-    """Also where a traceback keeps the loader until the garbage is collected."""
-    opened = loaders(folder, workers=1, token_labels=str(tmp_path), patch_grid=(2, 2))
-    with pytest.raises(FileNotFoundError, match="no token labels"):
-        list(opened.train(0))
-    gc.collect()
-    for child in multiprocessing.active_children():
-        child.terminate()
-        child.join(timeout=3)
-    assert not multiprocessing.active_children()

@@ -9,15 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from image_data import damage, write_folder, write_parquet, write_shards
-from test_loaders import assert_equal, fingerprints, loaders
+from image_data import damage, write_parquet, write_shards
+from open_loaders import assert_equal, fingerprints, loaders
 
 from evit_ext.data.streams import Encoded, WebDataset, read_tar, shuffled
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("streams") / "data")
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_cpu_inference import Calls, pytestmark  # noqa: F401  the portable kernels are not used
-from test_huggingface import LINES, build, images, output
+from cpu_calls import Calls
+from huggingface_models import LINES, build, images, output
 from torch import nn
 
 import evit_ext
+from evit_ext import cpu_inference
 
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    return Calls(monkeypatch)
+pytestmark = pytest.mark.skipif(
+    not cpu_inference.SUPPORTED, reason="the portable kernels are not used in models: they are no faster"
+)
 
 
 @pytest.mark.parametrize("line", LINES)

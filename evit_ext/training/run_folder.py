@@ -1,0 +1,62 @@
+"""The folder of a run: whether a configuration may use it, and its ``config.yaml``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from evit_ext.training.config import TrainConfig, load_config
+from evit_ext.training.ranks import Ranks
+
+# What may differ when a run is resumed: it changes neither what is learned nor the order of the images. With
+# another micro_batch, as with another number of processes, mixup and drop path draw other numbers.
+_MAY_CHANGE = (
+    "workers", "max_unreadable", "micro_batch", "checkpoint_every", "keep_checkpoints", "eval_every",
+    "log_every", "data", "teacher_checkpoint", "oracle_checkpoint", "initial_checkpoint",
+)  # fmt: skip
+
+
+def claim_folder(
+    folder: Path, config: TrainConfig, steps: Sequence[int], ranks: Ranks, may_resume: bool
+) -> None:
+    """Write a run's configuration into its folder, unless the folder belongs to another run.
+
+    Every process must call it.
+
+    Args:
+        folder: of the run; it exists.
+        config: what the run does.
+        steps: of the checkpoints that this process sees in the folder, ascending.
+        ranks: the processes; the first one writes.
+        may_resume: False refuses a folder that has checkpoints.
+
+    Raises:
+        ValueError: the folder has checkpoints that may not be resumed, or are of another configuration; or
+            the processes see different ones.
+        OSError: the configuration cannot be written.
+    """
+    if steps and not may_resume:
+        raise ValueError(
+            f"{folder} has checkpoints, the newest of step {steps[-1]}: go on with resume 'auto', or choose "
+            "another folder"
+        )
+    seen = ranks.gather(steps)
+    if any(other != seen[0] for other in seen):
+        raise ValueError(
+            f"the processes see different checkpoints in {folder}: {seen}; it must be a folder that all "
+            "machines share"
+        )
+    path = folder / "config.yaml"
+    if steps and path.exists():
+        before, now = (dataclasses.asdict(each) for each in (load_config(path), config))
+        different = [name for name in now if now[name] != before[name] and name not in _MAY_CHANGE]
+        if different:
+            said = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in different)
+            raise ValueError(
+                f"{folder} has a run with another configuration ({said}): choose another folder, or repeat "
+                "that run's options to go on with it"
+            )
+    ranks.barrier()
+    if ranks.is_first:
+        config.save(path)

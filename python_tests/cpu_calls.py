@@ -1,0 +1,49 @@
+"""How often a model calls the CPU's kernel for attention and oneDNN's linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from evit_ext import cpu_inference, ops
+
+Build = Callable[..., Any]
+
+
+class Calls:
+    """Counts the calls of the attention kernel and of oneDNN's linear layers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.attention = self.linear = self.gelu = 0
+        attention, linear = ops.attention_with_scores, cpu_inference._linear_pointwise
+
+        def count_attention(*arguments: Any) -> Any:
+            self.attention += 1
+            return attention(*arguments)
+
+        def count_linear(x: Tensor, weight: Tensor, bias: Tensor, what: str, *rest: Any) -> Tensor:
+            self.linear += 1
+            self.gelu += what == "gelu"
+            return linear(x, weight, bias, what, *rest)
+
+        monkeypatch.setattr(ops, "attention_with_scores", count_attention)
+        monkeypatch.setattr(cpu_inference, "_linear_pointwise", count_linear)
+
+    def during(self, model: nn.Module, images: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+        """Return what `model` computes without gradients, and the calls that took."""
+        self.attention = self.linear = self.gelu = 0
+        with torch.no_grad():
+            out = model(images)
+        return out, (self.attention, self.linear, self.gelu)
+
+
+def images(dtype: torch.dtype = torch.float32, batch: int = 3) -> Tensor:
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+#: A block has an attention, four linear layers, one of them with a GELU; the model has four blocks.
+FAST = (4, 16, 4)
