@@ -25,32 +25,30 @@ def apply(
     drop_loc: Sequence[int] | None = None,
     fuse_token: bool = True,
 ) -> Model:
-    """Make `vit` drop the patches that are paid the least attention; in place.
+    """Make a vision transformer drop the patches that receive the least attention; in place.
 
     Method of Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token
-    Reorganizations" (ICLR 2022). Parameters and state-dict keys stay as they are, and what the other blocks
-    compute. With keep rate 1 the model computes what it did before, to the last bit; below 1, without
-    gradients on the CPU, all blocks run faster forwards, which differ by rounding
-    (:mod:`evit_ext.cpu_inference`).
+    Reorganizations" (ICLR 2022). Parameters and state-dict keys stay as they are. With keep rate 1 the model
+    computes exactly what it did before, to the last bit. Below 1, on the CPU without gradients, all blocks
+    run faster forwards, whose results differ by rounding (:mod:`evit_ext.cpu_inference`).
 
     Args:
         vit: a vision transformer of timm (VisionTransformer, Eva, Beit) or of transformers (ViT, DeiT,
-            DINOv2, CLIP, SigLIP). Where it has no class token, the mean of all tokens' attention ranks the
-            patches (:func:`evit_ext.ops.mean_attention`).
+            DINOv2, CLIP, SigLIP). If it has no class token, patches are ranked by the attention of all
+            tokens, averaged (:func:`evit_ext.ops.mean_attention`).
         keep_rate: share of the patch tokens that a reorganising block keeps, in (0, 1]; one number, or one
             for each reorganising block. ``ceil(keep_rate * patch tokens)`` are kept.
         drop_loc: numbers of the reorganising blocks, ascending, from 0; by default those at 1/4, 2/4 and 3/4
             of the depth, which are the paper's 3, 6, 9 of 12.
-        fuse_token: fuse the patches that are not kept into one token, weighted by their scores; without it
-            they are lost.
+        fuse_token: fuse the patches that are not kept into one token, weighted by their scores; False
+            discards them.
 
     Returns:
         `vit`.
 
-    After a reorganising block there is no longer a token for every patch. Of timm's models,
-    ``forward_intermediates`` returns full grids nevertheless: see
-    :class:`evit_ext.full_grid.FullGridIntermediates`. Hooks on a replaced block go on running, hooks on its
-    ``attn`` only while it keeps all patches.
+    After a reorganising block there is no longer a token for every patch. ``forward_intermediates`` of timm's
+    models still returns full grids, see :class:`evit_ext.full_grid.FullGridIntermediates`. Hooks on a
+    replaced block keep running, hooks on its ``attn`` only while the block keeps all patches.
 
     Raises:
         TypeError: `vit` is no module, a keep rate or block number is not a number, `fuse_token` not a bool.
@@ -109,7 +107,7 @@ def switch_cpu_forwards(vit: nn.Module, rates: Sequence[float]) -> None:
 
 
 def _is_changed(vit: nn.Module) -> bool:
-    """Return whether anything of :func:`apply` is in `vit`, be it that its reorganising blocks are gone."""
+    """Return whether `vit` has anything of :func:`apply`, even if its reorganising blocks are gone."""
     return bool(overrides(vit)) or any(isinstance(b, AdoptedBlock) for b in find_blocks(vit) or ())
 
 
@@ -134,13 +132,13 @@ def remove(vit: Model) -> Model:
     """Undo :func:`apply`: put the original blocks back, with the parameters the model has now; in place.
 
     Args:
-        vit: a model that :func:`apply` changed. A model that it did not change is returned as it is.
+        vit: a model that :func:`apply` changed; any other model is returned as it is.
 
     Returns:
         `vit`.
 
     Raises:
-        RuntimeError: a block was made another class in the meantime, as by ``fully_shard``.
+        RuntimeError: the class of a block has changed since, as ``fully_shard`` does.
     """
     inner: nn.Module = getattr(vit, "_orig_mod", vit)  # torch.compile's wrapper hands attributes on
     blocks = find_blocks(inner) or nn.ModuleList()

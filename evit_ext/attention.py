@@ -1,4 +1,4 @@
-"""timm's attentions, run so that they also say how much attention every token is paid.
+"""timm's attentions, run so that they also return how much attention every token receives.
 
 Notation: B batch, H heads, N tokens, P prefix tokens, C channels, D channels a head.
 """
@@ -47,7 +47,7 @@ def class_token_score(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 def mean_score(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     """Return how much all tokens attend to every token on average, for models without a class token.
 
-    Arguments and result as of :func:`class_token_score`; without a bias.
+    Takes and returns the same as :func:`class_token_score`, but no bias.
     """
     assert bias is None
     return ops.mean_attention(q, k)
@@ -89,7 +89,7 @@ def attend(
     rope: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run one of timm's attentions on `x` and also return how much attention every token is paid.
+    """Run one of timm's attentions on `x` and also return how much attention every token receives.
 
     The output is that of the attention itself. It goes through scaled_dot_product_attention, or, on the CPU
     and without gradients, through :func:`evit_ext.ops.attention_with_scores` where that computes the same; so

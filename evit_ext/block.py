@@ -62,11 +62,11 @@ def _can_reorganize_and_norm_at_once(norm: nn.Module | None, x: Tensor, branch: 
 
 
 class AdoptedBlock(nn.Module):
-    """A block that stands in the place of another and shares all that it has.
+    """A block that replaces another and shares everything it has.
 
-    Submodules, parameters, buffers, hooks and attributes are those of the replaced block, under their names:
-    the keys of the state dict stay the same, handles of hooks remove them still, and what is changed here is
-    what the replaced block has when it comes back. A block that was compiled (``block.compile()``) has to be
+    Submodules, parameters, buffers, hooks and attributes are those of the replaced block, under the same
+    names. So state-dict keys stay the same, hook handles still remove their hooks, and changes made here are
+    still there when the replaced block comes back. A block that was compiled (``block.compile()``) must be
     compiled again.
 
     Args:
@@ -74,7 +74,7 @@ class AdoptedBlock(nn.Module):
         stage: number of the reorganising blocks before it.
     """
 
-    #: What this block has of its own, which the replaced one must not get.
+    #: This block's own attributes, which the replaced block must not get.
     _OWN: frozenset[str] = frozenset({"_replaced", "stage"})
 
     def __init__(self, block: nn.Module, stage: int) -> None:
@@ -86,11 +86,11 @@ class AdoptedBlock(nn.Module):
         self.stage = stage
 
     def original(self) -> nn.Module:
-        """Return the replaced block with all that this one has, and its mode."""
+        """Return the replaced block, with everything this one has now, and in the same mode."""
         (block,) = self._replaced
         shared = {k: v for k, v in self.__dict__.items() if k not in self._OWN and k not in _BOUND}
         for name in set(block.__dict__) - set(shared) - _BOUND:
-            del block.__dict__[name]  # deleted here in the meantime
+            del block.__dict__[name]  # was deleted from this block since
         block.__dict__.update(shared)
         return block
 
@@ -100,16 +100,15 @@ class AdoptedBlock(nn.Module):
 
 
 class ReorganizingBlock(AdoptedBlock):
-    """A transformer block that keeps the patches that are paid the most attention.
+    """A transformer block that keeps the patches that receive the most attention.
 
     Computes, with the submodules of the block it replaces, ``x + attention(x)``, then
     :func:`evit_ext.ops.reorganize_tokens`, then ``x + mlp(x)`` (Liang et al., ICLR 2022, section 3).
-    Where every patch would be kept, it computes what the replaced block computes. Without gradients, the sum,
-    the reorganisation and the norm before the MLP are one operator,
-    :func:`evit_ext.ops.add_reorganize_norm`, wherever it computes the same.
+    If every patch is kept, it computes what the replaced block computes. Without gradients, the sum, the
+    reorganisation and the norm before the MLP run as one operator, :func:`evit_ext.ops.add_reorganize_norm`,
+    wherever that computes the same.
 
-    What differs between block classes is in subclasses, one for each class that can be replaced; see
-    :mod:`evit_ext.families`.
+    There is a subclass for each block class that can be replaced; see :mod:`evit_ext.families`.
 
     Args:
         block: the block to replace.
@@ -147,16 +146,16 @@ class ReorganizingBlock(AdoptedBlock):
         self.num_prefix_tokens = num_prefix_tokens
         self.fuse_token = fuse_token
         self.class_token = class_token
-        #: The records that are being taken, each with the stage that this block is in it.
+        #: The active records, each with the number that this block has among their stages.
         self.recorders: tuple[tuple[TokenRecord, int], ...] = ()
-        #: What an oracle says, while one decides which patches to keep.
+        #: Set while an oracle decides which patches to keep.
         self.guidance: Guidance | None = None
 
     def num_keep(self, num_patches: int) -> int:
         """Return K, how many of the patch tokens that enter the block it keeps."""
         return math.ceil(self.keep_rate * num_patches)
 
-    # What a subclass says about its block class.
+    # To be defined by the subclass for a block class.
 
     def attention_branch(self, x: Tensor, score: Score, positions: Any) -> tuple[Tensor, Tensor]:
         """Return what the attention adds to `x` [B, N, C], and the scores [B, N] of `score`.
@@ -186,12 +185,13 @@ class ReorganizingBlock(AdoptedBlock):
 
         Args:
             x: tokens [B, N, C].
-            unchanged: computes what the replaced block does of `x`, for where all patches are kept.
-            masked: whether there is a mask, with which no token can be dropped.
+            unchanged: runs the replaced block on `x`; called if all patches are kept.
+            masked: whether there is an attention mask, with which no token can be dropped.
             positions: of the tokens, for :meth:`attention_branch`.
-            trail: is told which tokens were kept.
-            kept: is given the kept patch tokens, int64 [B, K] as of :func:`evit_ext.ops.reorganize_tokens`,
-                where not all are kept. A list, so that the output, which hooks see, is always the tokens.
+            trail: the stage is added to it.
+            kept: the kept patch tokens, int64 [B, K] (see :func:`evit_ext.ops.reorganize_tokens`), are
+                appended to it unless all are kept. A list, so that the output that hooks see is always the
+                tokens.
         """
         prefix = self.num_prefix_tokens
         num_patches = x.shape[1] - prefix

@@ -13,7 +13,7 @@ from evit_ext.keep_rates import set_keep_rate
 from evit_ext.macs import count_macs
 from evit_ext.models.by_name import create_dense, create_evit
 
-#: From none dropped to the lowest that the paper trains.
+#: From 1, where nothing is dropped, to the lowest keep rate in the paper.
 KEEP_RATES = tuple(percent / 100 for percent in range(100, 45, -5))
 
 #: The largest budget: DeiT-T at about 3,000 pixels. For more, many hundred sizes would be tried.
@@ -29,7 +29,7 @@ class BudgetFit(NamedTuple):
     Attributes:
         img_size: height and width of the images in pixels.
         keep_rate: share of the patches that a stage keeps.
-        macs: multiply-accumulates of one image, as of :func:`evit_ext.count_macs`.
+        macs: multiply-accumulates of one image, as :func:`evit_ext.count_macs` counts them.
     """
 
     img_size: int
@@ -48,24 +48,25 @@ def fit_budget(
 
     What EViT saves can be spent on larger images: the paper (Liang et al., ICLR 2022, section 4) has DeiT-S
     at 256, 272, 288 and 304 pixels with keep rates 0.8, 0.7, 0.6 and 0.5, for what it costs at 224 with all
-    patches. Sizes are multiples of the patch size, from the largest at which the highest of `keep_rates` fits
-    to the largest at which the lowest does. Nothing is computed: the model is built on the meta device.
+    patches. Sizes are multiples of the patch size, from the largest that fits with the highest of
+    `keep_rates` to the largest that fits with the lowest. Nothing is computed: the model is built on the meta
+    device.
 
     Args:
         model: its name in :mod:`evit_ext.models` or timm's registry.
-        macs: the budget, multiply-accumulates of one image (4.6e9 for 4.6 GMACs); or the name of a model,
-            whose cost with all patches it is.
+        macs: the budget: multiply-accumulates of one image (4.6e9 for 4.6 GMACs), or the name of a model, for
+            what that model costs with all patches.
         keep_rates: to choose from, each in (0, 1].
         tolerance: share of the budget, in [0, 1], by which a cost may be above it. DeiT-S at 256 and keep
             rate 0.8 has 4.61 GMACs, at 224 with all patches 4.60.
         arguments: of the model, such as ``drop_loc``, ``fuse_token`` and ``num_classes``.
 
     Returns:
-        What fits, largest use of the budget first.
+        The settings that fit, the one that uses most of the budget first.
 
     Raises:
-        TypeError, ValueError: as of the model; or an argument is out of range, or not even the smallest image
-            fits.
+        TypeError, ValueError: the model cannot be built, an argument is out of range, or not even the
+            smallest image fits.
 
     Example:
         >>> [(fit.img_size, fit.keep_rate) for fit in evit_ext.fit_budget("deit_small", "deit_small")]

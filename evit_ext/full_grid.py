@@ -16,7 +16,7 @@ from evit_ext.record import TokenRecord, recording
 
 _FILLS = ("fused", "before", "zero")
 
-#: With which timm's method begins.
+#: The first parameters of timm's method.
 _PARAMETERS = (
     "x",
     "indices",
@@ -29,17 +29,18 @@ _PARAMETERS = (
 
 
 class FullGridIntermediates(Override):
-    """In the place of a timm model's ``forward_intermediates``: its features are full grids again.
+    """Replaces ``forward_intermediates`` of a timm model so that its features are full grids again.
 
-    Takes what timm's takes, and returns what it returns: of each block asked for, features of all patches,
-    [B, C, height, width] (NCHW) or [B, height * width, C] (NLC), put back to where they belong by
-    :func:`evit_ext.ops.restore_tokens`. Where features are returned besides, they are of the tokens that are
-    left.
+    It has timm's arguments and return values: for each requested block, the features of all patches,
+    [B, C, height, width] (NCHW) or [B, height * width, C] (NLC), put back in place by
+    :func:`evit_ext.ops.restore_tokens`. The final features, unless ``intermediates_only``, are those of the
+    remaining tokens.
 
-    One argument more, ``fill``: what stands where a patch was dropped.
+    The additional argument ``fill`` chooses what takes the place of a dropped patch:
 
-    * "fused": the token it was fused into, at that block. The default where tokens are fused.
-    * "before": what it was when it was dropped. The default without fused tokens.
+    * "fused": the token it was fused into, as that token is at the requested block. The default if tokens are
+      fused.
+    * "before": its value just before it was dropped. The default without fused tokens.
     * "zero": zeros.
 
     Raises:

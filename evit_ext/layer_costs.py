@@ -19,16 +19,16 @@ class LayerCost(NamedTuple):
     """What a part of a model costs for one image; a line of :func:`layer_costs`.
 
     Attributes:
-        name: as of ``model.named_modules()``, such as "blocks.3"; "" for what is in no part: the class
-            token, the position embedding, products outside of modules.
+        name: as in ``model.named_modules()``, such as "blocks.3"; "" for everything outside the parts: the
+            class token, the position embedding, products outside of modules.
         parameters: their number.
-        macs: multiply-accumulates, counted as by :func:`evit_ext.count_macs`.
-        tokens_in: tokens that enter a block, with prefix tokens and fused ones; None for what is no block.
+        macs: multiply-accumulates, as :func:`evit_ext.count_macs` counts them.
+        tokens_in: tokens that enter a block, prefix and fused tokens included; None for other parts.
         tokens_out: tokens that leave it.
-        patches: patch tokens among which a reorganising block, or a predictor of a DynamicViT, chooses; None
-            for any other part. A fused token of an earlier stage is one of them.
-        kept: of these, how many it keeps.
-        fused: of these, how many it fuses into one token; 0 where the others are dropped, or none is.
+        patches: patch tokens among which a reorganising block, or a predictor of a DynamicViT, chooses,
+            fused tokens of earlier stages included; None for other parts.
+        kept: how many of these it keeps.
+        fused: how many of these it fuses into one token; 0 if the others are dropped or all are kept.
     """
 
     name: str
@@ -44,11 +44,11 @@ class LayerCost(NamedTuple):
 def layer_costs(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> list[LayerCost]:
     """Return what each part of a model costs, in the order in which they run.
 
-    Parts are the blocks, the predictors of a DynamicViT, and what comes before and after them and has
-    parameters or work. Parameters and multiply-accumulates add up to those of the whole model. As in
-    :func:`evit_ext.count_macs`, nothing is computed, and the model is not changed. In its current mode: a
-    DynamicViT in training drops no tokens and runs its blocks' layers itself, so that their work stands under
-    the name "".
+    Parts are the blocks, the predictors of a DynamicViT, and the modules before and after them that have
+    parameters or do work. Parameters and multiply-accumulates add up to those of the whole model. As in
+    :func:`evit_ext.count_macs`, nothing is computed, and the model is not changed. The model's mode matters:
+    a DynamicViT in training drops no tokens and runs its blocks' layers itself, so that their work is listed
+    under the name "".
 
     Args:
         model: a vision transformer of timm or transformers, an EViT or not, or a DynamicViT; wrapped
@@ -56,11 +56,11 @@ def layer_costs(model: nn.Module, img_size: int | tuple[int, int] | None = None)
         img_size: height and width, or one number for both; default the size the model was built for.
 
     Returns:
-        A :class:`LayerCost` for each part.
+        A :class:`LayerCost` for each part, in the order in which the parts run.
 
     Raises:
-        ValueError: the model has no blocks that are known, or `img_size` is not given and it does not tell
-            its own.
+        ValueError: the model has no known blocks, or `img_size` is needed because the model does not say
+            what size it was built for.
 
     Example:
         >>> layers = evit_ext.layer_costs(evit_ext.models.deit_small(keep_rate=0.7))

@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 def count_macs(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> int:
     """Return the multiply-accumulates of one image's forward pass, as papers count them.
 
-    Counted are convolutions, linear layers and the two products of attention; not counted are biases, norms,
-    activations and softmax, nor EViT's own operators, whose work (a row of the attention map and a weighted
-    sum of tokens) is below a thousandth. Of a model without a class token, the product that its scores take
-    (see :func:`evit_ext.ops.mean_attention`) is counted. Divide by 1e9 for GMACs: DeiT-S has 4.60, at keep
-    rate 0.7 it has 3.03.
+    Convolutions, linear layers and the two products of attention are counted. Biases, norms, activations and
+    softmax are not; neither are EViT's own operators, whose work (a row of the attention map and a weighted
+    sum of tokens) is below a thousandth of the total. For a model without a class token, the product that its
+    scores need (see :func:`evit_ext.ops.mean_attention`) is counted. Divide by 1e9 for GMACs: DeiT-S has
+    4.60, and 3.03 at keep rate 0.7.
 
     The model runs on meta tensors, in its current mode (a DynamicViT drops tokens in eval mode only): nothing
     is computed, no weight is copied or moved, and the model is not changed.
@@ -32,7 +32,7 @@ def count_macs(model: nn.Module, img_size: int | tuple[int, int] | None = None) 
         The number of multiply-accumulates.
 
     Raises:
-        ValueError: `img_size` is not given and the model does not tell its own.
+        ValueError: `img_size` is needed, because the model does not say what size it was built for.
     """
     return run_counting(unwrap_model(model), img_size).get_total_flops() // 2
 
@@ -42,7 +42,7 @@ def run_counting(model: nn.Module, img_size: int | tuple[int, int] | None) -> Fl
 
     Args:
         model: out of the wrappers of torch.compile and DistributedDataParallel.
-        img_size: as of :func:`count_macs`.
+        img_size: as for :func:`count_macs`.
     """
     channels, size = input_size(model, img_size)
     state: dict[str, Any] = {

@@ -22,14 +22,14 @@ from evit_ext.trail import TokenTrail
 class Oracle(nn.Module):
     """A frozen ViT that sees all patches, and tells an EViT which ones to keep.
 
-    Liang et al. (ICLR 2022) guide an EViT in training by the attention of a ViT that is trained already:
-    where the EViT's class token would choose, at the same blocks, the oracle's does, having seen all tokens.
+    Liang et al. (ICLR 2022) guide an EViT during training with the attention of a trained ViT: at each
+    reorganising block the oracle's class token, which has seen all tokens, chooses instead of the EViT's.
 
     Args:
-        vit: a model that :func:`evit_ext.apply` supports, such as the one that the EViT is to come near. It
-            is copied; the copy is frozen and stays in eval mode.
-        drop_loc: numbers of the blocks whose attention is asked, ascending, from 0; by default those at the
-            quarters of the depth. As many as the EViT has reorganising blocks.
+        vit: a trained model that :func:`evit_ext.apply` supports. It is copied; the copy is frozen and stays
+            in eval mode.
+        drop_loc: numbers of the blocks whose attention is used, ascending, from 0; by default those at the
+            quarters of the depth. There must be as many as the EViT has reorganising blocks.
 
     Raises:
         TypeError, ValueError: as :func:`evit_ext.apply`.
@@ -54,15 +54,15 @@ class Oracle(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, **arguments: Any) -> list[Tensor]:
-        """Return what the class token thinks of each patch, stage by stage.
+        """Return the class token's score of each patch, stage by stage.
 
         Args:
             images: [B, channels, height, width], dtype and device of the oracle's weights.
-            arguments: what else its forward takes. Of a model of transformers with a text model, only the
-                vision model is asked.
+            arguments: further arguments of its forward. In a model of transformers with a text model, only
+                the vision model runs.
 
         Returns:
-            A list, a stage each: the scores [B, patches] of all patches at that block, float32 (float64 for
+            For each stage, the scores [B, patches] of all patches at that block, float32 (float64 for
             float64).
         """
         vit = vision_tower(self.vit)
@@ -72,7 +72,7 @@ class Oracle(nn.Module):
         blocks = applied_blocks(vit)
         with recording(blocks, TokenRecord(private=True)) as record:
             if FullGridIntermediates.fits(vit):
-                # What comes after the last stage is not asked for.
+                # Stops after the last stage: nobody needs the rest.
                 last = max(i for i, block in enumerate(vit.blocks) if block in blocks)
                 vit.forward_intermediates(
                     images, indices=[last], stop_early=True, output_fmt="NLC", intermediates_only=True
@@ -85,7 +85,7 @@ class Oracle(nn.Module):
         """Give `student` the oracle's weights.
 
         Raises:
-            ValueError: they do not fit, and the student is as it was.
+            ValueError: they do not fit; the student is left as it was.
         """
         weights, own = self.vit.state_dict(), student.state_dict()
         wrong = [
@@ -102,25 +102,25 @@ class Oracle(nn.Module):
     def guide(self, student: nn.Module) -> Iterator[None]:
         """Let the oracle choose the patches that `student` keeps, in every forward while the context is open.
 
-        The student's tokens are fused with the oracle's scores, too, which carry no gradient. At a later
-        stage, where the student has only some of the patches left, each has the score that the oracle gives
-        it there. A fused token has the mean of the scores of the patches that went into it, as the class
-        token attends to it as to one token.
+        The oracle's scores, which carry no gradient, also weight the student's fused tokens. At later stages,
+        where the student has only some of the patches left, each keeps the score that the oracle gives it
+        there. A fused token gets the mean score of the patches that went into it, because the class token
+        attends to it as to one token.
 
-        The student's patches must be the oracle's: the same number, in the same order. Records that are
-        taken (:func:`evit_ext.record_tokens`) have the scores that were chosen by.
+        Student and oracle must have the same patches: the same number, in the same order. Records
+        (:func:`evit_ext.record_tokens`) contain the oracle's scores.
 
         Args:
             student: a model that :func:`evit_ext.apply` changed, with as many reorganising blocks as the
                 oracle has.
 
         Raises:
-            ValueError: the student reorganises no tokens, has another number of stages or, in its forward,
-                of patches, or is guided already.
-            RuntimeError: in the backward, with gradient checkpointing: another forward came in between.
+            ValueError: the student does not reorganise tokens, has another number of stages or (in its
+                forward) of patches, or is guided already.
+            RuntimeError: in the backward, with gradient checkpointing, if another forward came in between.
 
-        The oracle is asked when `student` itself is called. Its methods, such as ``forward_features``, and
-        its parts raise ValueError meanwhile. One thread at a time may run the student.
+        The oracle runs when `student` itself is called; meanwhile the student's other methods, such as
+        ``forward_features``, and its parts raise a ValueError. Only one thread at a time may run the student.
         """
         blocks = applied_blocks(student)
         stages = len(applied_blocks(self.vit))
@@ -195,8 +195,8 @@ class Guidance:
         again = graph_task() != self._graph_task
         if not self._scores or not (self._running or again):
             raise ValueError("the oracle was not asked: call the whole model, not a part of it")
-        # A block that is computed again for the gradient is given the input that it had. If that is not the
-        # last forward's, the patches of its forward are no longer known.
+        # Gradient checkpointing runs a block again on the same input. If that input is not the last
+        # forward's, the patches of its forward are no longer known.
         if again:
             if self._inputs.get(stage) != x.data_ptr():
                 raise RuntimeError(
@@ -220,5 +220,5 @@ class Guidance:
         return sums[:, :-1, 0] / sums[:, :-1, 1]
 
     def add(self, stage: int, kept: Tensor, num_patches: int, fused: bool) -> None:
-        """Take note of a stage, as :meth:`TokenTrail.add`."""
+        """Add a stage, as :meth:`TokenTrail.add`."""
         self._trail.add(stage, kept, num_patches, fused)

@@ -1,4 +1,4 @@
-"""For inference on the CPU with weights that stay."""
+"""Faster inference on the CPU for a model whose weights no longer change."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ Model = TypeVar("Model", bound=nn.Module)
 def prepack(vit: Model, enabled: bool = True) -> Model:
     """Let the linear layers of an EViT's blocks keep their weights in oneDNN's layout; in place.
 
-    For inference on the CPU, where every product otherwise begins with putting the weight into that layout.
-    Results are the same. It takes as much memory again as the weights of the blocks. They are packed when
-    first used, and again after they were changed: by an optimizer, ``load_state_dict``, ``model.to(...)`` or
-    any operation on the parameter. A model that has gone to another device or dtype holds that memory, and
-    its former weights, until it is used here again or lets go of them.
+    This speeds up inference on the CPU, where every product otherwise begins by converting the weight to that
+    layout. Results are the same. The blocks' weights take twice the memory. They are packed when first used,
+    and again after a change by an optimizer, ``load_state_dict``, ``model.to(...)`` or any operation on the
+    parameter. A model that was moved to another device or dtype holds the packed weights until it runs here
+    again or ``prepack(vit, False)`` is called.
 
-    Has no effect where the layers do not run through oneDNN: with gradients, under ``torch.compile``, at keep
-    rate 1, in float16 and on other devices. A copy of the model, or one that is loaded, has to be prepacked
-    anew.
+    It has no effect where layers do not run through oneDNN: with gradients, under ``torch.compile``, at keep
+    rate 1, in float16 and on other devices. A copy of the model, or a model loaded from a file, must be
+    prepacked again.
 
     Warning:
-        **What is written through ``parameter.data`` is not noticed**, as PyTorch does not count it as a
-        change; nor is what comes through other tensors, NumPy arrays or processes that share the memory, or
-        from the collectives of torch.distributed, such as ``broadcast(parameter)``. After such a change,
-        let go of the packed weights: ``prepack(vit, False)``, and prepack the model anew.
+        **Changes through ``parameter.data`` go unnoticed**, because PyTorch does not count them. So do
+        changes through other tensors, NumPy arrays or processes that share the memory, and through
+        collectives of torch.distributed, such as ``broadcast(parameter)``. After such a change, call ``prepack(vit, False)``
+        and then ``prepack(vit)``.
 
     Args:
         vit: a model that :func:`evit_ext.apply` changed.
-        enabled: False lets go of the packed weights.
+        enabled: False frees the packed weights.
 
     Returns:
         `vit`.

@@ -42,7 +42,7 @@ class TokenRecord:
     def kept(self) -> list[Tensor]:
         """For each stage, the patches it kept: int64 [B, K], numbers in the original grid, row by row.
 
-        Ascending, but that -1, which stands for a fused token of an earlier stage, comes last.
+        In ascending order, except that -1, which stands for a fused token of an earlier stage, comes last.
         """
         return [self.trail.kept(stage) for stage in self.trail.stages]
 
@@ -59,14 +59,14 @@ class TokenRecord:
     def add(
         self, stage: int, kept: Tensor, scores: Tensor, fused: bool, tokens: Tensor | None = None
     ) -> None:
-        """Take note of a stage: `kept` [B, K] among its `scores` [B, N - P], and whether it fused."""
+        """Record a stage: `kept` [B, K] among its `scores` [B, N - P], and whether it fused."""
         if graph_task() != self._graph_task:
-            return  # a block is computed again for the gradient
+            return  # gradient checkpointing recomputes a block
         if self._private:
             if not torch.compiler.is_compiling() and threading.get_ident() != self._thread:
                 return
         elif kept.is_meta:
-            return  # the model is being counted
+            return  # count_macs runs the model
         if stage == 0:
             self.trail, self.tokens, self._scores = TokenTrail(), {}, {}
         self.trail.add(stage, kept, scores.shape[1], fused)
@@ -78,8 +78,8 @@ class TokenRecord:
 def graph_task() -> int:
     """Return the number of the backward that autograd is running in this thread, -1 if it is running none.
 
-    What is computed in a backward is computed again, for the gradient; unless it all is, because a checkpoint
-    is around the whole.
+    A block that runs inside a backward is being recomputed by gradient checkpointing, unless the whole
+    forward is, because the checkpoint surrounds all of it.
     """
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
@@ -115,12 +115,12 @@ def _changing_recorders() -> AbstractContextManager[Any]:
 def record_tokens(vit: nn.Module) -> Iterator[TokenRecord]:
     """Record which patches each stage of `vit` keeps while the context is open.
 
-    Every forward replaces the record of the one before it; one that stops on its way leaves a record of the
-    stages it passed. The record stays readable after the context, and the model does not keep it.
-    Contexts may be nested; forwards of all threads are seen. Patches are numbered as they enter the first
-    block; patch dropout, which timm applies in training only, is not seen. While the context is open, blocks
-    that keep all patches run their attention as the others do: the same to rounding, and hooks on ``attn``
-    are not called.
+    Every forward replaces the record of the previous one; a forward that fails leaves a record of the stages
+    it completed. The record stays readable after the context ends, and the model does not hold on to it.
+    Contexts may be nested, and the forwards of all threads are recorded. Patches are numbered as they enter
+    the first block, after timm's patch dropout, which applies in training only. While the context is open,
+    blocks that keep all patches run their attention like the others: results agree up to rounding, and hooks
+    on ``attn`` are not called.
 
     Args:
         vit: a model that :func:`evit_ext.apply` changed, or a DynamicViT. In training a DynamicViT removes no

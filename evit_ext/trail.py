@@ -17,9 +17,9 @@ class TokenTrail:
     overwrites itself.
 
     Args:
-        positions: what the model gives to all its blocks about the positions of all patches, such as rotary
-            embeddings, for the blocks to take their tokens' part of.
-        same_way: a trail of the same forward with other positions; both know what is added to either.
+        positions: what the model tells its blocks about the positions of all patches, such as rotary
+            embeddings; each block takes the part for its own tokens.
+        same_way: a trail of the same forward with other positions; what is added to one is in both.
     """
 
     def __init__(self, positions: Any = None, same_way: TokenTrail | None = None) -> None:
@@ -29,11 +29,11 @@ class TokenTrail:
         self._patches: dict[int, Tensor] = {} if same_way is None else same_way._patches
 
     def add(self, stage: int, kept: Tensor, num_patches: int, fused: bool) -> None:
-        """Take note of a stage.
+        """Add a stage.
 
         Args:
             stage: its number, from 0.
-            kept: int64 [B, K], which of the patch tokens that entered the stage it kept, ascending.
+            kept: int64 [B, K], which of the patch tokens that entered the stage were kept, ascending.
             num_patches: how many entered it.
             fused: whether it fused the others into a token, which then stands last.
         """
@@ -85,5 +85,5 @@ class TokenTrail:
         return sorted(self._kept)
 
     def step(self, stage: int) -> tuple[Tensor, int, bool]:
-        """Return what was added of stage `stage`: kept, num_patches and fused, as of :meth:`add`."""
+        """Return the `kept`, `num_patches` and `fused` that :meth:`add` was given for a stage."""
         return (self._kept[stage], *self._sizes[stage])

@@ -49,7 +49,7 @@ def feature_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def explaining_missing_network(pretrained: bool, what: str) -> Iterator[None]:
-    """Raise a RuntimeError where `pretrained` weights could not be fetched; `what` says which, and whence."""
+    """Raise a RuntimeError if `pretrained` weights cannot be fetched; `what` says which, and from where."""
     try:
         yield
     except Exception as error:

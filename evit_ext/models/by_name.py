@@ -28,10 +28,10 @@ def create_evit(
 
     Args:
         name: of :mod:`evit_ext.models`, or of timm's registry, whose models :func:`evit_ext.apply` changes.
-        keep_rate: share of the patches that a stage keeps, in (0, 1]; one number, or one for each stage. None
-            is the model's own.
+        keep_rate: share of the patches that a stage keeps, in (0, 1]; one number, or one for each stage; None
+            for the model's default.
         drop_loc: numbers of the blocks where patches are dropped; None is those at the quarters of the depth.
-        fuse_token: fuse the patches that are not kept into one token; of no meaning for a DynamicViT.
+        fuse_token: fuse the patches that are not kept into one token; ignored by a DynamicViT.
         arguments: of the model, such as ``img_size``, ``num_classes`` and ``pretrained``.
 
     Raises:
@@ -50,9 +50,9 @@ def create_evit(
 
 
 def create_dense(name: str, **arguments: Any) -> nn.Module:
-    """Build a model that keeps all patches; of an EViT the ViT that it was made of.
+    """Build a model that keeps all patches: for an EViT, the ViT it is made of.
 
-    Arguments and errors as of :func:`create_evit`; any model of timm's will do, and a DynamicViT stays one.
+    Same arguments and errors as :func:`create_evit`. Any timm model will do; a DynamicViT stays one.
     """
     if is_ours(name):
         arguments["drop_loc"] = None  # which fits any depth
@@ -61,7 +61,7 @@ def create_dense(name: str, **arguments: Any) -> nn.Module:
 
 
 def create(name: str, **arguments: Any) -> nn.Module:
-    """Build a model as it is; arguments and errors as of :func:`create_evit`."""
+    """Build a model as it is; same arguments and errors as :func:`create_evit`."""
     if name not in models.__all__ and not timm.is_model(name):
         raise unknown_model(name)
     what = (

@@ -224,7 +224,7 @@ def evit_deit_small_patch16_304(pretrained: bool = False, **kwargs: Any) -> nn.M
 
 @named_model("evit_deit_tiny_patch16_224", DeiT)
 def deit_tiny() -> None:
-    """Return EViT-DeiT-T: 192 channels, 3 heads, 12 blocks. Arguments as of :func:`deit_small`."""
+    """Return EViT-DeiT-T: 192 channels, 3 heads, 12 blocks. Same arguments as :func:`deit_small`."""
 
 
 @named_model("evit_deit_small_patch16_224", DeiT)
@@ -238,7 +238,7 @@ def deit_small() -> None:
     Args:
         keep_rate: share of the patch tokens that a reorganising block keeps, in (0, 1]; one number, or one
             for each reorganising block.
-        fuse_token: fuse the patches that are not kept into one token; without it they are lost.
+        fuse_token: fuse the patches that are not kept into one token; False discards them.
         drop_loc: numbers of the reorganising blocks, ascending, from 0; None for those at the quarters of
             the depth.
         img_size: size of the images, and so of the position embedding. Weights of another size can be
@@ -261,14 +261,14 @@ def deit_small() -> None:
 
 @named_model("evit_deit_base_patch16_224", DeiT)
 def deit_base() -> None:
-    """Return EViT-DeiT-B: 768 channels, 12 heads, 12 blocks. Arguments as of :func:`deit_small`."""
+    """Return EViT-DeiT-B: 768 channels, 12 heads, 12 blocks. Same arguments as :func:`deit_small`."""
 
 
 @named_model("evit_deit_small_patch16_256", DeiT, keep_rate=_KEEP_RATES[256], img_size=256)
 def deit_small_256() -> None:
     """Return EViT-DeiT-S for images of 256 × 256 at keep rate 0.8: 4.61 GMACs, DeiT-S has 4.60 at 224.
 
-    One of the four settings of the paper that spend what is saved on larger images. Arguments as of
+    One of the four settings of the paper that spend what is saved on larger images. Same arguments as
     :func:`deit_small`; ``pretrained`` loads its weights, for 224, with the position embedding resized.
     """
 
@@ -298,8 +298,8 @@ def deit_small_distilled() -> None:
     """Return :func:`deit_small` with a distillation token (Touvron et al., ICML 2021, arXiv 2012.12877).
 
     The distillation token is never dropped. The model returns the mean of two heads' logits [B, classes], or
-    both in training after ``model.set_distilled_training(True)``; see :class:`DistilledDeiT`. Arguments as of
-    :func:`deit_small`; ``pretrained`` loads timm's ``deit_small_distilled_patch16_224.fb_in1k``.
+    both in training after ``model.set_distilled_training(True)``; see :class:`DistilledDeiT`. Same
+    arguments as :func:`deit_small`; ``pretrained`` loads timm's ``deit_small_distilled_patch16_224.fb_in1k``.
     """
 
 

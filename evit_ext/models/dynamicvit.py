@@ -85,7 +85,7 @@ def dynamicvit_tiny(
     pretrained: bool = False,
     **timm_kwargs: Any,
 ) -> DynamicViT:
-    """Return DynamicViT-DeiT-T: 192 channels, 3 heads. Arguments as of :func:`dynamicvit_small`."""
+    """Return DynamicViT-DeiT-T: 192 channels, 3 heads. Same arguments as :func:`dynamicvit_small`."""
     return _from_registry("tiny", keep_rate, drop_loc, img_size, num_classes, pretrained, timm_kwargs)
 
 
@@ -130,7 +130,7 @@ def dynamicvit_base(
     pretrained: bool = False,
     **timm_kwargs: Any,
 ) -> DynamicViT:
-    """Return DynamicViT-DeiT-B: 768 channels, 12 heads. Arguments as of :func:`dynamicvit_small`."""
+    """Return DynamicViT-DeiT-B: 768 channels, 12 heads. Same arguments as :func:`dynamicvit_small`."""
     return _from_registry("base", keep_rate, drop_loc, img_size, num_classes, pretrained, timm_kwargs)
 
 

@@ -129,7 +129,7 @@ def evit_lvvit_l_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Modu
 
 @named_model("evit_lvvit_t_patch16_224", LVViT, drop_loc=None)
 def lvvit_tiny() -> None:
-    """Return EViT-LV-ViT-T: 240 channels, 4 heads, 12 blocks. Arguments as of :func:`lvvit_small`."""
+    """Return EViT-LV-ViT-T: 240 channels, 4 heads, 12 blocks. Same arguments as :func:`lvvit_small`."""
 
 
 @named_model("evit_lvvit_s_patch16_224", LVViT, drop_loc=None)
@@ -144,7 +144,7 @@ def lvvit_small() -> None:
     Args:
         keep_rate: share of the patch tokens that a reorganising block keeps, in (0, 1]; one number, or one
             for each reorganising block.
-        fuse_token: fuse the patches that are not kept into one token; without it they are lost.
+        fuse_token: fuse the patches that are not kept into one token; False discards them.
         drop_loc: numbers of the reorganising blocks, ascending, from 0; None for those at the quarters of
             the depth.
         img_size: size of the images, and so of the position embedding. Weights of another size can be
@@ -166,12 +166,12 @@ def lvvit_small() -> None:
 
 @named_model("evit_lvvit_m_patch16_224", LVViT, drop_loc=None)
 def lvvit_medium() -> None:
-    """Return EViT-LV-ViT-M: 512 channels, 8 heads, 20 blocks. Arguments as of :func:`lvvit_small`."""
+    """Return EViT-LV-ViT-M: 512 channels, 8 heads, 20 blocks. Same arguments as :func:`lvvit_small`."""
 
 
 @named_model("evit_lvvit_l_patch16_224", LVViT, drop_loc=None)
 def lvvit_large() -> None:
     """Return EViT-LV-ViT-L: 768 channels, 12 heads, 24 blocks, a stem of 128 channels instead of 64.
 
-    Arguments as of :func:`lvvit_small`.
+    Same arguments as :func:`lvvit_small`.
     """

@@ -43,7 +43,7 @@ class Results:
     def add(
         self, epoch: int, keep_rate: float, found: Mapping[str, Evaluation], models: Mapping[str, nn.Module]
     ) -> None:
-        """Take note of the evaluations after an epoch, of the model and perhaps its moving average.
+        """Add the evaluations after an epoch, of the model and perhaps of its moving average.
 
         Writes ``last.safetensors`` and ``last_ema.safetensors``, and ``best.safetensors`` if one of them is
         the best so far. Every process must call it: of a model in parts, all take part.

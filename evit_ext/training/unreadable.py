@@ -36,7 +36,7 @@ class UnreadableImages:
         return len(self._reasons)
 
     def add(self, images: Iterable[tuple[str, str]]) -> None:
-        """Take note of the path and reason of images that this process could not read."""
+        """Add the paths of images that this process could not read, with the reasons."""
         for path, reason in images:
             if path not in self._reasons and all(path != known for known, _ in self._new):
                 self._new.append((path, reason))
