@@ -28,8 +28,8 @@ def prepack(vit: Model, enabled: bool = True) -> Model:
     Warning:
         **Changes through ``parameter.data`` go unnoticed**, because PyTorch does not count them. So do
         changes through other tensors, NumPy arrays or processes that share the memory, and through
-        collectives of torch.distributed, such as ``broadcast(parameter)``. After such a change, call ``prepack(vit, False)``
-        and then ``prepack(vit)``.
+        collectives of torch.distributed, such as ``broadcast(parameter)``. After such a change, call
+        ``prepack(vit, False)`` and then ``prepack(vit)``.
 
     Args:
         vit: a model that :func:`evit_ext.apply` changed.

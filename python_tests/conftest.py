@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from cpu_calls import Calls
+from telling_weights import draw_telling_weights
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
@@ -153,12 +154,7 @@ def small_vit() -> Any:
             "num_classes": 5,
         }
         model = cls(**{**defaults, **arguments})
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                torch.nn.init.normal_(parameter, mean=1.0 if name.endswith("weight") else 0.0, std=0.1)
-            else:
-                fan_in = parameter[0].numel() if parameter.shape[0] > 1 else 4
-                torch.nn.init.normal_(parameter, std=1.5 * fan_in**-0.5)
+        draw_telling_weights(model)
         return model.to(dtype).eval()
 
     return build

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "setup.py").exists():
@@ -184,3 +185,9 @@ def test_the_version_names_the_variant(distributions: Distributions, tmp_path: P
     version = metadata(distributions.wheel)["Version"]
     assert metadata(wheel)["Version"] == f"{version}+cpu"
     assert wheel.name.startswith(f"evit_ext-{version}+cpu-")
+
+
+def test_the_citation_names_the_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'\nversion = "{citation["version"]}"\n' in project

@@ -1,10 +1,15 @@
 // Test data: random values of every element type, exact conversions, buffers with guarded ends, executors.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <random>
 #include <thread>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../evit/executor.h"

@@ -26,10 +26,7 @@ FETCHED = {("script", "src"), ("img", "src"), ("link", "href"), ("source", "src"
 
 NEEDED = ("sphinx", "furo", "myst_parser", "sphinx_copybutton")
 needs_sphinx = pytest.mark.skipif(
-    any(
-        importlib.util.find_spec(name) is None
-        for name in ("sphinx", "furo", "myst_parser", "sphinx_copybutton")
-    ),
+    any(importlib.util.find_spec(name) is None for name in NEEDED),
     reason="the extra docs is not installed",
 )
 

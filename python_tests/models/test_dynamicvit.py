@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from slow_dynamicvit import slow_dynamicvit
-from torch import Tensor
+from small_dynamicvit import MICRO, images, micro
 
 import evit_ext
 from evit_ext import count_macs, models
@@ -23,7 +23,6 @@ from evit_ext.models.dynamicvit import DynamicViT
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = ("tiny", "small", "base")
-MICRO: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
 
 #: What a predictor has in the published state dict, for C channels.
 PREDICTOR = {
@@ -38,23 +37,6 @@ PREDICTOR = {
     "out_conv.4.weight": lambda c: (2, c // 4),
     "out_conv.4.bias": lambda c: (2,),
 }
-
-
-def micro(seed: int = 1, **arguments: Any) -> DynamicViT:
-    """A small DynamicViT with weights large enough that every token and every predictor tells."""
-    torch.manual_seed(seed)
-    model = models.dynamicvit_tiny(**{**MICRO, "drop_loc": None, "num_classes": 5, **arguments})
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, mean=1.0 if name.endswith("weight") else 0.0, std=0.1)
-        else:
-            fan_in = parameter[0].numel() if parameter.shape[0] > 1 else 4
-            torch.nn.init.normal_(parameter, std=1.5 * fan_in**-0.5)
-    return model.eval()
-
-
-def images(height: int = 32, width: int = 32, batch: int = 3, **options: Any) -> Tensor:
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0), **options)
 
 
 # --- the published model

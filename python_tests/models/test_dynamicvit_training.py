@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import small_dynamicvit
 import torch
 import torch.nn.functional as F
 from slow_dynamicvit import slow_training
 from torch import Tensor
 
 import evit_ext
-from evit_ext import models
 from evit_ext.models import dynamicvit_model, token_predictor
 from evit_ext.models.dynamicvit import DynamicViT, DynamicViTOutput, sample_decisions
 from evit_ext.models.masked_attention import attention_bias
@@ -21,20 +21,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def micro(**arguments: Any) -> DynamicViT:
-    torch.manual_seed(1)
-    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
-    model = models.dynamicvit_tiny(**{**settings, "drop_loc": None, "num_classes": 5, **arguments})
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, mean=1.0 if name.endswith("weight") else 0.0, std=0.1)
-        else:
-            fan_in = parameter[0].numel() if parameter.shape[0] > 1 else 4
-            torch.nn.init.normal_(parameter, std=1.5 * fan_in**-0.5)
-    return model.train()
+    return small_dynamicvit.micro(**arguments).train()
 
 
 def images(batch: int = 3, **options: Any) -> Tensor:
-    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0), **options)
+    return small_dynamicvit.images(batch=batch, **options)
 
 
 def fix_noise(monkeypatch: pytest.MonkeyPatch, noise: list[Tensor]) -> None:
