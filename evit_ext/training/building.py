@@ -48,8 +48,8 @@ _OF_EVIT = ("keep_rate", "drop_loc", "fuse_token")
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     """Return the model to be trained, an EViT or a DynamicViT; see :func:`load_initial` for its weights.
 
-    Torch's generator draws the weights: seed it before. The model is on torch's default device, in training
-    mode.
+    Weights are drawn from torch's generator; seed it first. The model is on torch's default device, in
+    training mode.
 
     Args:
         config: its fields of the model, and `keep_rate`.
@@ -121,9 +121,9 @@ def build_criterion(recipe: Recipe) -> nn.Module:
 def build_objective(config: TrainConfig, model: nn.Module, device: torch.device | str) -> Objective:
     """Return what a configuration minimises, with its teacher and oracle.
 
-    At the start of a run call its :meth:`Objective.initialize`, which gives a model with an oracle the
-    oracle's weights; a resumed run has its own. Call it before the model is sharded and a moving average of
-    it is made.
+    At the start of a run, call its :meth:`Objective.initialize`, which copies an oracle's weights into the
+    model; a resumed run has weights of its own. Call it before the model is sharded and before a moving
+    average of it is made.
 
     Args:
         config: its fields of losses, of the recipe's targets and of the model.
@@ -132,8 +132,8 @@ def build_objective(config: TrainConfig, model: nn.Module, device: torch.device 
 
     Raises:
         TypeError: an argument that the teacher or oracle does not take.
-        ValueError: the model is not for the losses that are asked for, fields contradict each other, or
-            weights do not fit.
+        ValueError: the model does not suit the requested losses, fields contradict each other, or weights do
+            not fit.
         FileNotFoundError: there is no such checkpoint.
         RuntimeError: pretrained weights could not be fetched.
     """

@@ -19,10 +19,10 @@ from evit_ext.training.whole_files import replacing
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Recipe):
-    """Everything that a run of ``evit train`` is made of; a :class:`Recipe` with all that surrounds it.
+    """Everything that defines a run of ``evit train``: a :class:`Recipe`, the model, the data and the rest.
 
-    ``evit train --help`` says what each field is, as does its ``metadata["help"]``. Fields are numbers,
-    strings, booleans and None, and dicts and tuples of these: a file of them executes nothing.
+    ``evit train --help`` explains each field, as does its ``metadata["help"]``. Fields are numbers, strings,
+    booleans and None, and dicts and tuples of these, so that reading a file of them executes nothing.
 
     Raises:
         ValueError: a value out of its range, or two that contradict each other.
@@ -222,7 +222,7 @@ def load_config(recipe: str | Path | None = None, **overrides: Any) -> TrainConf
 
     Args:
         recipe: the name of one that comes with the package (:func:`recipe_names`), or the path of a YAML
-            file, such as a run's config.yaml; None is the defaults.
+            file, such as a run's config.yaml; None for the defaults.
         overrides: fields to change. Another batch size scales the learning rates in proportion, unless a
             learning rate is among the overrides, too.
 

@@ -27,16 +27,16 @@ class LossParts(NamedTuple):
 
 
 class DynamicViTLoss(nn.Module):
-    """Classification loss + ratio loss + distillation of logits and of the tokens that are left.
+    """Classification loss + ratio loss + distillation of the logits and of the remaining tokens.
 
     ``total = classification + ratio_weight * ratio + distill_weight * (logits + tokens)``, see
     :func:`ratio_loss`, :func:`logits_loss` and :func:`token_loss`.
 
     Args:
-        keep_ratios: share of the patches to be left after each stage: the model's ``keep_ratios``.
+        keep_ratios: share of the patches that should remain after each stage: the model's ``keep_ratios``.
         teacher: the dense model, a timm VisionTransformer with a token for every patch, such as the DeiT that
             the DynamicViT started from; on the images' device. It is kept in eval mode and gets no gradient.
-            None leaves its two losses out.
+            None omits both distillation losses.
         classification: of logits and targets; by default the cross-entropy, for class numbers and for the
             soft targets of mixup.
         ratio_weight: weight of the ratio loss, as published 2.
@@ -72,7 +72,7 @@ class DynamicViTLoss(nn.Module):
             teacher.eval()
 
     def forward(self, output: DynamicViTOutput, images: Tensor, targets: Tensor) -> Tensor:
-        """Return the total. Arguments and errors as of :meth:`parts`."""
+        """Return the total; same arguments and errors as :meth:`parts`."""
         return self.parts(output, images, targets).total
 
     def parts(self, output: DynamicViTOutput, images: Tensor, targets: Tensor) -> LossParts:

@@ -21,20 +21,19 @@ from evit_ext.training.ranks import ALONE, Ranks
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What :func:`evaluate` found; of all processes together, and the same on each.
+    """What :func:`evaluate` found over all processes; the same on each of them.
 
     Attributes:
         top1: percent of the images whose label has the largest logit.
-        top5: percent of the images whose label is among the 5 largest logits; among all, and so 100, where
-            there are fewer than 5 classes.
+        top5: percent of the images whose label is among the 5 largest logits; 100 if there are fewer than 5
+            classes.
         loss: mean cross-entropy, in nats.
-        images: how many there were.
-        images_per_second: over the time that the slowest process took, loading its data included.
-        tokens_kept: share of the patch tokens that is left after the last stage, a fused token being one of
-            them; 1 of a model that drops none.
-        tokens_kept_by_stage: the same after each stage; empty of a model that drops none.
-        unreadable: of the images that could not be read and so were left out, the path and the reason;
-            sorted.
+        images: the number of images.
+        images_per_second: for the time that the slowest process took, including loading its data.
+        tokens_kept: share of the patch tokens that remain after the last stage, fused tokens included; 1 for
+            a model that drops none.
+        tokens_kept_by_stage: the same after each stage; empty for a model that drops none.
+        unreadable: path and reason of each image that could not be read and was left out; sorted.
     """
 
     top1: float
@@ -56,12 +55,12 @@ def evaluate(
     total: int | None = None,
     description: str = "evaluate",
 ) -> Evaluation:
-    """Evaluate the model on the batches, in eval mode; its modules' modes are put back, gradients untouched.
+    """Evaluate the model on the batches, in eval mode; afterwards its modules have their modes back.
 
-    With several processes, every one calls it with its own part of the images, without padding: parts may
-    differ in size, or be empty. Nothing is said between them but sums at the end, unless the model itself
-    is one over all of them (FSDP2, DistributedDataParallel): then those that have run out of batches go on
-    with an image of zeros, which is not counted.
+    With several processes, each calls it with its own part of the images, without padding: parts may differ
+    in size or be empty. Processes only exchange sums at the end, unless the model itself spans them (FSDP2,
+    DistributedDataParallel): then processes that run out of batches go on with an image of zeros, which is
+    not counted.
 
     Args:
         model: returns logits [B, classes].
@@ -74,7 +73,7 @@ def evaluate(
         total: number of batches, for the progress; by default their ``len``, where they have one.
 
     Raises:
-        ValueError: there is no image in any process.
+        ValueError: no process has any image.
     """
     device = next(model.parameters()).device
     precision = precision or choose_precision(device)

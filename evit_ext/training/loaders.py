@@ -44,27 +44,25 @@ _WORKERS = 4
 class Loaders:
     """The training and validation batches of one process, as a run's configuration says.
 
-    Opening lists the files and reads none of them. How images are to look only matters when batches are made:
-    `image` and `patch_grid` may be set after the model has been built for `num_classes`, before the first
-    batch.
+    Opening lists the files but reads none of them. `image` and `patch_grid` are needed only when batches are
+    made, so they may be set after the model has been built for `num_classes`.
 
-    Training batches follow from the configuration, epoch and step alone: neither the number of workers nor,
-    at the same `accumulation` times processes, that of processes changes a bit, nor where an epoch is
-    entered.
-    For streams ("wds", "hfids/…") see `evit_ext.data.streams`.
+    Training batches depend on the configuration, the epoch and the step alone. They have the same bits
+    whatever the number of workers, wherever an epoch is entered, and for any number of processes with the
+    same `accumulation` · processes. For streams ("wds", "hfids/…") see `evit_ext.data.streams`.
 
     Args:
         config: of the run. Its `batch_size` is micro_batch · accumulation · processes.
         ranks: this process among all.
         micro_batch: images of a batch, b.
         accumulation: batches that this process takes for an optimizer step.
-        image: as of `timm.data.resolve_model_data_config`: input_size, mean, std, interpolation, crop_pct and
-            perhaps crop_mode. For digits only input_size counts.
+        image: as `timm.data.resolve_model_data_config` returns it: input_size, mean, std, interpolation,
+            crop_pct and perhaps crop_mode. Digits use only input_size.
         patch_grid: rows and columns of the model's patches; for token labels.
         training: False opens the validation data only.
 
     Attributes:
-        num_classes: of the configuration, else of the data.
+        num_classes: from the configuration, else from the data.
         steps_per_epoch: optimizer steps; 0 without training data.
         train_images: images that an epoch uses up: steps_per_epoch · batch_size.
         val_images: over all processes; None for a stream that does not say, or where `val_split` is "".
@@ -125,7 +123,7 @@ class Loaders:
     def train(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield this process' batches of an epoch from a step on: `accumulation` for each step.
 
-        Of a stream, what lies before `first_step` is read and thrown away.
+        From a stream, everything before `first_step` is read and thrown away.
 
         Raises:
             ValueError: no training data, the epoch has no such step, or `image` or `patch_grid` is missing;

@@ -1,4 +1,4 @@
-"""What is minimised in training: an objective calls the model itself, and whatever else it asks."""
+"""What training minimises: an objective runs the model itself, and a teacher or an oracle."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ class ObjectiveOutput(NamedTuple):
 
 
 class Objective(ABC):
-    """What is minimised. A step of training is::
+    """What training minimises. A training step is::
 
         with objective.step(model):
             loss, logits = objective(model, images, targets)
             loss.backward()
 
-    Run it under autocast if the model is to be; teachers and oracles are, too. They are not the model's:
-    frozen, in eval mode, and in no state dict. Put them on the images' device.
+    For mixed precision, run this under autocast, which then also applies to teachers and oracles. These do
+    not belong to the model: they are frozen, in eval mode and in no state dict. Put them on the images'
+    device.
     """
 
     @abstractmethod
@@ -50,21 +51,22 @@ class Objective(ABC):
         """Run the model and return the loss.
 
         Args:
-            model: what is trained, wrapped (DistributedDataParallel, fully_shard, torch.compile) or not.
-            images: [B, channels, height, width], mixed already if they are to be.
+            model: the model to train, wrapped (DistributedDataParallel, fully_shard, torch.compile) or not.
+            images: [B, channels, height, width], after mixup or CutMix if these are used.
             targets: int64 [B], or probabilities [B, classes], float, mixed as the images are.
             token_labels: probabilities [B, patches, classes], float, row by row; only
                 :class:`TokenLabelTraining` takes them.
 
         Raises:
-            TypeError: the model returns something else than the objective is for.
-            ValueError: shapes do not go together, or there are `token_labels` that are of no use.
+            TypeError: the model returns something that the objective is not made for.
+            ValueError: shapes do not match, or `token_labels` are given to an objective that has no use for
+                them.
         """
 
     def step(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Return a context to have open from before the forward until after the backward.
+        """Return a context that must be open from before the forward until after the backward.
 
-        Several forwards may go on in it, each with its backward. Evaluate outside.
+        It may contain several forwards, each with its backward. Evaluate outside of it.
         """
         return nullcontext()
 
@@ -100,20 +102,20 @@ class Distillation(Objective):
     section 4, with the normalisation of its published code:
 
     * "soft": KL(teacher ‖ model) of the class probabilities at temperature tau, times tau², the mean over
-      images *and classes*. The paper's formula has no mean over classes; in its code, which was trained with,
-      the term is as many times smaller as there are classes.
+      images *and classes*. The paper's formula has no mean over classes; the published models were trained
+      with its code, where the mean makes the term smaller by the number of classes.
     * "hard": cross-entropy with the teacher's most probable class.
 
     A distilled model (timm's VisionTransformerDistilled, ``deit_small_distilled``) in training mode learns
-    the targets with its class head and from the teacher with its distillation head; of any other, and in eval
-    mode, the same logits learn both.
+    the targets with its class head and from the teacher with its distillation head. Any other model, and any
+    model in eval mode, learns both with the same logits.
 
     Args:
         criterion: of logits float32 [B, classes] and targets; the mean over the images.
         teacher: returns logits [B, classes] for the same images. It is frozen and put into eval mode.
         kind: "soft" or "hard".
         alpha: weight of the distillation, in [0, 1].
-        tau: temperature of the soft one, positive.
+        tau: temperature of the soft distillation, positive.
 
     Raises:
         ValueError: an argument is out of range.
@@ -224,8 +226,8 @@ class TokenLabelTraining(Objective):
 class Guided(Objective):
     """Another objective, while an oracle chooses the patches that the model keeps.
 
-    The oracle is asked in every forward within :meth:`step`, and the backward has to be in it, too: with
-    gradient checkpointing, blocks choose their patches again then.
+    The oracle runs in every forward within :meth:`step`. The backward must be within it, too, because with
+    gradient checkpointing blocks choose their patches again there.
 
     Args:
         objective: what is minimised.
@@ -249,12 +251,12 @@ class Guided(Objective):
 
     @contextmanager
     def step(self, model: nn.Module) -> Iterator[None]:
-        """As :meth:`Objective.step`; errors as of :meth:`evit_ext.Oracle.guide`."""
+        """See :meth:`Objective.step`; raises what :meth:`evit_ext.Oracle.guide` raises."""
         with self.oracle.guide(unwrap_model(model)), self.objective.step(model):
             yield
 
     def initialize(self, model: nn.Module) -> None:
-        """Give `model` the oracle's weights; errors as of :meth:`evit_ext.Oracle.initialize`."""
+        """Give `model` the oracle's weights; raises what :meth:`evit_ext.Oracle.initialize` raises."""
         self.oracle.initialize(unwrap_model(model))
 
 

@@ -14,7 +14,7 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Precision:
-    """`dtype` is that of autocast, float32 meaning none; `reason` says in words why it was chosen."""
+    """`dtype` is the dtype of autocast (float32: no autocast); `reason` says why it was chosen."""
 
     dtype: torch.dtype
     reason: str
@@ -24,11 +24,11 @@ class Precision:
 
 
 def choose_precision(device: torch.device | str = "cpu", name: str = "auto") -> Precision:
-    """bfloat16 autocast where the device multiplies bfloat16 matrices in hardware, float32 elsewhere.
+    """Return bfloat16 if the device multiplies bfloat16 matrices in hardware, float32 otherwise.
 
     Args:
         device: where the model will run.
-        name: "auto", or "float32", "bfloat16" or "float16" to insist.
+        name: "auto", or "float32", "bfloat16" or "float16" to override the choice.
 
     Raises:
         ValueError: another name.

@@ -16,14 +16,14 @@ class Progress:
     """Progress over `total` steps, with the latest values of some figures.
 
     On a terminal with tqdm installed it is tqdm's bar; otherwise lines on stdout, at most one every 15
-    seconds and one at the end, so that a log file stays readable. A line says how much time is left, as the
-    steps so far took; the last one how long they took.
+    seconds and one at the end, so that a log file stays readable. A line estimates how much time is left; the
+    last one says how long it took.
 
     Args:
         description: what is in progress.
-        total: number of steps, those before `start` included; None where it is not known.
+        total: number of steps, including those before `start`; None if it is not known.
         enabled: False prints nothing.
-        start: steps that were done before, as of an epoch that is resumed.
+        start: steps done before, for instance in an epoch that is resumed.
 
     Raises:
         ValueError: `start` is not in [0, total].
@@ -56,7 +56,7 @@ class Progress:
             )
 
     def step(self, **figures: str) -> None:
-        """One step is done; show the figures, as they are written, or the last ones where none are given."""
+        """Count a step and show the given figures; without any, those given last."""
         self._done += 1
         self._figures = figures or self._figures
         if self._bar is not None:

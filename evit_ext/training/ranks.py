@@ -29,8 +29,8 @@ class Ranks:
         world_size: how many there are.
         local_rank: its number on this machine, from 0.
         device: what it computes on.
-        control: the group for flags and figures: gloo, on the CPU, so that nothing waits for a GPU; None for
-            a process that is alone.
+        control: the group for flags and figures: gloo, on the CPU, so that nothing waits for a GPU; None if
+            there is only this process.
     """
 
     rank: int = 0
@@ -48,7 +48,8 @@ class Ranks:
         """Return the sums over all processes, in float64; every process must call it, with as many values.
 
         Raises:
-            ConnectionError: another process is gone, or did not come in time; as the other methods do.
+            ConnectionError: another process has ended or did not respond in time. Other methods raise it,
+                too.
         """
         if self.control is None:
             return [float(value) for value in values]
@@ -61,7 +62,7 @@ class Ranks:
     def gather(self, value: Any) -> list[Any]:
         """Return every process' `value`, by rank; every process must call it.
 
-        Values are pickled between the processes of this run, which trust each other; not for large ones.
+        Values are pickled and sent between the processes of a run, which trust each other; keep them small.
         """
         if self.control is None:
             return [value]
@@ -122,10 +123,10 @@ def launched(environment: Mapping[str, str] | None = None) -> tuple[int, int, in
 
 @contextmanager
 def join(device: str = "auto", timeout: float = 1800.0) -> Iterator[Ranks]:
-    """Meet the other processes, as the launcher (torchrun, srun) says; alone without one.
+    """Join the other processes that the launcher (torchrun, srun) started; without a launcher, run alone.
 
     Args:
-        device: "auto", the GPU of the local rank where there is one, else the CPU; or "cpu", "cuda".
+        device: "auto" (the GPU of the local rank if there is one, else the CPU), "cpu" or "cuda".
         timeout: seconds after which a process that waits for another gives up.
 
     Raises:

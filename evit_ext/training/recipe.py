@@ -15,7 +15,7 @@ def option(default: Any, description: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to optimise; ``evit train --help`` says what each field is, as does its ``metadata["help"]``.
+    """How to optimise. ``evit train --help`` explains each field, as does its ``metadata["help"]``.
 
     Raises:
         ValueError: a number out of its range.
@@ -88,7 +88,7 @@ class Recipe:
             )
 
     def for_batch_size(self, batch_size: int) -> Recipe:
-        """The recipe for another batch size, with the learning rates scaled in proportion to it."""
+        """Return the recipe for another batch size, with the learning rates scaled in proportion."""
         factor = batch_size / self.batch_size
         return replace(
             self,

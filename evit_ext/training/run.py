@@ -42,23 +42,24 @@ _WEIGHTS_STREAM = 2  # of the random numbers that the first weights are drawn fr
 class Run:
     """A training run in a folder.
 
-    The folder has ``config.yaml`` (all fields, as they were resolved), ``checkpoints``, ``metrics.csv`` and,
-    where that package is installed, ``tensorboard``; ``unreadable.csv``, if there are images that could not
-    be read; and ``summary.json``. The weights for use are ``best.safetensors`` (of the model and its moving
-    average, at the evaluation with the highest top-1), ``last.safetensors`` and ``last_ema.safetensors``. All
-    processes must see the same folder; the first one writes.
+    The folder gets ``config.yaml`` (all fields as resolved), ``checkpoints``, ``metrics.csv``,
+    ``tensorboard`` if that package is installed, ``unreadable.csv`` if images could not be read, and
+    ``summary.json``. Weights to use are in ``best.safetensors`` (the evaluation with the highest top-1, of
+    the model or its moving average), ``last.safetensors`` and ``last_ema.safetensors``. All processes must
+    see the same folder; the first one writes.
 
     Args:
         config: what to do.
-        folder: of the run; made if it is not there.
+        folder: for the run; created if necessary.
         ranks: the processes.
-        resume: "auto" goes on from the folder's newest checkpoint; "never" refuses a folder that has one.
-        progress: show it, on the first process.
-        tensorboard: "auto", where the package is installed; or True, False.
+        resume: "auto" resumes from the folder's newest checkpoint; "never" refuses a folder that has one.
+        progress: show progress on the first process.
+        tensorboard: "auto" writes TensorBoard's events if its package is installed; True insists, False does
+            not write them.
 
     Raises:
-        ValueError: the configuration makes no sense, or the folder is another run's.
-        OSError: the folder cannot be made.
+        ValueError: the configuration contradicts itself, or the folder belongs to another run.
+        OSError: the folder cannot be created.
     """
 
     def __init__(
@@ -140,8 +141,8 @@ class Run:
         """Train to the end of the last epoch, and evaluate on the way.
 
         Raises:
-            Stopped: a signal asked for it; the checkpoint of the step is written.
-            FloatingPointError: the loss is not finite any more; the checkpoints before it are.
+            Stopped: a signal asked for it; the checkpoint of the step has been written.
+            FloatingPointError: the loss is no longer finite; the checkpoints contain earlier, finite states.
             TooManyUnreadable: more images than `max_unreadable` cannot be read.
             OSError: a file cannot be written.
             RuntimeError: another process ended.

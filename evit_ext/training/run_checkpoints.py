@@ -24,13 +24,13 @@ _NAME = re.compile(r"checkpoint-(\d{9})\.pth")
 class RunCheckpoints:
     """The checkpoints in a folder, named by their step, ``checkpoint-000001200.pth``.
 
-    A checkpoint is first written under another name, brought to the disk, and then renamed: whenever the
-    process is killed, the folder holds complete checkpoints only, besides an unfinished file that the next
-    save takes away. Files are torch's, of tensors and plain Python values, so that reading one executes
-    nothing.
+    A checkpoint is written under another name, flushed to disk, and then renamed. Whenever the process is
+    killed, the folder contains complete checkpoints only, and perhaps an unfinished file that the next save
+    removes. Files are in torch's format and contain tensors and plain Python values only, so reading one
+    executes nothing.
 
     Args:
-        folder: made if it is not there.
+        folder: created if necessary.
         keep: how many to keep, at least 1; older ones are deleted once a newer one is complete.
 
     Raises:
@@ -58,7 +58,7 @@ class RunCheckpoints:
         """Write the checkpoint of a step, and delete those that are too old.
 
         Raises:
-            OSError: it could not be written, for want of space for instance; what was there before still is.
+            OSError: it could not be written, for lack of space for instance; older checkpoints are intact.
         """
         path = self.path(step)
         for leftover in self.folder.glob(f"*{UNFINISHED}"):
@@ -83,12 +83,12 @@ class RunCheckpoints:
         return path
 
     def load_latest(self) -> tuple[dict[str, Any], int] | None:
-        """Return the state and step of the newest checkpoint that is whole; None where there is none.
+        """Return the state and step of the newest complete checkpoint; None if there is none.
 
-        One that is damaged, as a failing disk may leave it, is passed over with a warning.
+        Damaged ones, such as a failing disk leaves, are skipped with a warning.
 
         Raises:
-            ValueError: all of them are damaged: to begin anew would overwrite what is left of the run.
+            ValueError: all of them are damaged. (Starting again would overwrite what is left of the run.)
         """
         steps = self.steps()
         for step in reversed(steps):

@@ -12,7 +12,7 @@ from evit_ext.training.ranks import Ranks
 
 
 class EpochResult(NamedTuple):
-    """`loss` and `accuracy` (percent; of the unmixed labels) are means over the epoch, seen in training."""
+    """`loss` and `accuracy` (in percent, for the unmixed labels) are means over an epoch of training."""
 
     loss: float
     accuracy: float

@@ -35,9 +35,9 @@ def distribute(
         ranks: the processes.
         sharding: "ddp": every process has the whole model, its average and the optimizer's state; the
             gradients are averaged. "fsdp": each has a part of all of them, and gathers the weights of a block
-            when it computes it. One process that is alone has the whole in either case.
+            when it computes it. A single process has the whole in either case.
         ema_decay: decay of the moving average; None makes none.
-        compile: with torch.compile, in place.
+        compile: compile the model with torch.compile, in place.
 
     Returns:
         The model to train (with DDP a wrapper of it), and timm's moving average, or None.

@@ -9,10 +9,10 @@ from typing import Any
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has written what it goes on from.
+    """The run was asked to stop, and has written a checkpoint to resume from.
 
     Attributes:
-        signal: the signal's number, 0 on a process that did not get it itself.
+        signal: the signal's number; 0 on a process that did not receive it itself.
     """
 
     def __init__(self, message: str, number: int) -> None:

@@ -19,15 +19,15 @@ def measure_throughput(
     repeats: int = 15,
     precision: Precision | None = None,
 ) -> dict[str, float]:
-    """Images a second of each model in inference.
+    """Return the images per second of each model in inference.
 
-    The models take turns, so that what else happens on the machine happens to all of them, and each model's
+    The models take turns, so that other work on the machine disturbs all of them alike, and each model's
     figure is that of its median forward.
 
     Args:
         models: by name; put into eval mode for the measurement and back.
         images: a batch [B, C, H, W], on the models' device.
-        repeats: timed forwards a model, after one that is not timed.
+        repeats: timed forwards per model, after one that is not timed.
         precision: by default chosen for the device of `images`.
 
     Returns:

@@ -10,15 +10,15 @@ from evit_ext.models.lvvit import TokenLabelOutput
 
 
 class TokenLabelLoss(nn.Module):
-    """Cross-entropy of the class token's logits and, weighted, of those of the patches that are left.
+    """Cross-entropy of the class token's logits plus, weighted, that of the remaining patches' logits.
 
     The loss of Jiang et al., "All Tokens Matter" (NeurIPS 2021), on what an EViT-LV-ViT returns in training.
-    Only patches that were kept to the end are supervised, fused tokens are not. Labels are mixed the way
-    MixToken mixed the patches. At keep rate 1 it is the published loss.
+    Only patches that were kept to the end are supervised; fused tokens are not. Labels are mixed as MixToken
+    mixed the patches. At keep rate 1 this is the published loss.
 
     Args:
-        dense_weight: weight of the patches' loss; the published training has 0.5, and 0 to fine-tune without
-            token labels.
+        dense_weight: weight of the patches' loss; published are 0.5, and 0 for fine-tuning without token
+            labels.
         cls_weight: weight of the class token's.
 
     Raises:
@@ -39,10 +39,10 @@ class TokenLabelLoss(nn.Module):
         """Return the loss, a mean over the images and over the patches that are left.
 
         Args:
-            output: of the model, for B images.
+            output: what the model returned for B images.
             labels: of the images: int64 [B], or probabilities [B, classes], float.
             token_labels: probabilities [B, patches, classes], float, of all patches of the images before
-                MixToken, row by row; without them, a patch has the label of its image.
+                MixToken, row by row; None gives every patch the label of its image.
 
         Returns:
             A scalar, float32 (float64 for float64 logits).

@@ -61,17 +61,16 @@ class StepResult(NamedTuple):
 
 
 class Trainer:
-    """Trains a model after a recipe, an epoch at a time, alone or together with other processes.
+    """Trains a model by a recipe, epoch by epoch, alone or together with other processes.
 
-    What is random in a step follows from the seed, the number of the step and that of the micro-batch: a
-    batch is M micro-batches, of which the process of rank r takes r, r + world size and so on. So the same
-    training comes from one process that accumulates the gradients of three micro-batches and from three
-    processes with one each, and from a run that was interrupted. The global random generators are left as
-    they were.
+    Random numbers in a step depend on the seed, the step and the micro-batch only. A batch consists of M
+    micro-batches, of which the process of rank r takes numbers r, r + world size and so on. So one process
+    that accumulates the gradients of three micro-batches trains the same as three processes with one each,
+    and the same as a run that was interrupted. The global random generators are left as they were.
 
     Args:
-        model: on its device already; it is called by the objective. An EViT gets the recipe's keep rate,
-            along its schedule. Over several processes: what :func:`evit_ext.training.distribute` returned.
+        model: on its device; the objective calls it. The keep rate of an EViT follows the recipe's schedule.
+            With several processes, what :func:`evit_ext.training.distribute` returned.
         recipe: see :class:`Recipe`.
         steps_per_epoch: optimizer steps that an epoch has.
         num_classes: needed for mixup and CutMix; by default ``model.num_classes``.
@@ -81,8 +80,8 @@ class Trainer:
         ranks: the processes.
         accumulation: micro-batches of this process in an optimizer step.
         seed: of what is random in training, see above. The weights are the caller's.
-        ema: the moving average, where it is made already (:func:`distribute`); by default it is made here,
-            as the recipe says.
+        ema: the moving average, if :func:`distribute` has made one; by default it is made here if the recipe
+            asks for it.
 
     Attributes:
         model: what is trained.
@@ -90,8 +89,8 @@ class Trainer:
         last: the last step's :class:`StepResult`, or None.
 
     Raises:
-        ValueError: an optimizer that this timm does not know, no step in an epoch, or what does not go
-            together.
+        ValueError: timm does not know the optimizer, an epoch has no step, or arguments contradict each
+            other.
     """
 
     def __init__(
@@ -177,7 +176,7 @@ class Trainer:
 
     @property
     def step_in_epoch(self) -> int:
-        """Steps done of the epoch that is under way; 0 between epochs."""
+        """Steps done in the current epoch; 0 between epochs."""
         return self._step % self.steps_per_epoch
 
     def train_one_epoch(
@@ -190,21 +189,21 @@ class Trainer:
         """Train on an epoch's micro-batches of this process: `accumulation` for each of `steps_per_epoch`.
 
         Args:
-            batches: tuples that begin with images float [B, C, H, W] and labels int64 [B]. Where a tuple has
-                an attribute ``token_labels``, the objective gets it; what else it holds is ignored. Where the
-                epoch is under way already (:attr:`step_in_epoch`), those that are left of it.
-            description: what the progress says.
-            progress: show it.
-            after_step: called after every step, to write a checkpoint for instance.
+            batches: tuples that begin with images float [B, C, H, W] and labels int64 [B]. If a tuple has an
+                attribute ``token_labels``, the objective gets it; other entries are ignored. In an epoch that
+                is resumed (:attr:`step_in_epoch`), the remaining batches.
+            description: for the progress bar.
+            progress: show a progress bar.
+            after_step: called after every step, for instance to write a checkpoint.
 
         Returns:
-            Means over the whole epoch and all processes, but for the images per second, which are those of
-            this call, of all processes.
+            Means over the whole epoch and all processes. Images per second are those of this call, over all
+            processes.
 
         Raises:
             ValueError: there are fewer or more batches than are left of `steps_per_epoch`.
-            FloatingPointError: the loss or the gradient is not finite any more; on all processes at the same
-                step.
+            FloatingPointError: the loss or the gradient is no longer finite; raised on all processes at the
+                same step.
         """
         self.model.train(not self.recipe.eval_mode)
         if self.step_in_epoch == 0:
@@ -246,14 +245,14 @@ class Trainer:
         return seen.result(self._ranks, keep_rate, images_per_second())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that training goes on from: weights, average, optimizer, scaler, schedules, generators.
+        """Return all that is needed to resume: weights, average, optimizer, scaler, schedules, generators.
 
-        Of tensors and plain Python values, so that what :class:`RunCheckpoints` writes is read without
-        executing anything. Every process must call it; of a model in parts, the first process gets the whole.
+        It contains tensors and plain Python values only, so that reading what :class:`RunCheckpoints` writes
+        executes nothing. Every process must call it; of a sharded model, the first process gets the whole.
 
         Raises:
-            FloatingPointError: the loss or the gradient was not finite since it was last asked: what is not
-                worth saving is not saved.
+            FloatingPointError: the loss or the gradient was not finite since the last call, so the state is
+                not worth saving.
         """
         self._check_finite()
         return {
