@@ -20,19 +20,19 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """What :func:`load_checkpoint` loaded. ``str`` of it says it in a few lines.
+    """What :func:`load_checkpoint` loaded; ``str`` gives a summary of a few lines.
 
     Attributes:
         source: the path or URL that was given.
-        kind: what the weights are those of: "ViT" (timm's, DeiT's and those of this package's DeiTs and
-            applied models have the same keys), "EViT" (the same keys, saved with the published training
-            code's arguments), "distilled DeiT", "LV-ViT", "DynamicViT" or "unknown".
-        entry: where in the file they were, such as "model" or "state_dict_ema"; "" where the file is a bare
-            state dict.
-        is_ema: they are a moving average.
-        unused_entries: other weights that the file has, which :func:`load_checkpoint`'s `use_ema` chooses.
-        epoch: as the file says, if it does.
-        loaded_keys: keys of the model that have their weights from the file.
+        kind: what model the weights belong to: "ViT" (timm's, DeiT's, this package's DeiTs and applied
+            models all have the same keys), "EViT" (the same keys, saved with the published training code's
+            arguments), "distilled DeiT", "LV-ViT", "DynamicViT" or "unknown".
+        entry: where in the file they were found, such as "model" or "state_dict_ema"; "" if the file is a
+            bare state dict.
+        is_ema: whether they are a moving average.
+        unused_entries: other weights in the file, which :func:`load_checkpoint`'s `use_ema` can choose.
+        epoch: if the file gives it.
+        loaded_keys: keys of the model that were loaded from the file.
         missing_keys: keys of the model that the file does not have; they keep the weights they had.
         unexpected_keys: keys of the file that were not loaded.
         resized_keys: keys whose weights were resized.
@@ -82,34 +82,34 @@ def load_checkpoint(
     use_ema: bool | None = None,
     progress: bool = True,
 ) -> LoadedCheckpoint:
-    """Load the weights of a file into `model`; in place, all that fit or, with an error, none.
+    """Load the weights of a file into `model`, in place; if they do not fit, raise an error and load nothing.
 
     It reads what DeiT, EViT, LV-ViT, DynamicViT, timm and this package write: a state dict, bare or under
-    "model", "state_dict" and the like, with the prefixes of DistributedDataParallel and torch.compile or
-    without, in safetensors or torch.save's format. Keys of other publications (CLIP, DINOv2, DeiT III, JAX's
-    names …) are brought into timm's where timm's own filter for the model knows them.
+    "model", "state_dict" and the like, with or without the prefixes of DistributedDataParallel and
+    torch.compile, in safetensors or torch.save's format. Keys of other publications (CLIP, DINOv2, DeiT III,
+    JAX's names …) are converted to timm's if timm's own filter for the model knows them.
 
-    Nothing in a file is executed: of what is not tensors and plain values, ``argparse.Namespace`` is read,
-    NumPy's and pathlib's are skipped, and a file that needs anything else is refused.
+    Nothing in a file is executed. Besides tensors and plain values, ``argparse.Namespace`` is read and
+    objects of NumPy and pathlib are skipped; a file that needs anything else is refused.
 
     Args:
-        model: any module; evit_ext's and timm's are known best. Before ``evit_ext.apply`` or after; wrapped
+        model: any module, at best one of evit_ext or timm; before or after ``evit_ext.apply``, wrapped
             (DistributedDataParallel, torch.compile) or not. Its parameters keep their dtype and device.
-        path_or_url: a path; an http(s) URL, which is fetched once into torch's cache, and whose hash is
-            checked where the file's name ends in one (``-cd65a155.pth``); or ``hf-hub:owner/name``, with or
+        path_or_url: a path; an http(s) URL, which is downloaded once into torch's cache, and whose hash is
+            checked if the file's name ends in one (``-cd65a155.pth``); or ``hf-hub:owner/name``, with or
             without ``@revision``.
-        strict: refuse a file that has keys which the model does not have, or lacks some. False loads what
-            there is; what has another shape is refused even then. A DeiT's weights are complete for a
-            DynamicViT, whose predictors keep theirs, and LV-ViT's auxiliary head is not missed by a model
+        strict: refuse a file with unknown or missing keys. False loads the keys that both have; other shapes
+            are refused even then. Two differences are always allowed: a DynamicViT's predictors may be
+            missing and then keep their weights, and LV-ViT's auxiliary head may be in a file for a model
             without one.
         resize_pos_embed: resize a position embedding of another grid: this package's models the way the
-            published EViT does, others as timm does; and so patch embeddings with kernels of another size, as
-            timm does. A grid that is no square is not seen from its embedding: give it, (height, width).
-        resize_head: where the file's heads are for other classes, or there are none, or the model has none
-            (``num_classes=0``), let the model's be as they are: newly initialised, in a new model.
-        use_ema: True for the moving average of the weights. None, unlike timm's, takes the plain weights if
-            there are any, which are the ones that the published code evaluates.
-        progress: show that of a download.
+            published EViT does, others as timm does; and patch embeddings with another kernel size, as timm
+            does. If the file's grid is not square, give it as (height, width): the embedding does not tell.
+        resize_head: if the file's heads are for other classes or missing, or the model has no head
+            (``num_classes=0``), leave the model's heads as they are: in a new model, newly initialised.
+        use_ema: True loads the moving average of the weights. None takes the plain weights if there are any,
+            unlike timm, because the published code evaluates these.
+        progress: show the progress of a download.
 
     Returns:
         What was loaded and what was not.
@@ -117,7 +117,7 @@ def load_checkpoint(
     Raises:
         TypeError: `model` is no module, `path_or_url` neither a path nor a URL, or an option of another type.
         ValueError: the file is damaged, no checkpoint, or has more in it than weights; or the weights do not
-            fit, and the message lists why. The model is as it was.
+            fit, and the message lists why. The model is left as it was.
         FileNotFoundError, IsADirectoryError: there is no such file.
         RuntimeError: it could not be fetched.
 

@@ -21,14 +21,14 @@ FORMATS = {"pt2": ".pt2", "onnx": ".onnx", "aoti": ".pt2"}
 
 @dataclass(frozen=True)
 class Exported:
-    """What :func:`export_model` has written.
+    """What :func:`export_model` wrote.
 
     Attributes:
-        file: where.
-        format: of :data:`FORMATS`.
-        metadata: what the file says of the model.
+        file: its path.
+        format: one of :data:`FORMATS`.
+        metadata: what the file says about the model.
         batches: sizes of the batches that were compared.
-        max_difference: the largest difference of a logit from the model's.
+        max_difference: the largest difference between a logit of the file and of the model.
     """
 
     file: Path
@@ -52,28 +52,28 @@ def export_model(
     max_batch: int | None = None,
     opset: int = 20,
 ) -> Exported:
-    """Write `model` to a file, for batches of any size; compare the file with the model.
+    """Write `model` to a file for batches of any size, and check that the file computes the same.
 
-    The keep rate is part of what is written: K is a constant of each stage.
+    The keep rate is fixed in the file: K is a constant of each stage.
 
     Args:
-        model: takes images [B, channels, height, width] and returns one tensor, in eval mode; an EViT, a
-            DynamicViT, or any other. It is left as it is.
-        file: is replaced if it is there, once the new one is written and compared.
-        format: "pt2", a program of torch.export with this package's operators; "onnx", in standard operators
-            only, compared in ONNX Runtime, for float32 on the CPU; "aoti", compiled by AOTInductor for this
+        model: any module in eval mode that takes images [B, channels, height, width] and returns one tensor,
+            such as an EViT or a DynamicViT. It is not changed.
+        file: an existing file is replaced once the new one has been written and checked.
+        format: "pt2", a torch.export program with this package's operators; "onnx", standard operators only,
+            checked in ONNX Runtime, for float32 models on the CPU; "aoti", compiled by AOTInductor for this
             kind of machine, with this package's operators.
-        name: of the model, for :class:`Metadata`; default its class's.
-        image_size: height and width, or both in one number; None is the model's own.
+        name: of the model, for :class:`Metadata`; by default the name of its class.
+        image_size: height and width, or one number for both; None for the model's own.
         classes: names of the logits.
-        crop_pct, mean, std: for :class:`Metadata`; None is the model's own.
-        max_batch: the most images at once, at least 2; None is any number.
-        opset: of ONNX, at least 18.
+        crop_pct, mean, std: for :class:`Metadata`; None for the model's own.
+        max_batch: the largest batch, at least 2; None for no limit.
+        opset: version of ONNX's operators, at least 18.
 
     Raises:
         TypeError: `model` is no module.
         ValueError: the model cannot be exported (the message says why), the file does not compute what the
-            model does, or an argument is out of range. What was at `file` before still is.
+            model does, or an argument is out of range. An existing `file` stays as it was.
         RuntimeError: packages for ONNX are missing, or no C++ compiler is found for AOTInductor.
         OSError: the file cannot be written.
     """

@@ -26,21 +26,21 @@ FILE = f"{KEY}.json"
 
 @dataclass(frozen=True)
 class Metadata:
-    """What has to be known of a model to use it.
+    """What one must know about a model to use it.
 
     Attributes:
         model: its name.
-        keep_rate: of its stages; one number where all are the same.
+        keep_rate: of its stages; one number if all are the same.
         input_size: (channels, height, width) of images.
-        mean, std: of each channel of images in [0, 1], which are normalised by them.
-        interpolation: how images were resized, as timm names it.
-        crop_pct: share of a resized image's shorter side that is seen.
+        mean, std: for each channel, to normalise images in [0, 1].
+        interpolation: how to resize images, in timm's terms.
+        crop_pct: share of a resized image's shorter side that remains after cropping.
         crop_mode: how an image is resized before its centre is cut out, as timm names it: "center", by its
             shorter side; "border", by its longer side, with a border of the mean; "squash", to the model's
             shape whatever its own is.
         dtype: of the images and the logits, e.g. "float32".
-        max_batch: the most images at once, or None for any number.
-        classes: names of the logits, or None where they are not known.
+        max_batch: the largest batch, or None if there is no limit.
+        classes: names of the logits, or None if they are not known.
         evit_ext, torch: the versions that wrote the file.
     """
 
@@ -140,14 +140,14 @@ def describe(
 
 
 def read_metadata(file: str | os.PathLike[str]) -> Metadata:
-    """Return what an exported file says of its model.
+    """Return what an exported file says about its model.
 
-    An AOTInductor package holds compiled code, which is loaded for it.
+    An AOTInductor package contains compiled code, which is loaded in the process: read trusted files only.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it says nothing of the kind.
-        RuntimeError: it is ONNX, and the package onnx is missing.
+        ValueError: the file has no metadata.
+        RuntimeError: it is an ONNX file, and the package onnx is missing.
     """
     path = Path(file)
     if not path.is_file():

@@ -45,17 +45,17 @@ class DynamicViTOutput(NamedTuple):
 class DynamicViT(DeiT):
     """A DeiT that drops the patches its predictors rate lowest (Rao et al., NeurIPS 2021).
 
-    Before each block of `drop_loc`, a :class:`TokenPredictor` rates the patches that are left.
+    Before each block of `drop_loc`, a :class:`TokenPredictor` rates the remaining patches.
 
-    In eval mode, the patches most probably to be kept go on, in their order, and the others are gone:
-    ``int(num_patches * keep_ratio)`` of them (at least 1), where stage i's keep ratio is
-    ``keep_rate ** (i + 1)``, of the patches the image had. The forward returns logits [B, classes]. The
-    published code orders the kept tokens by their score; the output does not depend on it.
+    In eval mode, ``int(num_patches * keep_ratio)`` patches (at least 1) with the highest probability of being
+    kept remain, in their order, and the others are dropped. The keep ratio of stage i, a share of all patches
+    of the image, is ``keep_rate ** (i + 1)``. The forward returns logits [B, classes]. The published code
+    orders the kept tokens by score; the output does not depend on it.
 
     In training mode, the forward returns a :class:`DynamicViTOutput` for
-    :class:`evit_ext.training.DynamicViTLoss`. Every patch is kept or dropped by a sample of its predicted
-    probability (Gumbel-softmax of temperature 1, rounded, with the gradient of what was rounded), and no
-    token is removed: the other tokens cannot attend to dropped ones.
+    :class:`evit_ext.training.DynamicViTLoss`. Whether a patch is kept is sampled from its predicted
+    probability (straight-through Gumbel-softmax of temperature 1). No token is removed; instead, the other
+    tokens cannot attend to dropped ones.
 
     Args:
         args, kwargs: of timm's VisionTransformer.

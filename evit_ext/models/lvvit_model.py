@@ -86,17 +86,17 @@ class LVViT(DeiT):
     In eval mode, and with ``num_classes=0``, the forward returns a tensor:
 
     * logits [B, classes]: those of the class token plus half the largest auxiliary logit that any patch has
-      for the class, as published. Fused tokens are left out of that, because the auxiliary head never learns
-      what to say of them: they have no label. An image that has nothing but fused tokens left gets the class
-      token's logits.
+      for the class, as published. Fused tokens do not count there: they have no label, so the auxiliary head
+      never learns to classify them. An image with nothing but fused tokens left gets the class token's
+      logits.
     * the class token's features [B, C] with ``num_classes=0``.
 
     In training mode it returns a :class:`TokenLabelOutput`, or, without the auxiliary head, logits
     [B, classes].
 
-    The published code returns the auxiliary logits with MixToken's exchange undone, and the box it was in.
-    Where patches are dropped it cannot be undone, since the other image may have dropped its own; so here
-    they stay, and it is told where each came from.
+    The published code undoes MixToken's exchange in the auxiliary logits and returns the box. That is not
+    possible when patches are dropped, because the other image may have dropped its own. So the logits here
+    stay mixed, and the output says where each patch came from.
 
     Args:
         skip_lam: what the branches of a block are divided by before they are added.

@@ -1,4 +1,4 @@
-"""What a model makes of images at several keep rates: predictions, and the patches that each stage kept."""
+"""What a model computes for images at several keep rates: predictions, and the patches each stage kept."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class StageView:
     """One stage of one image; patches lie on a grid of rows and columns.
 
     Attributes:
-        kept: bool [rows, columns], the patches that are left after the stage.
+        kept: bool [rows, columns], the patches that remain after the stage.
         scores: float32 [rows, columns], of the patches that entered the stage; NaN for those that earlier
             stages had dropped. A fused token has no place on the grid, so its score is not here.
         dropped: how many patches the stage dropped.
@@ -44,7 +44,7 @@ class RateView:
     Attributes:
         keep_rate: share of the patches that a stage keeps.
         stages: one for each stage.
-        probabilities: float32 [classes], the softmax of the logits; None of a model without classes.
+        probabilities: float32 [classes], the softmax of the logits; None for a model without classes.
         macs: multiply-accumulates of the forward, see :func:`evit_ext.count_macs`.
     """
 
@@ -60,8 +60,8 @@ class ImageView:
 
     Attributes:
         grid: rows and columns of the patches.
-        dense: at keep rate 1.
-        rates: at the others, in the order that was asked for.
+        dense: the view at keep rate 1.
+        rates: the views at the requested keep rates, in their order.
     """
 
     grid: tuple[int, int]
@@ -70,17 +70,17 @@ class ImageView:
 
 
 def view_images(model: nn.Module, images: Tensor, keep_rates: Sequence[float]) -> list[ImageView]:
-    """Run `model` on images with all patches and at several keep rates; say what it saw of each.
+    """Run `model` on images with all patches and at several keep rates.
 
-    The model is run in eval mode, without gradients, and is afterwards as it was before.
+    It runs in eval mode without gradients; afterwards its mode and keep rate are what they were.
 
     Args:
         model: one that :func:`evit_ext.apply` changed, of timm or of transformers, or a DynamicViT.
-        images: float [B, channels, height, width], as the model takes them, on its device. B is at least 1.
+        images: float [B, channels, height, width], prepared for the model, on its device; B at least 1.
         keep_rates: each in (0, 1], at least one.
 
     Returns:
-        One for each image. All tensors are on the CPU.
+        An :class:`ImageView` for each image. All tensors are on the CPU.
 
     Raises:
         TypeError: a keep rate is not a number.
@@ -113,7 +113,7 @@ def view_images(model: nn.Module, images: Tensor, keep_rates: Sequence[float]) -
 
 
 def meaning_of_scores(model: nn.Module) -> str:
-    """Return in a few words what the scores of `model` are; ValueError if it cannot drop patches."""
+    """Say in a few words what the scores of `model` are; ValueError if it cannot drop patches."""
     vit: Any = unwrap_model(model)
     if hasattr(vit, "score_predictor"):
         return "probability of being kept, as the predictor says"
@@ -123,7 +123,7 @@ def meaning_of_scores(model: nn.Module) -> str:
 
 
 def surviving_patches(kept: Sequence[Tensor], num_patches: int) -> list[Tensor]:
-    """The patches that are left after each stage, as masks.
+    """Return the patches that remain after each stage, as masks.
 
     Args:
         kept: for each stage, the patches it kept: int64 [B, K], -1 for an earlier stage's fused token, as in
