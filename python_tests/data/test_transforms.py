@@ -44,7 +44,18 @@ def test_a_policy_that_timm_does_not_have(policy: str) -> None:
     "policy", ["rand-m9-mstd0.5-inc1", "rand-n3-t3a", "original-mstd0.5", "3a", "augmix-m5"]
 )
 def test_policies_of_timm(policy: str) -> None:
-    train_transform(**arguments(auto_augment=policy))
+    """Each is read, and changes more than crop and flip do."""
+    photograph = crop(0, 2)
+    augmented, plain = train_transform(**arguments(auto_augment=policy)), train_transform(**arguments())
+    different = 0
+    for seed in range(8):
+        images = []
+        for transform in (augmented, plain):
+            with seeded(seed):
+                images.append(transform(photograph))
+        assert images[0].shape == (3, 32, 32) and images[0].dtype == torch.float32
+        different += not torch.equal(*images)
+    assert different >= 4
 
 
 def test_the_crop_is_the_part_that_is_seen() -> None:
