@@ -60,7 +60,12 @@ CASES: dict[str, str] = {
     "info deit_tiny --budget 0": "--budget must be GMACs, 10^9 multiply-accumulates, above 0",
     "info deit_tiny --budget 4.6e9": "and at most 10000, or a model's name, got 4.6e9",
     "info deit_tiny --budget 1 --tolerance -5": "--tolerance must be from 0 to 100 percent, got -5",
-    "info --nothing": "unrecognized arguments: --nothing; see evit --help",
+    "eval --model deit_tiny --pretrained --dataset digits": "know 1000 classes, 10 are asked for",
+    "visualize notes.jpg --model deit_tiny --pretrained --num-classes 2": "1000 classes, 2 are asked for",
+    "export deit_tiny --pretrained --num-classes 10": "know 1000 classes, 10 are asked for",
+    "info --nothing": "unrecognized arguments: --nothing; see evit info --help",
+    "train --keeprate 0.7": "--keeprate 0.7 (the nearest is --keep-rate); see evit train --help",
+    "--nothing info": "unrecognized arguments: --nothing; see evit --help",
     "nothing": "invalid choice: 'nothing'",
 }
 
@@ -70,6 +75,7 @@ def test_one_line_and_exit_code_2(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: None)  # there is no network
     Path("notes.jpg").write_text("not an image")
     Path("empty").mkdir()
     try:
