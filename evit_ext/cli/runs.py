@@ -39,7 +39,7 @@ def newest_weights(folder: str, ema: bool | None) -> tuple[Mapping[str, Any], st
         ValueError: `ema` is True and there is no moving average.
     """
     checkpoints = Path(folder) / "checkpoints"
-    found = RunCheckpoints(checkpoints).load_latest() if checkpoints.is_dir() else None
+    found = RunCheckpoints(checkpoints).load_latest()
     if found is None:
         raise FileNotFoundError(f"there is no checkpoint in {checkpoints}")
     state, step = found

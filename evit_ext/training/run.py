@@ -64,7 +64,9 @@ class Run:
 
     Raises:
         ValueError: the configuration makes no sense, or the folder is another run's.
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be made or written to.
+
+    What is refused leaves the folder as it was, and none where there was none.
     """
 
     def __init__(
@@ -87,14 +89,21 @@ class Run:
         self._epoch_start: float | None = None
         self._stop = StopSignals()
         self._lock = FolderLock(self.folder, ranks)
-        self._take_folder(resume)
-        self._build()
-        resumed = self._load()
-        self._unreadable.begin()
-        self._metrics = Metrics(self.folder, tensorboard, ranks.is_first, resumed)
+        try:
+            self._check_folder(resume)
+            self._build()
+            resumed = self._load()
+            # From here on there is a run, which writes: what is refused leaves the folder as it was.
+            self._metrics = Metrics(self.folder, tensorboard, ranks.is_first, resumed)
+            self._unreadable.begin()
+            if ranks.is_first:
+                config.save(self.folder / "config.yaml")
+        except BaseException:
+            self._lock.discard()
+            raise
 
-    def _take_folder(self, resume: str) -> None:
-        """Refuse a folder that has another run; write this one's configuration into it."""
+    def _check_folder(self, resume: str) -> None:
+        """Refuse a folder that has another run."""
         steps = self._checkpoints.steps()
         if resume == "never" and steps:
             raise ValueError(
@@ -117,9 +126,6 @@ class Run:
                     f"{self.folder} has a run with another configuration ({said}): choose another folder, or "
                     "repeat that run's options to go on with it"
                 )
-        self.ranks.barrier()
-        if self.ranks.is_first:
-            self.config.save(path)
 
     def _build(self) -> None:
         config, ranks = self.config, self.ranks

@@ -144,6 +144,9 @@ def test_another_run_in_the_folder(alone: Path, images: Path, capsys: pytest.Cap
     assert "another configuration (lr was 0.003, is 0.5)" in capsys.readouterr().err
     assert main(["train", *options, "--resume", "never"]) == 2
     assert "has checkpoints, the newest of step 6" in capsys.readouterr().err
+    before = {path: path.read_bytes() for path in alone.rglob("*") if path.is_file()}
+    assert main(["train", *options, "--data", "/nowhere"]) == 2  # which may change, but is not there
+    assert {path: path.read_bytes() for path in alone.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
@@ -173,6 +176,7 @@ def test_bad_options(
     assert main(["train", *SHARED, *output, *options]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.startswith("evit: error: ")
+    assert not any(tmp_path.iterdir())
 
 
 def test_unreadable_images(tmp_path: Path) -> None:
