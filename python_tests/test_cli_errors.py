@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -106,14 +102,3 @@ def test_help_shows_examples_that_can_be_read(command: str, capsys: pytest.Captu
     for words in lines:
         assert words[words.index("evit") + 1] == command
         parser().parse_args(words[words.index("evit") + 1 :])
-
-
-@pytest.mark.parametrize("line", ["info deit_tiny", "--completion bash"])
-def test_a_reader_that_has_enough(line: str) -> None:
-    """As `evit info | head -1`: neither an error nor a traceback, and the status of other commands."""
-    code = f"import sys; from evit_ext.cli import main; sys.exit(main({line.split()!r}))"
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer) as closed:
-        run = subprocess.run([sys.executable, "-c", code], stdout=closed, stderr=subprocess.PIPE, text=True)
-    assert (run.returncode, run.stderr) == (128 + signal.SIGPIPE, "")

@@ -83,6 +83,9 @@ def _words(error: Exception) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for bad input."""
     options = argparse.Namespace(verbose=False)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this, such as a cron job's >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # until Python ends
     try:
         options = parser().parse_args(arguments)
         status = options.run(options)
