@@ -17,8 +17,8 @@ The CUDA variant needs a CUDA toolkit of torch's major version (CUDA_HOME); TORC
 architectures than those of csrc/build.json, MAX_JOBS limits the parallel jobs. The script itself needs what
 `pip install "evit_ext[wheels]"` installs.
 
-Exit status: 0 every wheel passed, 1 one did not or its Python was not found, 2 bad input, 130 interrupted. The
-table has a line for each wheel, whatever happens to one of them.
+Exit status: 0 every wheel passed, 1 one did not or its Python was not found, 2 bad input, 130 interrupted.
+The table has a line for each wheel, whatever happens to one of them.
 """
 
 from __future__ import annotations
