@@ -46,6 +46,7 @@ _FIELDS = (
 _EXAMPLES = """examples:
   evit eval runs/small --keep-rate 1 0.7 0.5
   evit eval --model deit_small --checkpoint evit.pth --data imagenet
+  evit eval --model vit_small_patch16_224 --pretrained --keep-rate 1 0.7 --data imagenet
   torchrun --nproc-per-node 8 --no-python evit eval runs/imagenet-300
 """
 
@@ -55,9 +56,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "eval",
         help="accuracy, speed and cost of a trained model, at several keep rates",
-        description="Evaluate what a run has trained, or a model with the weights of a file, on the\n"
-        "validation split. Under torchrun or srun, the processes share the images, and each\n"
-        "counts once.",
+        description="Evaluate what a run has trained, or a model with the weights of a file or its\n"
+        "pretrained ones, on the validation split. Under torchrun or srun, the processes share\n"
+        "the images, and each counts once.",
         usage="evit eval [RUN | --model NAME (--checkpoint FILE | --pretrained) --data FOLDER] [OPTION ...]",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -160,8 +160,12 @@ def test_another_run_in_the_folder(alone: Path, images: Path, capsys: pytest.Cap
             ["--recipe", "imagnet"],
             "there is no recipe 'imagnet': expected one of cluttered-digits, imagenet-300",
         ),
-        (["--epochs", "two"], "epochs must be int, got 'two'"),
+        (["--epochs", "two"], "epochs must be a whole number, got 'two'"),
         (["--model-args", "embed_dim"], "--model-args takes name=value, got 'embed_dim'"),
+        (
+            ["--img-size", "30"],
+            "img_size must be a multiple of the patches' size, got 30 x 30 and 8 x 8 pixels",
+        ),
         (["--compile"], "keep_rate_token_step, such as 8"),
         (["--distillation", "hard"], "needs a teacher"),
         (["--data", "/nowhere"], "/nowhere"),
