@@ -138,6 +138,95 @@ def test_a_failed_build_leaves_no_wheel(tmp_path: Path, monkeypatch: pytest.Monk
     assert [path.name for path in tmp_path.glob("*.whl")] == others[:1]
 
 
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """scripts/build-wheels.py, with a source distribution that takes no time."""
+    spec = importlib.util.spec_from_file_location("build_wheels_program", SCRIPTS / "build-wheels.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "TOOLS", {})
+
+    def begin(builder: Any, output: Path) -> None:
+        builder._output, builder.sdist = output, output / "evit_ext-0.1.0.tar.gz"
+
+    monkeypatch.setattr(building.Builder, "__init__", begin)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (StepError("no compiler"), 1, "FAILED: no compiler"),
+        (ValueError("no wheel\nat all"), 1, "FAILED: ValueError: no wheel (cp312-c"),
+        (
+            OSError(28, "No space left on device"),
+            1,
+            "FAILED: OSError: [Errno 28] No space left on device (cp",
+        ),
+        (KeyboardInterrupt(), 130, "NOT BUILT: interrupted"),
+    ],
+)
+def test_the_table_is_there_whatever_happens(
+    program: Any,
+    error: BaseException,
+    status: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    found = interpreters.Interpreter(Path(sys.executable), "3.12", "3.12.1", (), ())
+    for module in (building, program):
+        monkeypatch.setattr(module, "WORK", tmp_path)
+    monkeypatch.setattr(program, "find", lambda wanted: found)
+    monkeypatch.setattr(building.Builder, "_scratch", tmp_path / "scratch", raising=False)
+    monkeypatch.setattr(building.Builder, "_build", fail)
+    assert program.main(["--python", "3.12", "--python", "3.13", "--output", str(tmp_path)]) == status
+    table = capsys.readouterr().out.partition("\npython ")[2].splitlines()
+    assert [said in line for line in table[1:5]] == [True] * 4 and table[6].startswith("0 of 4 wheels passed")
+    if isinstance(error, ValueError):
+        assert "Traceback" in (tmp_path / "cp312-cpu.log").read_text()
+
+
+def test_an_environment_that_cannot_be_made(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise PermissionError(13, "Permission denied", "build/wheels")
+
+    monkeypatch.setattr(program, "WORK", tmp_path)
+    monkeypatch.setattr(program, "find", lambda wanted: wanted)
+    monkeypatch.setattr(building.Builder, "environment", fail)
+    assert program.main(["--python", "3.12", "--variant", "cpu", "--output", str(tmp_path / "dist")]) == 1
+    out = capsys.readouterr().out
+    assert "NOT BUILT: PermissionError: [Errno 13]" in out and "0 of 1 wheels passed; NOT: 3.12 cpu" in out
+
+
+def test_an_output_that_is_a_file(program: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "dist").touch()
+    assert program.main(["--output", str(tmp_path / "dist")]) == 2
+    assert capsys.readouterr().err == (
+        f"build-wheels: error: no output folder {tmp_path / 'dist'}: File exists\n"
+    )
+
+
+def test_a_wheel_is_put_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(source: Path, target: Path) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    builder = building.Builder.__new__(building.Builder)
+    builder._output = tmp_path
+    monkeypatch.setattr(building.shutil, "copy2", fill)
+    with pytest.raises(OSError, match="No space left"):
+        builder._put(tmp_path / "elsewhere" / WHEEL)
+    assert not any(tmp_path.iterdir())
+
+
 def make_wheel(folder: Path, *others: str, version: str = "0.1.0+cpu", module: str = MODULE) -> Path:
     """A wheel of two modules, and the source that it says it is of."""
     (folder / "source" / "evit_ext").mkdir(parents=True)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from evit_ext.cli import main
 
@@ -32,6 +33,13 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert [row["model"] for row in found["rows"]] == ["dense", "DynamicViT 0.6"] * 2
     assert found["rows"][0]["gmacs"] > 1.1 * found["rows"][1]["gmacs"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["benchmark deit_tiny", "train --dataset digits"])
+def test_no_gpu(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "--device", "cuda"]) == 2
+    assert "there is no GPU that PyTorch can use" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

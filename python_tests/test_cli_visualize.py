@@ -224,6 +224,17 @@ def test_bad_input(
     assert not captured.out and not (tmp_path / "evit.png").exists()
 
 
+def test_a_run_of_another_size(tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, however many tensors do not fit."""
+    photo = save_photo(tmp_path / "a.png")
+    assert main(["visualize", str(photo), "--checkpoint", str(run_folder), "--model-args", "depth=6"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and len(error) < 800
+    assert f"the weights of {run_folder} do not fit" in error and "Missing key(s)" in error
+    assert main(["visualize", str(photo), "--checkpoint", str(run_folder), "--num-classes", "2"]) == 2
+    assert "size mismatch for head.weight" in (error := capsys.readouterr().err) and "(and 1 more)" in error
+
+
 def test_verbose_says_where(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--verbose", "info", "nothing"], ["info", "nothing", "--verbose"]):
         assert main(arguments) == 2

@@ -17,7 +17,8 @@ The CUDA variant needs a CUDA toolkit of torch's major version (CUDA_HOME); TORC
 architectures than those of csrc/build.json, MAX_JOBS limits the parallel jobs. The script itself needs what
 `pip install "evit_ext[wheels]"` installs.
 
-Exit status: 0 every wheel passed, 1 one did not or its Python was not found, 2 bad input.
+Exit status: 0 every wheel passed, 1 one did not or its Python was not found, 2 bad input, 130 interrupted.
+The table has a line for each wheel, whatever happens to one of them.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from build_wheels.building import VARIANTS, Builder
-from build_wheels.commands import StepError
+from build_wheels.commands import describe
 from build_wheels.interpreters import VERSIONS, NotFoundError, find
 from build_wheels.paths import ROOT, WORK
 from build_wheels.report import Row, table, verdict
@@ -79,29 +80,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     output = options.output.resolve()
-    output.mkdir(parents=True, exist_ok=True)
-    variants = list(dict.fromkeys(options.variant or VARIANTS))
-    rows: list[Row] = []
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"build-wheels: error: no output folder {output}: {error.strerror}", file=sys.stderr)
+        return 2
     try:
         builder = Builder(output)
-    except StepError as error:
-        print(f"build-wheels: error: no source distribution: {error}", file=sys.stderr)
+    except Exception as error:
+        said = describe(error, WORK / "sdist.log")
+        print(f"build-wheels: error: no source distribution: {said}", file=sys.stderr)
         return 1
     print(f"{builder.sdist.name}: built and checked", flush=True)
-    for wanted in dict.fromkeys(options.python or VERSIONS):
+    pythons = list(dict.fromkeys(options.python or VERSIONS))
+    variants = list(dict.fromkeys(options.variant or VARIANTS))
+    rows: list[Row] = []
+    interrupted = False
+    try:
+        for row in build(builder, pythons, variants):
+            rows.append(row)
+    except KeyboardInterrupt:
+        interrupted = True
+        wanted = [(python, variant) for python in pythons for variant in variants]
+        rows += [Row(python, variant, "NOT BUILT: interrupted") for python, variant in wanted[len(rows) :]]
+    print(f"\n{table(rows)}\n\n{verdict(rows)}; in {output}, logs in {WORK}")
+    if interrupted:
+        return 130
+    return 0 if all(row.passed for row in rows) else 1
+
+
+def build(builder: Builder, pythons: Sequence[str], variants: Sequence[str]) -> Iterator[Row]:
+    """Yield what became of each Python's wheels, in order, whatever happens to one of them."""
+    for wanted in pythons:
         try:
             interpreter = find(wanted)
             environment = builder.environment(interpreter)
-        except (NotFoundError, StepError) as error:
-            print(f"build-wheels: Python {wanted}: {error}", file=sys.stderr, flush=True)
-            rows += [Row(wanted, variant, verdict=f"NOT BUILT: {error}") for variant in variants]
+        except Exception as error:
+            said = str(error) if isinstance(error, NotFoundError) else describe(error, WORK / "pythons.log")
+            print(f"build-wheels: Python {wanted}: {said}", file=sys.stderr, flush=True)
+            yield from (Row(wanted, variant, verdict=f"NOT BUILT: {said}") for variant in variants)
             continue
         for variant in variants:
             print(f"Python {interpreter.full_version}, {variant} …", flush=True)
-            rows.append(builder.wheel(environment, variant))
-            print(f"  {rows[-1].verdict}", flush=True)
-    print(f"\n{table(rows)}\n\n{verdict(rows)}; in {output}, logs in {WORK}")
-    return 0 if all(row.passed for row in rows) else 1
+            row = builder.wheel(environment, variant)
+            print(f"  {row.verdict}", flush=True)
+            yield row
 
 
 if __name__ == "__main__":

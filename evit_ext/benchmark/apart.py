@@ -12,8 +12,7 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
-import torch
-
+from evit_ext.benchmark.settings import apply_settings, read_settings
 from evit_ext.benchmark.timing import Here
 
 #: How processes are started: macOS' own libraries do not outlive a fork, and Windows has none.
@@ -31,6 +30,16 @@ class Apart:
     Linux it is a new one. It ends with :meth:`close`, or with this process. It imports the program that is
     run, which therefore does its work below ``if __name__ == "__main__":``.
 
+    It has these settings of this process, as they are when it is made: the numbers of threads, within
+    operators and between them; the default dtype and device; deterministic algorithms, with ``warn_only`` and
+    ``fill_uninitialized_memory``; the backends that ``scaled_dot_product_attention`` may choose; the
+    precision of float32 products, as of ``torch.set_float32_matmul_precision`` and of each backend; reduced
+    precision in CUDA's matrix products; whether oneDNN and cuDNN are enabled and deterministic, and whether
+    cuDNN tries algorithms; and ``evit_ext.ops.library.CUDA_ATTENTION``. It does not have: contexts such as
+    ``torch.no_grad()`` and autocast, which belong into the call; ``torch._dynamo.config`` and its like;
+    seeds; and ``torch.set_flush_denormal``, which cannot be read. Its environment variables are those of the
+    first such process.
+
     Args:
         make: given `arguments`, returns the call. A function of a module.
         arguments: pickled, so that the process has copies of its own.
@@ -43,7 +52,7 @@ class Apart:
     def __init__(self, make: Callable[..., Callable[[], object]], *arguments: Any) -> None:
         try:
             # Not through the pipe's own pickler, with which tensors would be shared.
-            sent = pickle.dumps((torch.get_num_threads(), make, arguments))
+            sent = pickle.dumps((read_settings(), make, arguments))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise TypeError(
                 f"what is measured in a process of its own must be picklable: {error}; "
@@ -138,8 +147,8 @@ def _answer_all(line: Connection) -> None:
         answer, failure = None, None
         try:
             if call is None:
-                threads, make, arguments = pickle.loads(asked)
-                torch.set_num_threads(threads)
+                settings, make, arguments = pickle.loads(asked)
+                apply_settings(settings)
                 call = Here(make(*arguments))
             else:
                 answer = call.seconds() if asked == b"seconds" else call.memory()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import evit_ext
 from evit_ext.cli import benchmark, completion, evaluate, export, info, train, visualize
@@ -31,6 +32,19 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"evit: error: {message}; see {self.prog} --help\n")
 
 
+class _CommandParser(_Parser):
+    """A command's parser, which refuses what it does not know itself, so that its own help is pointed at."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], options, 1)
+            hint = f" (the nearest is {near[0]})" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return namespace, unknown
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command and of all that it can do."""
     parser = _Parser(
@@ -48,7 +62,9 @@ def parser() -> argparse.ArgumentParser:
     )
     help_text = "show where in the program an error comes from"
     parser.add_argument("--verbose", action="store_true", help=help_text)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=_CommandParser
+    )
     for command in (train, evaluate, visualize, benchmark, export, info):
         command.add_parser(commands)
     for subparser in commands.choices.values():
@@ -67,6 +83,9 @@ def _words(error: Exception) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for bad input."""
     options = argparse.Namespace(verbose=False)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this, such as a cron job's >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # until Python ends
     try:
         options = parser().parse_args(arguments)
         status = options.run(options)

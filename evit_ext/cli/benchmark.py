@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from evit_ext.benchmark import MODES, TASKS, Row, contestants, measure
-from evit_ext.cli.options import add_device, chosen_device
-from evit_ext.cli.shared import aligned
+from evit_ext.cli.options import add_device, chosen_device, keep_rate
+from evit_ext.cli.shared import aligned, check_writable
 from evit_ext.training.precision import PRECISIONS, choose_precision
 from evit_ext.training.progress import Progress
 
@@ -49,7 +49,12 @@ def add_parser(commands: Any) -> None:
         help="of evit_ext.models, or any of timm's that evit_ext.apply supports (default: deit_small)",
     )
     parser.add_argument(
-        "--keep-rate", nargs="+", type=float, default=[0.7, 0.5], metavar="RATE", help="(default: 0.7 0.5)"
+        "--keep-rate",
+        nargs="+",
+        type=keep_rate,
+        default=[0.7, 0.5],
+        metavar="RATE",
+        help="(default: 0.7 0.5)",
     )
     parser.add_argument(
         "--batch-size", nargs="+", type=int, metavar="N", help="(default: 1 4 16; on a GPU 1 8 64 256)"
@@ -97,6 +102,8 @@ def add_parser(commands: Any) -> None:
 
 def _benchmark(options: argparse.Namespace) -> None:
     _check(options)
+    if options.output is not None:
+        check_writable(options.output)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = chosen_device(options)

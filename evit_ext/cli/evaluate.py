@@ -15,7 +15,7 @@ from torch import nn
 import evit_ext
 from evit_ext.cli.options import add_device, add_keep_rates, add_options, add_weights
 from evit_ext.cli.shared import aligned
-from evit_ext.cli.trained import configuration, load_weights
+from evit_ext.cli.trained import check_classes, configuration, load_weights
 from evit_ext.keep_rates import keep_rates, set_keep_rate
 from evit_ext.training.config import TrainConfig
 from evit_ext.training.evaluation import Evaluation, evaluate
@@ -46,6 +46,7 @@ _FIELDS = (
 _EXAMPLES = """examples:
   evit eval runs/small --keep-rate 1 0.7 0.5
   evit eval --model deit_small --checkpoint evit.pth --data imagenet
+  evit eval --model vit_small_patch16_224 --pretrained --keep-rate 1 0.7 --data imagenet
   torchrun --nproc-per-node 8 --no-python evit eval runs/imagenet-300
 """
 
@@ -55,10 +56,10 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "eval",
         help="accuracy, speed and cost of a trained model, at several keep rates",
-        description="Evaluate what a run has trained, or a model with the weights of a file, on the\n"
-        "validation split. Under torchrun or srun, the processes share the images, and each\n"
-        "counts once.",
-        usage="evit eval [RUN | --model NAME --checkpoint FILE --data FOLDER] [OPTION ...]",
+        description="Evaluate what a run has trained, or a model with the weights of a file or its\n"
+        "pretrained ones, on the validation split. Under torchrun or srun, the processes share\n"
+        "the images, and each counts once.",
+        usage="evit eval [RUN | --model NAME (--checkpoint FILE | --pretrained) --data FOLDER] [OPTION ...]",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -170,6 +171,7 @@ def _prepare(config: TrainConfig, ranks: Ranks, at_once: int) -> tuple[nn.Module
 
     loaders = Loaders(config, ranks, at_once, training=False)
     model: Any = build_model(config, loaders.num_classes)
+    check_classes(config, model)
     size = model.patch_embed.img_size
     loaders.image = timm.data.resolve_model_data_config(model, {"img_size": size[0]} if size else {})
     return model, loaders

@@ -96,7 +96,7 @@ def _export(options: argparse.Namespace) -> None:
         raise ValueError("--max-batch is for files, and not for --format hf, whose model takes any number")
     if options.format != "onnx" and options.opset is not None:
         raise ValueError(f"--opset is for --format onnx, got --format {options.format}")
-    classes = None if options.classes is None else options.classes.read_text("utf-8").splitlines()
+    classes = None if options.classes is None else _names(options.classes)
     config, model, source = _trained(options)
     if options.keep_rates is not None:
         rates: Any = options.keep_rates
@@ -136,6 +136,14 @@ def _export(options: argparse.Namespace) -> None:
     )
 
 
+def _names(file: Path) -> list[str]:
+    """Return the lines of a text file."""
+    try:
+        return file.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} must be a text file with a class a line, in UTF-8: {error}") from error
+
+
 def _write_folder(
     model: nn.Module,
     folder: Path,
@@ -166,6 +174,11 @@ def _trained(options: argparse.Namespace) -> tuple[TrainConfig, nn.Module, str]:
     name = vars(options).pop("model")
     given = overrides(options)
     if not is_run and not is_model:
+        if folder.is_file():
+            raise ValueError(
+                f"{folder} is a file, expected the folder of a run or a model's name; a file of weights is "
+                f"given as evit export NAME --checkpoint {folder}"
+            )
         where = f"there is no folder {folder}, nor a model of that name" if os.sep in name else ""
         raise ValueError(where or str(unknown_model(name)))
     ways = sum(

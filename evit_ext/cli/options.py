@@ -36,7 +36,9 @@ def add_weights(parser: Any, metavar: str = "FILE", more: str = "") -> None:
 
 def add_keep_rates(parser: Any, text: str) -> None:
     """Add ``--keep-rate``, whose numbers are ``keep_rates`` in the namespace, None where it is not given."""
-    parser.add_argument("--keep-rate", dest="keep_rates", nargs="+", type=float, metavar="RATE", help=text)
+    parser.add_argument(
+        "--keep-rate", dest="keep_rates", nargs="+", type=keep_rate, metavar="RATE", help=text
+    )
 
 
 def add_device(parser: Any) -> None:
@@ -45,10 +47,26 @@ def add_device(parser: Any) -> None:
 
 
 def chosen_device(options: argparse.Namespace) -> torch.device:
-    """Return the device of :func:`add_device`: for auto a GPU where there is one."""
+    """Return the device of :func:`add_device`: for auto a GPU where there is one.
+
+    Raises:
+        ValueError: a GPU is asked for, and there is none.
+    """
     if options.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no GPU that PyTorch can use, for --device cuda")
     return torch.device(options.device)
+
+
+def keep_rate(text: str) -> float:
+    """Return the number of an option that takes keep rates; who sets it refuses one out of range."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected numbers such as 0.7, with spaces between them, got {text!r}"
+        ) from None
 
 
 def add_options(

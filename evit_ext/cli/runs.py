@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,15 @@ def run_config(folder: str, given: Mapping[str, Any]) -> TrainConfig:
     """Return the configuration of a run, with the fields of `given` in the place of its own.
 
     Raises:
-        FileNotFoundError: it is not the folder of a run.
+        FileNotFoundError, NotADirectoryError: it is not the folder of a run.
         ValueError: a field that there is not, or out of its range.
     """
     file = Path(folder) / "config.yaml"
+    if Path(folder).is_file():
+        raise NotADirectoryError(
+            f"{folder} is a file, expected the folder of a run; a file of weights is given with --model NAME "
+            f"--checkpoint {folder}"
+        )
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file}: {folder} is not the folder of a run")
     # The run's own weights are loaded afterwards, whatever it started from.
@@ -39,7 +45,7 @@ def newest_weights(folder: str, ema: bool | None) -> tuple[Mapping[str, Any], st
         ValueError: `ema` is True and there is no moving average.
     """
     checkpoints = Path(folder) / "checkpoints"
-    found = RunCheckpoints(checkpoints).load_latest() if checkpoints.is_dir() else None
+    found = RunCheckpoints(checkpoints).load_latest()
     if found is None:
         raise FileNotFoundError(f"there is no checkpoint in {checkpoints}")
     state, step = found
@@ -55,7 +61,10 @@ def load_weights(model: nn.Module, weights: Mapping[str, Any], folder: str) -> N
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
+        # The first line names the class, each other one something that does not fit.
+        said, *others = [" ".join(line.split()) for line in str(error).splitlines()[1:]] or [str(error)]
+        more = f" (and {len(others)} more)" if others else ""
         raise ValueError(
             f"the weights of {folder} do not fit the model as it is asked for; its data may have other "
-            f"classes, or an option another size: {error}"
+            f"classes, or an option another size: {textwrap.shorten(said, 300)}{more}"
         ) from error

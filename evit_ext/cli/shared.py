@@ -1,8 +1,11 @@
-"""What several commands need: tables."""
+"""What several commands need: tables, and whether a file can be written."""
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
@@ -15,3 +18,14 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
         )
         for line in lines
     )
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError where no file can be made at `path`, whose folders may be missing: before the work."""
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, expected a folder", str(folder))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "nothing may be written there", str(folder))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evit_ext.cli.options import add_options, overrides
+from evit_ext.cli.output import going_on_unread
 from evit_ext.training.config import TrainConfig, load_config, recipe_names
 from evit_ext.training.ranks import Ranks, is_lost, join
 
@@ -86,7 +87,7 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     output = options.output or Path("runs") / Path(options.recipe or config.model).stem
     try:
-        with join(options.device) as ranks:
+        with going_on_unread(f"evit train: the run goes on in {output}"), join(options.device) as ranks:
             return _run(config, output, ranks, options)
     except _Failed:
         return 1

@@ -57,6 +57,16 @@ def load_weights(model: nn.Module, options: argparse.Namespace) -> str:
     return words
 
 
+def check_classes(config: TrainConfig, model: Any) -> None:
+    """Raise ValueError where pretrained weights are of other classes than the model, whose head is random."""
+    known = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes", model.num_classes)
+    if config.pretrained and known != model.num_classes:
+        raise ValueError(
+            f"the pretrained weights of {config.model} know {known} classes, {model.num_classes} are asked "
+            "for by the data or --num-classes: the logits would be random; train the model first (evit train)"
+        )
+
+
 def build(config: TrainConfig, state: Mapping[str, Any] | None = None) -> nn.Module:
     """Return the model of a configuration, with random or pretrained weights.
 
@@ -66,7 +76,7 @@ def build(config: TrainConfig, state: Mapping[str, Any] | None = None) -> nn.Mod
 
     Raises:
         TypeError, ValueError: as :func:`evit_ext.models.by_name.create_evit`; or the number of classes is not
-            known.
+            known, or not that of the pretrained weights.
     """
     classes = config.num_classes
     if classes is None and state is not None:
@@ -76,7 +86,7 @@ def build(config: TrainConfig, state: Mapping[str, Any] | None = None) -> nn.Mod
         classes = len(heads[0])
     sizes = {"img_size": config.img_size, "num_classes": classes}
     given = {name: size for name, size in sizes.items() if size is not None}
-    return create_evit(
+    model = create_evit(
         config.model,
         config.keep_rate,
         config.drop_loc,
@@ -84,6 +94,8 @@ def build(config: TrainConfig, state: Mapping[str, Any] | None = None) -> nn.Mod
         pretrained=config.pretrained,
         **{**config.model_args, **given},
     )
+    check_classes(config, model)
+    return model
 
 
 def is_of_digits(config: TrainConfig) -> bool:

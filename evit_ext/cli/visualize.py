@@ -21,6 +21,7 @@ from evit_ext.cli.options import (
     overrides,
 )
 from evit_ext.cli.runs import load_weights, newest_weights, run_config
+from evit_ext.cli.shared import check_writable
 from evit_ext.cli.trained import build, is_of_digits, preparation
 from evit_ext.keep_rates import keep_rates, set_keep_rate
 from evit_ext.training.config import TrainConfig, load_config
@@ -123,6 +124,8 @@ def _visualize(options: argparse.Namespace) -> None:
     for path in (output, options.html):
         if path is not None and path.is_dir():
             raise IsADirectoryError(f"{path} is a folder: give the file to write")
+        if path is not None:
+            check_writable(path)
     found = photos.find_photos(options.photos)
     if found.others:
         _tell(f"files of the folders that are no images by their names are left out: {found.others}")

@@ -220,7 +220,8 @@ def find_folder(data: str | None) -> Path:
     if data is None:
         raise ValueError("data must be the folder that has the data set's splits, got none")
     if not Path(data).is_dir():
-        raise FileNotFoundError(f"data must be a folder with the data set's splits; there is no {data}")
+        there = f"{data} is a file" if Path(data).is_file() else f"there is no {data}"
+        raise FileNotFoundError(f"data must be a folder with the data set's splits; {there}")
     return Path(data)
 
 

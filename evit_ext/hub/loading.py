@@ -48,7 +48,8 @@ def from_pretrained(
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such folder, or a file is missing in it.
         ValueError: config.json is damaged, or names a model or arguments that are not known; or the weights
-            do not fit; or `keep_rate` is out of range.
+            do not fit; or `keep_rate` is out of range, or not one for each stage.
+        TypeError: `keep_rate` is no number, nor a list of them.
         RuntimeError: it could not be fetched from the hub.
 
     Example:
@@ -61,9 +62,9 @@ def from_pretrained(
         model = _build(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_file} names a model that cannot be built: {error}") from error
-    load_checkpoint(model, _find(source, WEIGHTS))
     if keep_rate is not None:
-        set_keep_rate(model, keep_rate)
+        set_keep_rate(model, keep_rate)  # which may be refused: before the weights are fetched
+    load_checkpoint(model, _find(source, WEIGHTS))
     return model.eval()
 
 

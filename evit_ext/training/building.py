@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
@@ -87,9 +88,26 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
             f"{config.model} with {config.model_args} is a {type(model).__name__}, which has no logits of "
             f"{num_classes} classes to train on"
         )
+    _check_img_size(model)
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model.train()
+
+
+def _check_img_size(model: Any) -> None:
+    """Raise ValueError where images are no whole number of patches, which timm tells at the first image."""
+    embed = getattr(model, "patch_embed", None)
+    size, patch = getattr(embed, "img_size", None), getattr(embed, "patch_size", None)
+    if (
+        size
+        and patch
+        and not getattr(embed, "dynamic_img_pad", False)
+        and any(map(operator.mod, size, patch))
+    ):
+        shown = (" x ".join(map(str, sides)) for sides in (size, patch))
+        raise ValueError(
+            "img_size must be a multiple of the patches' size, got {} and {} pixels".format(*shown)
+        )
 
 
 def load_initial(config: TrainConfig, model: nn.Module) -> LoadedCheckpoint | None:

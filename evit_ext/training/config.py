@@ -243,7 +243,10 @@ def _read(recipe: str | Path) -> Mapping[str, Any]:
     if str(recipe) in recipe_names():
         text = (resources.files("evit_ext.training") / "recipes" / f"{recipe}.yaml").read_text()
     elif Path(recipe).is_file():
-        text = Path(recipe).read_text()
+        try:
+            text = Path(recipe).read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{recipe} is not YAML, not even text: {error}") from error
     else:
         raise FileNotFoundError(
             f"there is no recipe {str(recipe)!r}: expected one of {', '.join(recipe_names())}, or a YAML file"
@@ -274,11 +277,23 @@ def typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         try:
             result[name] = _convert(value, hints[name])
         except (TypeError, ValueError):
-            kind = getattr(hints[name], "__name__", None) if isinstance(hints[name], type) else None
-            raise TypeError(
-                f"{source}: {name} must be {kind or str(hints[name]).replace('typing.', '')}, got {value!r}"
-            ) from None
+            raise TypeError(f"{source}: {name} must be {_words(hints[name])}, got {value!r}") from None
     return result
+
+
+#: What a field takes, in words.
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _words(hint: Any) -> str:
+    """Return what values a type hint allows, in words."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return f"{' or '.join(_words(kind) for kind in inner if kind is not type(None))} or none"
+    if origin is tuple:
+        several = "" if inner[-1] is Ellipsis else f"{len(inner)} "
+        return f"{several}{_KINDS[inner[0]].removeprefix('a ')}s"
+    return "a mapping of names to values" if origin is dict else _KINDS[hint]
 
 
 def _convert(value: Any, hint: Any) -> Any:

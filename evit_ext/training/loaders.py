@@ -301,6 +301,10 @@ def _open(config: TrainConfig, training: bool) -> _Data:
     dataset, prefix = config.dataset, config.dataset.partition("/")[0]
     number = config.train_images if training else None
     if dataset in _DIGITS:
+        if config.data is not None:
+            raise ValueError(
+                f"dataset {dataset!r} needs no files: data must be none, or dataset, got {config.data!r}"
+            )
         return Canvases(config, training)
     if dataset == "wds":
         return WebDataset(config.data, split, number)

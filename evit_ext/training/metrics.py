@@ -65,6 +65,7 @@ class Metrics:
         self._there: set[tuple[int, str]] = set()
         if not enabled:
             return
+        writer = None if tensorboard is False else _summary_writer(tensorboard)
         self.path = Path(folder) / "metrics.csv"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = [] if resume_step is None else _lines_up_to(self.path, resume_step)
@@ -72,10 +73,10 @@ class Metrics:
         with replacing(self.path) as file:
             _writer(file).writerows([_COLUMNS, *lines])
         self._file = self.path.open("a", newline="")
-        if tensorboard is not False:
-            self._events = _events(
-                Path(folder) / "tensorboard", 0 if resume_step is None else resume_step + 1, tensorboard
-            )
+        if writer is not None:
+            # Events from this step on are hidden: they are written again.
+            purge_step = 0 if resume_step is None else resume_step + 1
+            self._events = writer(str(Path(folder) / "tensorboard"), purge_step=purge_step)
 
     def write(self, step: int, epoch: int, kind: str, **figures: float | None) -> None:
         """Write a record; one that the file had already, of this step and kind, is left as it is.
@@ -163,8 +164,8 @@ def _is_up_to(cell: str, step: int) -> bool:
     return cell.isdecimal() and int(cell) <= step
 
 
-def _events(folder: Path, purge_step: int, tensorboard: bool | str) -> Any:
-    """Return TensorBoard's writer, which hides events from `purge_step` on; None where it may be missing."""
+def _summary_writer(tensorboard: bool | str) -> Any:
+    """Return TensorBoard's class of writers; None where the package is not there and need not be."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -174,4 +175,4 @@ def _events(folder: Path, purge_step: int, tensorboard: bool | str) -> Any:
             f"TensorBoard's events are wanted but it cannot be imported ({error}): "
             'pip install "evit_ext[train]", or do without'
         ) from error
-    return SummaryWriter(str(folder), purge_step=purge_step)
+    return SummaryWriter

@@ -207,6 +207,8 @@ def _device(name: str, local_rank: int) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and not count):
         return torch.device("cpu")
+    if not count:
+        raise ValueError("there is no GPU that PyTorch can use, for device 'cuda'")
     if local_rank >= count:
         raise ValueError(
             f"local rank {local_rank} has no GPU: this process sees {count}, and each needs its own; "

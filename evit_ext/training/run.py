@@ -29,7 +29,7 @@ from evit_ext.training.ranks import Ranks
 from evit_ext.training.results import Results
 from evit_ext.training.run_checkpoints import RunCheckpoints
 from evit_ext.training.run_clock import RunClock
-from evit_ext.training.run_folder import claim_folder
+from evit_ext.training.run_folder import check_folder
 from evit_ext.training.sharding import distribute, share_buffers
 from evit_ext.training.stopping import Stopped, StopSignals
 from evit_ext.training.summary import RunSummary, peak_memory
@@ -59,7 +59,9 @@ class Run:
 
     Raises:
         ValueError: the configuration contradicts itself, or the folder belongs to another run.
-        OSError: the folder cannot be created.
+        OSError: the folder cannot be created or written to.
+
+    A refused run leaves the folder as it was, and creates none.
     """
 
     def __init__(
@@ -81,11 +83,18 @@ class Run:
         self._clock = RunClock()
         self._stop = StopSignals()
         self._lock = FolderLock(self.folder, ranks)
-        claim_folder(self.folder, config, self._checkpoints.steps(), ranks, may_resume=resume == "auto")
-        self._build()
-        resumed = self._load()
-        self._unreadable.begin()
-        self._metrics = Metrics(self.folder, tensorboard, ranks.is_first, resumed)
+        try:
+            check_folder(self.folder, config, self._checkpoints.steps(), ranks, may_resume=resume == "auto")
+            self._build()
+            resumed = self._load()
+            # From here on there is a run, which writes: what is refused leaves the folder as it was.
+            self._metrics = Metrics(self.folder, tensorboard, ranks.is_first, resumed)
+            self._unreadable.begin()
+            if ranks.is_first:
+                config.save(self.folder / "config.yaml")
+        except BaseException:
+            self._lock.discard()
+            raise
 
     def _build(self) -> None:
         config, ranks = self.config, self.ranks

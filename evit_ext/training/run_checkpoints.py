@@ -30,12 +30,11 @@ class RunCheckpoints:
     executes nothing.
 
     Args:
-        folder: created if necessary.
+        folder: created with the first checkpoint if necessary.
         keep: how many to keep, at least 1; older ones are deleted once a newer one is complete.
 
     Raises:
         ValueError: `keep` is less than 1.
-        OSError: the folder cannot be made.
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 2) -> None:
@@ -43,10 +42,11 @@ class RunCheckpoints:
             raise ValueError(f"keep must be at least 1, got {keep}")
         self.folder = Path(folder)
         self.keep = keep
-        self.folder.mkdir(parents=True, exist_ok=True)
 
     def steps(self) -> list[int]:
-        """Return the steps of the checkpoints in the folder, ascending."""
+        """Return the steps of the checkpoints in the folder, ascending; none where it is not there."""
+        if not self.folder.exists():
+            return []
         matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
@@ -61,6 +61,7 @@ class RunCheckpoints:
             OSError: it could not be written, for lack of space for instance; older checkpoints are intact.
         """
         path = self.path(step)
+        self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(f"*{UNFINISHED}"):
             leftover.unlink()
         try:

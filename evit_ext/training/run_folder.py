@@ -1,4 +1,4 @@
-"""The folder of a run: whether a configuration may use it, and its ``config.yaml``."""
+"""The folder of a run: whether a configuration may use it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _MAY_CHANGE = (
 )  # fmt: skip
 
 
-def claim_folder(
+def check_folder(
     folder: Path, config: TrainConfig, steps: Sequence[int], ranks: Ranks, may_resume: bool
 ) -> None:
-    """Write a run's configuration into its folder, unless the folder belongs to another run.
+    """Refuse a folder that belongs to another run.
 
     Every process must call it.
 
@@ -28,13 +28,12 @@ def claim_folder(
         folder: of the run; it exists.
         config: what the run does.
         steps: of the checkpoints that this process sees in the folder, ascending.
-        ranks: the processes; the first one writes.
+        ranks: the processes.
         may_resume: False refuses a folder that has checkpoints.
 
     Raises:
         ValueError: the folder has checkpoints that may not be resumed, or are of another configuration; or
             the processes see different ones.
-        OSError: the configuration cannot be written.
     """
     if steps and not may_resume:
         raise ValueError(
@@ -57,6 +56,4 @@ def claim_folder(
                 f"{folder} has a run with another configuration ({said}): choose another folder, or repeat "
                 "that run's options to go on with it"
             )
-    ranks.barrier()
-    if ranks.is_first:
-        config.save(path)
+    ranks.barrier()  # all have read what the first may now replace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import torch
 from torch import nn
 
 from evit_ext.benchmark import Apart, Contestant, apart, contestants, measure, time_in_turns
+from evit_ext.benchmark.settings import read_settings
+from evit_ext.ops import library
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2, "num_classes": 10}
 
@@ -29,6 +32,63 @@ def notes(file: Path) -> Callable[[], None]:
             lines.write(f"{os.getpid()} {torch.get_num_threads()}\n")
 
     return note
+
+
+def writes_settings(file: Path) -> Callable[[], None]:
+    found = pickle.dumps(read_settings())
+    return lambda: file.write_bytes(found) and None
+
+
+CHANGES: dict[str, Callable[[], object]] = {
+    "default dtype": lambda: torch.set_default_dtype(torch.bfloat16),
+    "default device": lambda: torch.set_default_device("meta"),
+    "deterministic algorithms": lambda: torch.use_deterministic_algorithms(True, warn_only=True),
+    "attention": lambda: (
+        torch.backends.cuda.enable_flash_sdp(False),
+        torch.backends.cuda.enable_mem_efficient_sdp(False),
+        torch.backends.cuda.enable_math_sdp(False),
+        torch.backends.cuda.enable_cudnn_sdp(False),
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True),
+    ),
+    "float32 products": lambda: torch.set_float32_matmul_precision("medium"),
+    "float32 of a backend": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+    "float32 of all backends": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "libraries": lambda: (
+        setattr(torch.backends.mkldnn, "enabled", False),
+        setattr(torch.backends.mkldnn, "deterministic", True),
+        setattr(torch.backends.cudnn, "benchmark", True),
+        setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False),
+    ),
+    "our own": lambda: setattr(library, "CUDA_ATTENTION", True),
+}
+
+# argv: a folder. In a process of its own, so that no other test sees what it changes.
+_CARRIES = """
+import pickle, sys
+from pathlib import Path
+import torch
+from evit_ext.benchmark import Apart
+from evit_ext.benchmark.settings import read_settings
+from benchmark.test_apart import CHANGES, writes_settings
+
+if __name__ == "__main__":
+    torch.set_num_threads(3)
+    torch.set_num_interop_threads(5)
+    for name, change in CHANGES.items():
+        before = read_settings()
+        change()
+        here = read_settings()
+        assert here != before, name
+        file = Path(sys.argv[1]) / "settings"
+        call = Apart(writes_settings, file)
+        call.seconds()
+        call.close()
+        there = pickle.loads(file.read_bytes())
+        different = {key for key in here.keys() | there.keys() if here.get(key) != there.get(key)}
+        assert not different, (name, different)
+        print(name)
+"""
 
 
 def takes_memory(mib: int) -> Callable[[], object]:
@@ -63,6 +123,19 @@ def test_each_call_has_a_process_and_the_threads_of_this_one(tmp_path: Path) -> 
     found = [set((tmp_path / name).read_text().splitlines()) for name in "ab"]
     assert found == [{f"{process.pid} 3"} for process in processes] and found[0] != found[1]
     assert (tmp_path / "a").read_text().count("\n") == 4  # two of them untimed
+
+
+def test_settings_are_those_of_this_process(tmp_path: Path) -> None:
+    file = tmp_path / "program.py"
+    file.write_text(_CARRIES)
+    paths = [str(Path(__file__).parents[1]), *sys.path]
+    done = subprocess.run(
+        [sys.executable, file, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.splitlines()) == (0, list(CHANGES)), done.stderr
 
 
 def test_memory_is_that_of_the_process() -> None:

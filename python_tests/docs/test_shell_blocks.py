@@ -181,7 +181,7 @@ def test_runs(
         ("evit train --recipe cluttered-digits --epochz 3", "unrecognized arguments: --epochz"),
         ("evit train --recipe cluttered-digits --epochs many", "epochs"),
         ("evit train --recipe imagenet-3000", "imagenet-3000"),
-        ("evit eval runs/a --keep-rate half", "invalid float value: 'half'"),
+        ("evit eval runs/a --keep-rate half", "expected numbers such as 0.7"),
         ("evit inspect runs/a", "invalid choice: 'inspect'"),
         ("torchrun --nproc-per-node 8 --no-python evit train --modell x", "unrecognized arguments: --modell"),
         ("make tset", "No rule to make target"),

@@ -90,20 +90,51 @@ def test_operators(cmake_package: Path, tmp_path: Path) -> None:
     assert run(project / "build" / "main") == "registered"
 
 
-def test_torch_that_was_found_before(cmake_package: Path, tmp_path: Path) -> None:
+FOUND_BEFORE = """
+add_library(torch INTERFACE IMPORTED)
+set(TORCH_LIBRARIES torch a_library_beside_it)
+{}
+find_package(evit REQUIRED)
+get_target_property(found evit::libtorch INTERFACE_LINK_LIBRARIES)
+if(NOT "${{found}}" STREQUAL "${{TORCH_LIBRARIES}}")
+  message(FATAL_ERROR "found: ${{found}}")
+endif()
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (f'set(TORCH_INSTALL_PREFIX "{Path(torch.__file__).parent}")', "found before"),
+        ("set(Torch_VERSION 2.10.1)", "(2.10.1), found before"),
+        ("", "found before, its version is not known; evit needs 2.10 or newer"),
+    ],
+    ids=["by its headers", "by its package", "not known"],
+)
+def test_torch_that_was_found_before(cmake_package: Path, tmp_path: Path, setting: str, said: str) -> None:
     """Two LibTorchs in one program would be one too many."""
-    lists = """
-    add_library(torch INTERFACE IMPORTED)
-    set(TORCH_LIBRARIES torch a_library_beside_it)
-    find_package(evit REQUIRED)
-    get_target_property(found evit::libtorch INTERFACE_LINK_LIBRARIES)
-    if(NOT "${found}" STREQUAL "${TORCH_LIBRARIES}")
-      message(FATAL_ERROR "found: ${found}")
-    endif()
-    """
-    write_project(tmp_path / "before", lists, "")
+    write_project(tmp_path / "before", FOUND_BEFORE.format(setting), "")
     configured = configure(tmp_path / "before", cmake_package)
     assert configured.returncode == 0, configured.stderr
+    assert said in configured.stdout
+
+
+@pytest.mark.parametrize("header", ["headeronly/version.h", "csrc/api/include/torch/version.h", None])
+def test_an_old_torch_that_was_found_before(cmake_package: Path, tmp_path: Path, header: str | None) -> None:
+    folder = tmp_path / "torch"
+    setting = f'set(TORCH_INSTALL_PREFIX "{folder}")\n'
+    if header is None:
+        setting += "set(Torch_VERSION 2.9.1)"
+    else:
+        file = folder / "include" / "torch" / header
+        file.parent.mkdir(parents=True)
+        parts = {"MAJOR": 2, "MINOR": 9, "PATCH": 1}
+        file.write_text("".join(f"#define TORCH_VERSION_{name} {part}\n" for name, part in parts.items()))
+    write_project(tmp_path / "before", FOUND_BEFORE.format(setting), "")
+    configured = configure(tmp_path / "before", cmake_package)
+    assert configured.returncode != 0
+    said = " ".join(configured.stderr.split())
+    assert f"torch 2.10 or newer, but find_package(Torch) found 2.9.1 in {folder} before" in said
 
 
 @pytest.mark.parametrize(

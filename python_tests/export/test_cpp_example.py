@@ -190,6 +190,20 @@ def test_other_sizes(classify: Path, package: Path, photos: list[Path], tmp_path
     assert list(two) == [str(photos[0])] and two[str(photos[0])] == pytest.approx(best, abs=2e-4)
 
 
+def test_grey_of_16_bits(classify: Path, package: Path, photos: list[Path], tmp_path: Path) -> None:
+    """The upper eight bits count, unlike in Python: Pillow makes white of all but the darkest 256 values."""
+    grey = next(photo for photo in photos if photo.name == "grey.png")
+    pixels = np.asarray(Image.open(grey)).astype(np.uint16)
+    Image.fromarray(256 * pixels + pixels // 3).save(tmp_path / "16.png")
+    with Image.open(tmp_path / "16.png") as image:
+        assert image.mode == "I;16"
+        assert not np.array_equal(np.asarray(image.convert("RGB"))[..., 0], pixels)  # or README is wrong
+    done = run(classify, package, grey, tmp_path / "16.png")
+    assert (done.returncode, done.stderr) == (0, "")
+    of_eight, of_sixteen = read(done.stdout).values()
+    assert of_sixteen == of_eight
+
+
 def test_classes_without_names(classify: Path, package: Path, photos: list[Path], tmp_path: Path) -> None:
     nameless = with_metadata(package, tmp_path / "a.pt2", {"evit.classes": "evit.others"})
     assert set(read(run(classify, nameless, photos[0]).stdout)[str(photos[0])]) == {

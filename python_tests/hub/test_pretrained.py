@@ -299,6 +299,22 @@ def test_missing_files(saved: Path, tmp_path: Path, hub: Hub) -> None:
         from_pretrained("hf-hub:someone/other")
 
 
+@pytest.mark.parametrize(
+    ("keep_rate", "error", "message"),
+    [
+        (70, ValueError, r"keep_rate must be in \(0, 1\], got 70"),
+        ([0.7, 0.7, 0.7], ValueError, "keep_rate must be one number or 2, one for each reorganising block"),
+        ("0.7", TypeError, "keep_rate must be a number in"),
+    ],
+)
+def test_keep_rates_are_checked_before_weights_are_fetched(
+    saved: Path, tmp_path: Path, keep_rate: Any, error: type[Exception], message: str
+) -> None:
+    shutil.copy(saved / "config.json", tmp_path)  # and no weights
+    with pytest.raises(error, match=message):
+        from_pretrained(tmp_path, keep_rate=keep_rate)
+
+
 def test_weights_that_do_not_fit(saved: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved, tmp_path / "folder")
     state = safetensors.torch.load_file(folder / "model.safetensors")

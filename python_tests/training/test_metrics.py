@@ -105,7 +105,8 @@ def test_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         metrics.write(1, 0, "train", loss=1.0)
     assert steps(tmp_path) == [("1", "train")] and not (tmp_path / "tensorboard").exists()
     with pytest.raises(RuntimeError, match=r'pip install "evit_ext\[train\]"'):
-        Metrics(tmp_path, tensorboard=True)
+        Metrics(tmp_path / "new", tensorboard=True)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_full_disk(tmp_path: Path) -> None:

@@ -144,6 +144,9 @@ def test_another_run_in_the_folder(alone: Path, images: Path, capsys: pytest.Cap
     assert "another configuration (lr was 0.003, is 0.5)" in capsys.readouterr().err
     assert main(["train", *options, "--resume", "never"]) == 2
     assert "has checkpoints, the newest of step 6" in capsys.readouterr().err
+    before = {path: path.read_bytes() for path in alone.rglob("*") if path.is_file()}
+    assert main(["train", *options, "--data", "/nowhere"]) == 2  # which may change, but is not there
+    assert {path: path.read_bytes() for path in alone.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
@@ -157,8 +160,12 @@ def test_another_run_in_the_folder(alone: Path, images: Path, capsys: pytest.Cap
             ["--recipe", "imagnet"],
             "there is no recipe 'imagnet': expected one of cluttered-digits, imagenet-300",
         ),
-        (["--epochs", "two"], "epochs must be int, got 'two'"),
+        (["--epochs", "two"], "epochs must be a whole number, got 'two'"),
         (["--model-args", "embed_dim"], "--model-args takes name=value, got 'embed_dim'"),
+        (
+            ["--img-size", "30"],
+            "img_size must be a multiple of the patches' size, got 30 x 30 and 8 x 8 pixels",
+        ),
         (["--compile"], "keep_rate_token_step, such as 8"),
         (["--distillation", "hard"], "needs a teacher"),
         (["--data", "/nowhere"], "/nowhere"),
@@ -173,6 +180,7 @@ def test_bad_options(
     assert main(["train", *SHARED, *output, *options]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.startswith("evit: error: ")
+    assert not any(tmp_path.iterdir())
 
 
 def test_unreadable_images(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from .auditing import (
     give_platform_tag,
     platform_tag,
 )
-from .commands import StepError, run
+from .commands import StepError, describe, run
 from .interpreters import Interpreter, inspect
 from .paths import ROOT, WORK
 from .report import PASSED, Row
@@ -77,22 +77,31 @@ class Builder:
     def wheel(self, environment: Interpreter, variant: str) -> Row:
         """Build, audit and try the wheel of a variant; one that passes is put into the output folder."""
         name = f"{environment.tag}-{variant}"
-        log = fresh_log(name)
-        folder = self._scratch / name
-        # One of an earlier run must not pass for one of this.
+        log, folder = WORK / f"{name}.log", self._scratch / name
         stem = self.sdist.name.removesuffix(".tar.gz") + VARIANTS[variant]
-        for earlier in self._output.glob(f"{stem}-{environment.tag}-{environment.tag}-*.whl"):
-            earlier.unlink()
         try:
+            fresh_log(name)
+            # One of an earlier run must not pass for one of this.
+            for earlier in self._output.glob(f"{stem}-{environment.tag}-{environment.tag}-*.whl"):
+                earlier.unlink()
             wheel = self._build(environment, variant, folder, log)
             tried = try_wheel(environment, wheel, variant, folder / "trial", log)
-            shutil.copy2(wheel, self._output)
-        except StepError as error:
-            return Row(environment.full_version, variant, f"FAILED: {error}")
+            self._put(wheel)
+        except Exception as error:
+            return Row(environment.full_version, variant, f"FAILED: {describe(error, log)}")
         size, tag = wheel.stat().st_size, platform_tag(wheel)
         shutil.rmtree(folder, ignore_errors=True)
         passed = f"{PASSED}, {tried['device']}"
         return Row(environment.full_version, variant, passed, wheel.name, size, tag, tried["torch"])
+
+    def _put(self, wheel: Path) -> None:
+        """Copy a wheel to the output folder, whole or not at all."""
+        unfinished = self._output / f"{wheel.name}.unfinished"
+        try:
+            shutil.copy2(wheel, unfinished)
+            unfinished.replace(self._output / wheel.name)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     def _build(self, environment: Interpreter, variant: str, folder: Path, log: Path) -> Path:
         """Return the wheel, built from the source distribution and audited."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import subprocess
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -44,6 +46,16 @@ def run(
     if done.returncode != 0:
         raise StepError(f"{telling_line(done.stdout) or f'exit status {done.returncode}'} ({log.name})")
     return done.stdout
+
+
+def describe(error: Exception, log: Path) -> str:
+    """What an error says, in one line; the traceback of one that no step foresaw goes into `log`."""
+    if isinstance(error, StepError):
+        return str(error)
+    with contextlib.suppress(OSError), log.open("a") as file:  # the disk may be full
+        traceback.print_exception(type(error), error, error.__traceback__, file=file)
+    said = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {said} ({log.name})"
 
 
 def telling_line(output: str) -> str:
