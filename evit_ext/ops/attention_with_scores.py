@@ -42,10 +42,10 @@ def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None = Non
 
     Products are summed in float32 (float64 for float64). In bfloat16, on processors that multiply it
     (``avx512_bf16``), the probabilities are rounded to bfloat16 before they weigh the values, as PyTorch's
-    scaled_dot_product_attention does, and so are the gradients of the logits; `scores` are not. The kernel for CUDA always rounds them, and its
-    `scores` agree with `class_attention`'s to rounding in float32. Under autocast `qkv` is cast to the
-    autocast dtype, as scaled_dot_product_attention casts. Differentiable once. The kernels are deterministic,
-    whatever the number of threads.
+    scaled_dot_product_attention does, and so are the gradients of the logits; `scores` are not. The kernel
+    for CUDA always rounds them, and its `scores` agree with `class_attention`'s to rounding in float32. Under
+    autocast `qkv` is cast to the autocast dtype, as scaled_dot_product_attention casts. Differentiable once.
+    The kernels are deterministic, whatever the number of threads.
 
     Raises:
         TypeError: the dtype is not supported, `num_heads` is not an int or `scale` not a number.
