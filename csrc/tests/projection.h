@@ -47,15 +47,22 @@ std::vector<double> probabilities(const Projection<T>& qkv, int64_t b, int64_t m
   return p;
 }
 
-template <typename Body>
-void for_each_level(const Body& body) {
+// The instruction levels of this processor; says which it has not.
+inline std::vector<cpu::SimdLevel> available_levels() {
+  std::vector<cpu::SimdLevel> levels;
   for (const cpu::SimdLevel level : {cpu::SimdLevel::baseline, cpu::SimdLevel::avx2, cpu::SimdLevel::avx512,
                                      cpu::SimdLevel::avx512_bf16}) {
     if (cpu::simd_level_available(level))
-      body(level);
+      levels.push_back(level);
     else
       std::printf("not run: %s, which this processor has not\n", cpu::simd_level_name(level));
   }
+  return levels;
+}
+
+template <typename Body>
+void for_each_level(const Body& body) {
+  for (const cpu::SimdLevel level : available_levels()) body(level);
 }
 
 }  // namespace evit::tests
