@@ -91,9 +91,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Run one of timm's attentions on `x` and also return how much attention every token receives.
 
-    The output is that of the attention itself. It goes through scaled_dot_product_attention, or, on the CPU
-    and without gradients, through :func:`evit_ext.ops.attention_with_scores` where that computes the same; so
-    no N × N map is formed. Hooks on `attention` itself do not run, those on its projections do.
+    The output is that of the attention itself. It goes through scaled_dot_product_attention, or, on the CPU,
+    through :func:`evit_ext.ops.attention_with_scores` where that computes the same; so no N × N map is
+    formed. Hooks on `attention` itself do not run, those on its projections do.
 
     Args:
         attention: timm's ``Attention``, ``AttentionRope``, ``EvaAttention`` or BEiT's ``Attention``, with or

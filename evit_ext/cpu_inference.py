@@ -1,11 +1,12 @@
-"""What attentions and MLPs compute, on the CPU and without gradients, in fewer passes over memory.
+"""What attentions and MLPs compute on the CPU, in fewer passes over memory.
 
-Attention goes through :func:`evit_ext.ops.attention_with_scores`, straight from the packed projection where
-nothing is done to queries and keys; and linear layers through oneDNN with bias and GELU in the product's last
-pass, where ``F.linear`` copies the bias into the result first and GELU is a pass of its own. Results differ
-by rounding; so :func:`evit_ext.apply` switches this on only where a keep rate is below 1. Whatever is not
-known to compute the same runs as it was written: under autograd and ``torch.export``, with hooks or a forward
-put in the place of a class's, with dropout, masks and biases between places.
+Attention goes through :func:`evit_ext.ops.attention_with_scores`, in training as well, straight from the
+packed projection where nothing is done to queries and keys; and, without gradients, linear layers through
+oneDNN with bias and GELU in the product's last pass, where ``F.linear`` copies the bias into the result first
+and GELU is a pass of its own. Results differ by rounding; so :func:`evit_ext.apply` switches this on only
+where a keep rate is below 1. Whatever is not known to compute the same runs as it was written: under
+``torch.export`` and forward-mode differentiation, with hooks or a forward put in the place of a class's, with
+dropout, masks and biases between places.
 
 Notation: B batch, H heads, N tokens, C channels.
 """
@@ -53,10 +54,15 @@ class CpuForward(Override):
     active = True
 
 
-def runs_on(x: Tensor) -> bool:
-    """Return whether this module may compute with `x`: on the CPU, and nobody differentiates or exports."""
+def runs_on(x: Tensor, with_gradient: bool = False) -> bool:
+    """Return whether this module may compute with `x`: on the CPU, and nobody exports.
+
+    Nor differentiates, unless what is to be computed offers that `with_gradient`.
+    """
     # Grad mode alone decides, not whether a tensor requires grad: the weights do.
-    if not SUPPORTED or torch.is_grad_enabled() or x.device.type != "cpu" or type(x) is not Tensor:
+    if torch.is_grad_enabled() and not with_gradient:
+        return False
+    if not SUPPORTED or x.device.type != "cpu" or type(x) is not Tensor:
         return False
     if torch.compiler.is_compiling():
         # To the compiler of torch 2.10 all is exporting: there, compiled models run as timm wrote them.
@@ -89,7 +95,7 @@ def _globally_watched() -> bool:
     return torch.nn.modules.module._has_any_global_hook()
 
 
-def may_replace(module: nn.Module, x: Tensor) -> bool:
+def may_replace(module: nn.Module, x: Tensor, with_gradient: bool = False) -> bool:
     """Return whether `module`, whose ``forward`` is overridden, may compute as this module does of `x`.
 
     Asked of the override, so that a block computes the same bits whoever runs it: timm's with keep rate 1.
@@ -97,13 +103,13 @@ def may_replace(module: nn.Module, x: Tensor) -> bool:
     override = module.__dict__.get("forward")
     if not isinstance(override, CpuForward) or not override.active:
         return False
-    return type(module).forward is _WRITTEN.get(type(module)) and runs_on(x)
+    return type(module).forward is _WRITTEN.get(type(module)) and runs_on(x, with_gradient)
 
 
 def may_attend(attention: Any, x: Tensor) -> bool:
     """Return whether one of timm's attentions, without mask and bias, may attend with our kernel."""
     # timm's switch is off for those who want to see the map.
-    if not may_replace(attention, x) or not attention.fused_attn or not attends(x):
+    if not may_replace(attention, x, with_gradient=True) or not attention.fused_attn or not attends(x):
         return False
     dropout = attention.training and attention.attn_drop.p > 0
     return not dropout and getattr(attention, "relative_position_bias_table", None) is None
@@ -127,7 +133,7 @@ def pack(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def linear(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return what a linear layer makes of `x`, for which :func:`runs_on`.
+    """Return what a linear layer makes of `x`, for which :func:`runs_on`, be it with gradient.
 
     A `bias` takes the place of the layer's own, whose forward then does not run.
     """
@@ -144,6 +150,8 @@ def _fuses(layer: Any, x: Tensor, bias: Tensor | None = None) -> bool:
     """Return whether oneDNN may compute a linear layer of `x`, with its own bias or another."""
     if not as_written(layer, nn.Linear) or x.dtype not in _LINEAR_DTYPES or x.numel() == 0:
         return False
+    if torch.is_grad_enabled():
+        return False  # oneDNN's product has none
     if torch.compiler.is_compiling() or checks.autocast_enabled("cpu") or not torch._C._get_mkldnn_enabled():
         return False  # a compiler fuses by itself
     weight, own = layer.weight, layer.bias if bias is None else bias

@@ -6,13 +6,15 @@
 //
 // qkv [B, N, 3 * H * D] with a dense last dimension, ordered (3, H, D), and any other strides. out [B, N, H *
 // D] and scores [B, N], dense, scores in the accumulation type. B and N may be 0; H and D at least 1. A NaN
-// logit makes its row NaN, as does a row whose maximum is +Inf or all of -Inf. Not differentiable.
-// Deterministic: every sum has one fixed order, whatever the threads. Memory besides the results is linear in
-// N.
+// logit makes its row NaN, as does a row whose maximum is +Inf or all of -Inf. Deterministic: every sum has
+// one fixed order, whatever the threads. Memory besides the results is linear in N.
+//
+// Its gradient, given those of out and scores, is that of qkv: no result of the forward pass is needed, the
+// probabilities are computed anew.
 //
 // In bfloat16, where the processor multiplies it (SimdLevel::avx512_bf16), and always on CUDA, probabilities
-// are rounded to the element type before they are multiplied with the values; otherwise everything between is
-// in the accumulation type.
+// are rounded to the element type before they are multiplied with the values, and they and the gradients of
+// the logits before the backward products; otherwise everything between is in the accumulation type.
 #pragma once
 
 #include "executor.h"
@@ -34,6 +36,13 @@ namespace cpu {
 template <typename T>
 void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T>& qkv, T* out,
                            accumulate_t<T>* scores, const Executor& executor);
+
+// grad_out [B, N, H * D] with a dense last dimension and any other strides; grad_scores[b * stride_b +
+// n * stride_n]; grad_qkv [B, N, 3 * H * D], dense. A thread computes whole heads.
+template <typename T>
+void attention_with_scores_backward(const AttentionWithScoresSizes& sizes, const Tokens<T>& qkv,
+                                    const Tokens<T>& grad_out, const Tokens<accumulate_t<T>>& grad_scores,
+                                    T* grad_qkv, const Executor& executor);
 
 }  // namespace cpu
 

@@ -23,19 +23,23 @@ bool run_on_cuda(const AttentionWithScoresSizes& sizes, Tensor qkv, const Tensor
   return true;
 }
 
-std::tuple<Tensor, Tensor> attention_with_scores(const Tensor& qkv_any, int64_t num_heads, double scale) {
-  check_dim(qkv_any, "qkv", 3, "[B, N, 3 * C]");
-  const int64_t batch = qkv_any.size(0), tokens = qkv_any.size(1), width = qkv_any.size(2) / 3;
+AttentionWithScoresSizes check(const Tensor& qkv, int64_t num_heads, double scale) {
+  check_dim(qkv, "qkv", 3, "[B, N, 3 * C]");
+  const int64_t width = qkv.size(2) / 3;
   STD_TORCH_CHECK(num_heads > 0, "num_heads must be at least 1, got ", num_heads);
-  STD_TORCH_CHECK(qkv_any.size(2) > 0 && qkv_any.size(2) % 3 == 0 && width % num_heads == 0,
+  STD_TORCH_CHECK(qkv.size(2) > 0 && qkv.size(2) % 3 == 0 && width % num_heads == 0,
                   "qkv must have 3 * num_heads * D channels with num_heads = ", num_heads,
-                  " and D at least 1, got ", shape_str(qkv_any));
+                  " and D at least 1, got ", shape_str(qkv));
+  check_floating(qkv, "qkv");
+  return {qkv.size(0), qkv.size(1), num_heads, width / num_heads, scale};
+}
+
+std::tuple<Tensor, Tensor> attention_with_scores(const Tensor& qkv_any, int64_t num_heads, double scale) {
+  const AttentionWithScoresSizes sizes = check(qkv_any, num_heads, scale);
   const ScalarType dtype = qkv_any.scalar_type();
-  check_floating(qkv_any, "qkv");
-  const AttentionWithScoresSizes sizes = {batch, tokens, num_heads, width / num_heads, scale};
   const Tensor qkv = with_dense_rows(qkv_any);
-  Tensor out = empty(qkv, {batch, tokens, width}, dtype);
-  Tensor scores = empty(qkv, {batch, tokens}, accumulate_dtype(dtype));
+  Tensor out = empty(qkv, {sizes.batch, sizes.tokens, sizes.heads * sizes.channels}, dtype);
+  Tensor scores = empty(qkv, {sizes.batch, sizes.tokens}, accumulate_dtype(dtype));
   dispatch(dtype, "attention_with_scores", [&](auto zero) {
     using T = decltype(zero);
     if constexpr (kHasCuda && sizeof(T) == 2)
@@ -50,8 +54,41 @@ std::tuple<Tensor, Tensor> attention_with_scores(const Tensor& qkv_any, int64_t 
   return {out, scores};
 }
 
+Tensor attention_with_scores_backward(const Tensor& grad_out_any, const Tensor& grad_scores_any,
+                                      const Tensor& qkv_any, int64_t num_heads, double scale) {
+  const AttentionWithScoresSizes sizes = check(qkv_any, num_heads, scale);
+  const int64_t width = sizes.heads * sizes.channels;
+  check_dim(grad_out_any, "grad_out", 3, "[B, N, C]");
+  check_dim(grad_scores_any, "grad_scores", 2, "[B, N]");
+  STD_TORCH_CHECK(grad_out_any.size(0) == sizes.batch && grad_out_any.size(1) == sizes.tokens &&
+                      grad_out_any.size(2) == width && grad_scores_any.size(0) == sizes.batch &&
+                      grad_scores_any.size(1) == sizes.tokens,
+                  "grad_out [B, N, C] and grad_scores [B, N] must agree with qkv [B, N, 3 * C], got ",
+                  shape_str(grad_out_any), ", ", shape_str(grad_scores_any), " and ", shape_str(qkv_any));
+  check_same_device(grad_out_any, "grad_out", qkv_any, "qkv");
+  check_same_device(grad_scores_any, "grad_scores", qkv_any, "qkv");
+  STD_TORCH_CHECK(qkv_any.is_cpu(),
+                  "attention_with_scores_backward has a kernel for the CPU alone: elsewhere "
+                  "evit_ext.ops.attention_with_scores is differentiated as the operators that it runs");
+  const ScalarType dtype = qkv_any.scalar_type();
+  const Tensor qkv = with_dense_rows(qkv_any), grad_out = to_dtype(with_dense_rows(grad_out_any), dtype);
+  const Tensor grad_scores = to_dtype(grad_scores_any, accumulate_dtype(dtype));
+  Tensor grad_qkv = empty(qkv, {sizes.batch, sizes.tokens, 3 * width}, dtype);
+  dispatch(dtype, "attention_with_scores_backward", [&](auto zero) {
+    using T = decltype(zero);
+    cpu::attention_with_scores_backward<T>(
+        sizes, tokens<T>(qkv), tokens<T>(grad_out),
+        {data<accumulate_t<T>>(grad_scores), grad_scores.stride(0), grad_scores.stride(1)},
+        mutable_data<T>(grad_qkv), executor());
+  });
+  return grad_qkv;
+}
+
 }  // namespace
 
-EVIT_REGISTER(m) { m.impl("attention_with_scores", TORCH_BOX(&attention_with_scores)); }
+EVIT_REGISTER(m) {
+  m.impl("attention_with_scores", TORCH_BOX(&attention_with_scores));
+  m.impl("attention_with_scores_backward", TORCH_BOX(&attention_with_scores_backward));
+}
 
 }  // namespace evit::adapter

@@ -83,7 +83,7 @@ def attend(attention: Any, layout: Layout, x: Tensor, score: Score) -> tuple[Ten
 def _may_attend(attention: Any, x: Tensor) -> bool:
     """Return whether an attention without mask may attend with our kernel, which scales as is usual."""
     usual = _scaling(attention) == attention.head_dim**-0.5
-    return usual and cpu_inference.may_replace(attention, x) and cpu_inference.attends(x)
+    return usual and cpu_inference.may_replace(attention, x, with_gradient=True) and cpu_inference.attends(x)
 
 
 def _scaling(attention: Any) -> float:

@@ -1,4 +1,4 @@
-"""`attention_with_scores`: multi-head attention and the class token's scores, for inference."""
+"""`attention_with_scores`: multi-head attention and the class token's scores."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None = Non
         out = scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
         scores = class_attention(q[:, :, 0], k, scale)
 
-    with a kernel for the CPU that reads the projection in place and takes no memory of N × N. On other
-    devices, and where a gradient is needed, these steps run instead. There is a kernel for CUDA too, for
-    float16 and bfloat16 with 32, 64 or 128 channels a head, but it has not been measured and is not used
-    unless ``evit_ext.ops.library.CUDA_ATTENTION`` is set. A model that does something to queries
+    with kernels for the CPU, forward and backward, that read the projection in place and take no memory of
+    N × N: the backward pass computes the probabilities again. On other devices these steps run instead. There
+    is a kernel for CUDA too, for float16 and bfloat16 with 32, 64 or 128 channels a head and without
+    gradient, but it has not been measured and is not used unless
+    ``evit_ext.ops.library.CUDA_ATTENTION`` is set. A model that does something to queries
     or keys between the projection and the attention (norms, rotary embeddings) cannot use it.
 
     Args:
@@ -41,10 +42,10 @@ def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None = Non
 
     Products are summed in float32 (float64 for float64). In bfloat16, on processors that multiply it
     (``avx512_bf16``), the probabilities are rounded to bfloat16 before they weigh the values, as PyTorch's
-    scaled_dot_product_attention does; `scores` are not. The kernel for CUDA always rounds them, and its
-    `scores` agree with `class_attention`'s to rounding in float32. Under autocast `qkv` is cast to the
-    autocast dtype, as scaled_dot_product_attention casts. Differentiable once. The kernels are deterministic,
-    whatever the number of threads.
+    scaled_dot_product_attention does, and so are the gradients of the logits; `scores` are not. The kernel
+    for CUDA always rounds them, and its `scores` agree with `class_attention`'s to rounding in float32. Under
+    autocast `qkv` is cast to the autocast dtype, as scaled_dot_product_attention casts. Differentiable once.
+    The kernels are deterministic, whatever the number of threads.
 
     Raises:
         TypeError: the dtype is not supported, `num_heads` is not an int or `scale` not a number.
@@ -54,7 +55,7 @@ def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None = Non
     scale = checks.attention_with_scores(qkv, num_heads, scale)
     if not library.runs_kernel(qkv):
         return reference.attention_with_scores(qkv, num_heads, scale)
-    if library.needs_gradient(qkv) or not _kernel_takes(qkv, num_heads):
+    if not _kernel_takes(qkv, num_heads):
         return _composed(qkv, num_heads, scale)
     return torch.ops.evit.attention_with_scores(qkv, num_heads, scale)
 
@@ -62,8 +63,10 @@ def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None = Non
 def _kernel_takes(qkv: Tensor, num_heads: int) -> bool:
     if qkv.device.type in ("cpu", "meta"):
         return True
+    if not library.CUDA_ATTENTION or library.needs_gradient(qkv):
+        return False
     narrow = qkv.dtype in (torch.float16, torch.bfloat16)
-    return library.CUDA_ATTENTION and narrow and qkv.shape[2] // (3 * num_heads) in (32, 64, 128)
+    return narrow and qkv.shape[2] // (3 * num_heads) in (32, 64, 128)
 
 
 def _composed(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -82,11 +85,30 @@ def _fake(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
     return qkv.new_empty((batch, num_tokens, width // 3)), scores
 
 
-library.refuse_gradient(
-    "attention_with_scores",
-    "torch.ops.evit.attention_with_scores has no gradient: call evit_ext.ops.attention_with_scores, which is "
-    "differentiable, or evit_ext.ops.reference.attention_with_scores",
-)
+@torch.library.register_fake("evit::attention_with_scores_backward")
+def _fake_backward(
+    grad_out: Tensor, grad_scores: Tensor, qkv: Tensor, num_heads: int, scale: float
+) -> Tensor:
+    checks.attention_with_scores(qkv, num_heads, scale)
+    checks.same_device("grad_out", grad_out, "qkv", qkv)
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, ctx.num_heads, ctx.scale = inputs
+    ctx.save_for_backward(qkv)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_scores: Tensor) -> tuple[Tensor, None, None]:
+    (qkv,) = ctx.saved_tensors
+    grad_qkv = torch.ops.evit.attention_with_scores_backward(
+        grad_out, grad_scores, qkv, ctx.num_heads, ctx.scale
+    )
+    return grad_qkv, None, None
+
+
+torch.library.register_autograd("evit::attention_with_scores", _backward, setup_context=_setup_context)
+library.refuse_double_backward("attention_with_scores")
 
 
 @register_flop_formula(torch.ops.evit.attention_with_scores)
@@ -94,3 +116,12 @@ def _flops(qkv_shape: Any, *arguments: Any, out_shape: Any = None, **named: Any)
     """Return the floating-point operations of both products, as PyTorch counts its own attention's."""
     batch, num_tokens, width = qkv_shape
     return 4 * batch * num_tokens**2 * (width // 3)
+
+
+@register_flop_formula(torch.ops.evit.attention_with_scores_backward)
+def _backward_flops(
+    grad_out_shape: Any, grad_scores_shape: Any, qkv_shape: Any, *arguments: Any, **named: Any
+) -> int:
+    """Return those of five products, as PyTorch counts its own attention's backward."""
+    batch, num_tokens, width = qkv_shape
+    return 10 * batch * num_tokens**2 * (width // 3)

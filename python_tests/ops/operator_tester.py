@@ -115,9 +115,9 @@ class OperatorTester:
     scores_like = False
     #: The numbers of the outputs that have, where not all do.
     scores: tuple[int, ...] = ()
-    #: Whether torch.ops.evit.<name> has a gradient. Where it has none, the public function computes another
-    #: way when a gradient is needed, and every test of gradients goes through that.
-    has_gradient = True
+    #: The devices on which torch.ops.evit.<name> has a gradient. Where it has none, the public function
+    #: computes another way when a gradient is needed, and every test of gradients goes through that.
+    gradient_devices: frozenset[str] = frozenset({"cpu", "cuda"})
     #: How many times TOLERANCE gradients may be off.
     gradient_slack = 1
 
@@ -218,7 +218,7 @@ class OperatorTester:
                 for case in self.cases():
                     args = case.cast(torch.float32, device)
                     run += outputs(self._call(case, args))
-                    if not self.has_gradient:
+                    if device.type not in self.gradient_devices:
                         continue
                     leaves = differentiable(args)
                     loss = torch.stack([r.square().sum() for r in floating(self._call(case, args))]).sum()
@@ -247,7 +247,7 @@ class OperatorTester:
         operator = getattr(torch.ops.evit, self.qualified_name)
         for case in self.cases():
             args = case.cast(torch.float32, device)
-            if self.has_gradient:
+            if device.type in self.gradient_devices:
                 differentiable(args)
             torch.library.opcheck(operator, self.raw_args(args, case.kwargs))
 

@@ -78,9 +78,40 @@ void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T
   });
 }
 
-#define EVIT_INSTANTIATE(T)                                                                     \
-  template void attention_with_scores<T>(const AttentionWithScoresSizes&, const Tokens<T>&, T*, \
-                                         accumulate_t<T>*, const Executor&);
+template <typename T>
+void attention_with_scores_backward(const AttentionWithScoresSizes& sizes, const Tokens<T>& qkv,
+                                    const Tokens<T>& grad_out, const Tokens<accumulate_t<T>>& grad_scores,
+                                    T* grad_qkv, const Executor& executor) {
+  using A = accumulate_t<T>;
+  const auto [batch, tokens, heads, channels, scale] = sizes;
+  if (batch == 0 || tokens == 0) return;
+  const auto& kernels = attention_kernels<T>();
+  const int64_t width = heads * channels;
+  executor.for_range(batch * heads, 3 * tokens * tokens * channels, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<void, Free> scratch(
+        ::operator new(kernels.backward_scratch_bytes(tokens, channels), kCacheLine));
+    // Scores are means over the heads.
+    const std::unique_ptr<A[]> grad_probabilities(new A[tokens]);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / heads, h = i % heads;
+      for (int64_t n = 0; n < tokens; ++n)
+        grad_probabilities[n] = *grad_scores.row(b, n) / static_cast<A>(heads);
+      const T* q = qkv.row(b, 0) + h * channels;
+      T* grad_q = grad_qkv + b * tokens * 3 * width + h * channels;
+      kernels.head_gradients(
+          {q, q + width, q + 2 * width, qkv.stride_n, grad_out.row(b, 0) + h * channels, grad_out.stride_n,
+           grad_probabilities.get(), grad_q, grad_q + width, grad_q + 2 * width, 3 * width},
+          tokens, channels, static_cast<A>(scale), scratch.get());
+    }
+  });
+}
+
+#define EVIT_INSTANTIATE(T)                                                                             \
+  template void attention_with_scores<T>(const AttentionWithScoresSizes&, const Tokens<T>&, T*,         \
+                                         accumulate_t<T>*, const Executor&);                            \
+  template void attention_with_scores_backward<T>(const AttentionWithScoresSizes&, const Tokens<T>&,    \
+                                                  const Tokens<T>&, const Tokens<accumulate_t<T>>&, T*, \
+                                                  const Executor&);
 EVIT_FOR_EACH_TYPE(EVIT_INSTANTIATE)
 #undef EVIT_INSTANTIATE
 

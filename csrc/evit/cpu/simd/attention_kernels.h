@@ -1,6 +1,8 @@
-// The inner loops of attention_with_scores: attention of some queries of one head to all its keys.
+// The inner loops of attention_with_scores: attention of some queries of one head to all its keys, and the
+// gradients of one head.
 //
-// As with row_kernels.h, the same source (attention_kernels.inc) is compiled once per instruction level.
+// As with row_kernels.h, the same source (attention_kernels.inc and what it includes) is
+// compiled once per instruction level.
 // Every product is summed over its depth in order, in one accumulator; the levels differ only where one has a
 // fused multiply-add or rounds probabilities to bfloat16 (avx512_bf16) and another does not.
 #pragma once
@@ -12,6 +14,18 @@ namespace evit::cpu {
 
 // Queries that `attend` takes at most.
 constexpr int64_t attention_queries = 24;
+
+// One head of the packed projection, the gradients of its results, and where those of the projection go.
+template <typename T>
+struct AttentionHead {
+  const T *q, *k, *v;
+  int64_t stride;  // between tokens
+  const T* grad_out;
+  int64_t grad_out_stride;
+  const accumulate_t<T>* grad_scores;  // of the first query's probabilities, [N]
+  T *grad_q, *grad_k, *grad_v;
+  int64_t grad_stride;
+};
 
 template <typename T>
 struct AttentionKernels {
@@ -25,6 +39,12 @@ struct AttentionKernels {
   // out_i = softmax_n(q_i . k_n * scale) . v_n for `count` queries; n has `tokens` values, at least one.
   void (*attend)(const T* q, int64_t stride, int64_t count, int64_t tokens, int64_t channels, A scale,
                  void* scratch, T* out, int64_t out_stride);
+
+  // As above, for `head_gradients`: linear in both as well.
+  int64_t (*backward_scratch_bytes)(int64_t tokens, int64_t channels);
+  // The gradients of q, k and v of one head. Needs none of the results, and nothing packed.
+  void (*head_gradients)(const AttentionHead<T>& head, int64_t tokens, int64_t channels, A scale,
+                         void* scratch);
 };
 
 template <typename T>

@@ -70,6 +70,36 @@ struct Pairs {
 
   static float factor(double scale) { return static_cast<float>(scale * Power<float>::unit); }
 
+  EVIT_INLINE FloatV exponential(const FloatV& x) { return FloatV(exp2_vector(__m512(x), kPowerOf4)); }
+
+  // Two neighbours in a row: 16 elements take the place of 32 values that have been read.
+  static const Element* rows(float* values, int64_t stride, int64_t count, int64_t padded_count) {
+    for (int64_t i = 0; i < count; ++i) {
+      float* row = values + i * stride;
+      for (int64_t n = 0; n < padded_count; n += 32) {
+        const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(row + n + 16), _mm512_loadu_ps(row + n));
+        __builtin_memcpy(row + n / 2, &both, sizeof both);
+      }
+    }
+    return reinterpret_cast<const Element*>(values);
+  }
+  // Two neighbours in a column; 0 below the last row.
+  static const Element* columns(const float* values, int64_t stride, int64_t count, int64_t padded_count,
+                                Element* packed) {
+    for (int64_t i = 0; i < count; i += 2)
+      for (int64_t n = 0; n < padded_count; n += 16) {
+        const float* at = values + i * stride + n;
+        const __m512 below = i + 1 < count ? _mm512_loadu_ps(at + stride) : _mm512_setzero_ps();
+        // The second argument is the lower half.
+        const __m512i both = bits_as<__m512i>(_mm512_cvtne2ps_pbh(below, _mm512_loadu_ps(at)));
+        const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
+        const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
+        const __m512i pairs = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+        __builtin_memcpy(packed + i / 2 * stride + n, &pairs, sizeof pairs);
+      }
+    return packed;
+  }
+
   // As Widened's. The sum is that of the rounded probabilities, so that the output is a mean of the values to
   // the rounding of float32, whatever bfloat16 makes of the weights.
   EVIT_INLINE float exponentials(float* logits, int64_t padded_count, float largest) {

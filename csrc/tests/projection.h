@@ -1,0 +1,68 @@
+// What the tests of attention_with_scores and of its gradient have in common.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <vector>
+
+#include "../evit/cpu/simd/row_kernels.h"
+#include "data.h"
+
+namespace evit::tests {
+
+// A packed projection [B, N, 3, H, D] with `gap` elements between tokens and between batch entries.
+template <typename T>
+struct Projection {
+  Projection(int64_t batch, int64_t tokens, int64_t heads, int64_t channels, int64_t gap, uint32_t seed)
+      : width(heads * channels),
+        stride_n(3 * width + gap),
+        stride_b(std::max<int64_t>(tokens, 1) * stride_n + gap),
+        // No gap behind the last token: the sanitizer sees the first element beyond.
+        data(random_values<T>(
+            batch > 0 && tokens > 0 ? (batch - 1) * stride_b + (tokens - 1) * stride_n + 3 * width : 0,
+            seed)) {}
+  Tokens<T> view() const { return {data.data.get(), stride_b, stride_n}; }
+  // part 0: queries, 1: keys, 2: values
+  double at(int64_t b, int64_t n, int64_t part, int64_t offset) const {
+    return to_double(data[b * stride_b + n * stride_n + part * width + offset]);
+  }
+  int64_t width, stride_n, stride_b;
+  Buffer<T> data;
+};
+
+// softmax(q_m . k * scale) of one head, in double.
+template <typename T>
+std::vector<double> probabilities(const Projection<T>& qkv, int64_t b, int64_t m, int64_t first_channel,
+                                  int64_t tokens, int64_t channels, double scale) {
+  std::vector<double> p(tokens, 0);
+  double largest = -INFINITY, sum = 0;
+  for (int64_t n = 0; n < tokens; ++n) {
+    for (int64_t c = 0; c < channels; ++c)
+      p[n] += qkv.at(b, m, 0, first_channel + c) * qkv.at(b, n, 1, first_channel + c) * scale;
+    largest = std::max(largest, p[n]);
+  }
+  for (auto& value : p) sum += value = std::exp(value - largest);
+  for (auto& value : p) value /= sum;
+  return p;
+}
+
+// The instruction levels of this processor; says which it has not.
+inline std::vector<cpu::SimdLevel> available_levels() {
+  std::vector<cpu::SimdLevel> levels;
+  for (const cpu::SimdLevel level : {cpu::SimdLevel::baseline, cpu::SimdLevel::avx2, cpu::SimdLevel::avx512,
+                                     cpu::SimdLevel::avx512_bf16}) {
+    if (cpu::simd_level_available(level))
+      levels.push_back(level);
+    else
+      std::printf("not run: %s, which this processor has not\n", cpu::simd_level_name(level));
+  }
+  return levels;
+}
+
+template <typename Body>
+void for_each_level(const Body& body) {
+  for (const cpu::SimdLevel level : available_levels()) body(level);
+}
+
+}  // namespace evit::tests
