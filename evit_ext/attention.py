@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 
-from evit_ext import cpu_inference, ops
+from evit_ext import cpu_forward, ops
 from evit_ext.ops import checks
 
 #: Applies a linear layer to a tensor, with its own bias or, where that is not None, another.
@@ -108,15 +108,15 @@ def attend(
         The attention's output [B, N, C] and the scores [B, N], float32 (float64 for float64), which sum to 1.
     """
     dropout = attention.attn_drop.p if attention.training else 0.0
-    on_cpu = bias is None and cpu_inference.may_attend(attention, x)
-    linear = cpu_inference.linear if on_cpu else apply_linear
+    on_cpu = bias is None and cpu_forward.may_attend(attention, x)
+    linear = cpu_forward.linear if on_cpu else apply_linear
     qkv, q, k, v = project(attention, x, linear)
     as_projected = True
     # What not every attention, or not every version of timm, has.
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     if q_norm is not None and k_norm is not None:
         q, k = q_norm(q), k_norm(k)
-        as_projected &= cpu_inference.is_identity(q_norm) and cpu_inference.is_identity(k_norm)
+        as_projected &= cpu_forward.is_identity(q_norm) and cpu_forward.is_identity(k_norm)
     if rope is not None:
         prefix = attention.num_prefix_tokens
         # An older timm knows no halves.
@@ -131,9 +131,9 @@ def attend(
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    if on_cpu and cpu_inference.attends(q, k, v):
+    if on_cpu and cpu_forward.attends(q, k, v):
         if qkv is None or not as_projected:
-            qkv = cpu_inference.pack(q, k, v)
+            qkv = cpu_forward.pack(q, k, v)
         out, scores = packed_attention(qkv, attention.num_heads, score)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)

@@ -1,4 +1,4 @@
-"""Attentions and MLPs of timm's blocks made to compute on the CPU as :mod:`evit_ext.cpu_inference` does."""
+"""Attentions and MLPs of timm's blocks made to compute on the CPU as :mod:`evit_ext.cpu_forward` does."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from evit_ext import cpu_inference
+from evit_ext import cpu_forward
 from evit_ext.attention import attend
-from evit_ext.cpu_inference import CpuForward
+from evit_ext.cpu_forward import CpuForward
 from evit_ext.override import ReplicateOverrides, remove_overrides
 
 
@@ -21,7 +21,7 @@ class CpuAttention(CpuForward):
         rope = named.get("rope")
         # No mask, no bias; False is that of is_causal.
         plain = not arguments and all(v is None or v is False for name, v in named.items() if name != "rope")
-        if plain and cpu_inference.may_attend(self.module, x):
+        if plain and cpu_forward.may_attend(self.module, x):
             return attend(self.module, x, rope=rope)[0]
         out: Tensor = self.original()(x, *arguments, **named)
         return out
@@ -32,7 +32,7 @@ class CpuMlp(CpuForward):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the MLP of `x` [B, N, C]."""
-        out = cpu_inference.mlp(self.module, x) if cpu_inference.may_replace(self.module, x) else None
+        out = cpu_forward.mlp(self.module, x) if cpu_forward.may_replace(self.module, x) else None
         return self.original()(x) if out is None else out
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evit_ext import cpu_inference, ops
+from evit_ext import cpu_forward, ops
 
 Build = Callable[..., Any]
 
@@ -19,7 +19,7 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.attention = self.linear = self.gelu = 0
-        attention, linear = ops.attention_with_scores, cpu_inference._linear_pointwise
+        attention, linear = ops.attention_with_scores, cpu_forward._linear_pointwise
 
         def count_attention(*arguments: Any) -> Any:
             self.attention += 1
@@ -31,7 +31,7 @@ class Calls:
             return linear(x, weight, bias, what, *rest)
 
         monkeypatch.setattr(ops, "attention_with_scores", count_attention)
-        monkeypatch.setattr(cpu_inference, "_linear_pointwise", count_linear)
+        monkeypatch.setattr(cpu_forward, "_linear_pointwise", count_linear)
 
     def during(self, model: nn.Module, images: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """Return what `model` computes without gradients, and the calls that took."""

@@ -15,11 +15,11 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 import evit_ext
-from evit_ext import cpu_inference
+from evit_ext import cpu_forward
 from evit_ext.override import overrides
 
 pytestmark = pytest.mark.skipif(
-    not cpu_inference.SUPPORTED, reason="the portable kernels are not used in models: they are no faster"
+    not cpu_forward.SUPPORTED, reason="the portable kernels are not used in models: they are no faster"
 )
 
 

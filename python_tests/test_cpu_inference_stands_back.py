@@ -15,10 +15,10 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import evit_ext
-from evit_ext import cpu_inference
+from evit_ext import cpu_forward
 
 pytestmark = pytest.mark.skipif(
-    not cpu_inference.SUPPORTED, reason="the portable kernels are not used in models: they are no faster"
+    not cpu_forward.SUPPORTED, reason="the portable kernels are not used in models: they are no faster"
 )
 
 
@@ -118,9 +118,9 @@ def test_a_processor_without_bfloat16_products(
     small_vit: Build, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vit = evit_ext.apply(small_vit(), 0.7).bfloat16()
-    monkeypatch.setattr(cpu_inference, "_LINEAR_DTYPES", frozenset({torch.float32}))
+    monkeypatch.setattr(cpu_forward, "_LINEAR_DTYPES", frozenset({torch.float32}))
     assert calls.during(vit, images(torch.bfloat16))[1] == (4, 0, 0)
-    monkeypatch.setattr(cpu_inference, "SUPPORTED", False)
+    monkeypatch.setattr(cpu_forward, "SUPPORTED", False)
     assert calls.during(vit, images(torch.bfloat16))[1] == (0, 0, 0)
 
 

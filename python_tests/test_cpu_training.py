@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import evit_ext
-from evit_ext import cpu_inference
+from evit_ext import cpu_forward
 
 pytestmark = pytest.mark.skipif(
-    not cpu_inference.SUPPORTED, reason="the portable kernels are not used in models: they are no faster"
+    not cpu_forward.SUPPORTED, reason="the portable kernels are not used in models: they are no faster"
 )
 
 Build = Callable[..., Any]

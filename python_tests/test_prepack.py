@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import evit_ext
-from evit_ext import cpu_inference, packed_weights
+from evit_ext import cpu_forward, packed_weights
 
 pytestmark = pytest.mark.skipif(
-    not cpu_inference.SUPPORTED or packed_weights._reorder is None,
+    not cpu_forward.SUPPORTED or packed_weights._reorder is None,
     reason="the layers do not run through oneDNN here",
 )
 
@@ -69,7 +69,7 @@ def close(vit: nn.Module) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_logits(small_vit: Build, packed: list[int], dtype: torch.dtype) -> None:
-    if dtype not in cpu_inference._LINEAR_DTYPES:
+    if dtype not in cpu_forward._LINEAR_DTYPES:
         pytest.skip(f"oneDNN does not multiply {dtype} here")
     vit = evit_ext.apply(small_vit(dtype=dtype), 0.7)
     assert evit_ext.prepack(vit) is vit

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from evit_ext.block import ReorganizingBlock
-from evit_ext.cpu_inference import CpuForward, remember
+from evit_ext.cpu_forward import CpuForward, remember
 from evit_ext.families import beit, eva, vision_transformer
 from evit_ext.families.family import Blocks, Family
 

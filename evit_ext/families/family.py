@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from evit_ext.block import AdoptedBlock, ReorganizingBlock
-from evit_ext.cpu_inference import CpuForward
+from evit_ext.cpu_forward import CpuForward
 
 Blocks = nn.Sequential | nn.ModuleList
 

@@ -24,10 +24,10 @@ from transformers.models.dinov2_with_registers import modeling_dinov2_with_regis
 from transformers.models.siglip import modeling_siglip as siglip
 from transformers.models.vit import modeling_vit as vit
 
-from evit_ext import cpu_inference
+from evit_ext import cpu_forward
 from evit_ext.attention import Score, apply_linear, class_token_score, packed_attention
 from evit_ext.block import ReorganizingBlock
-from evit_ext.cpu_inference import CpuForward
+from evit_ext.cpu_forward import CpuForward
 from evit_ext.families.family import Blocks, Family
 
 
@@ -64,13 +64,13 @@ def attend(attention: Any, layout: Layout, x: Tensor, score: Score) -> tuple[Ten
     """
     dropout = getattr(attention, layout.dropout) if attention.training else 0.0
     on_cpu = dropout == 0 and _may_attend(attention, x)
-    linear = cpu_inference.linear if on_cpu else apply_linear
+    linear = cpu_forward.linear if on_cpu else apply_linear
     q, k, v = (
         linear(projection, x, None).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    if on_cpu and cpu_inference.attends(q, k, v):
-        out, scores = packed_attention(cpu_inference.pack(q, k, v), q.shape[1], score)
+    if on_cpu and cpu_forward.attends(q, k, v):
+        out, scores = packed_attention(cpu_forward.pack(q, k, v), q.shape[1], score)
     else:
         scaling, usual = _scaling(attention), attention.head_dim**-0.5
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
@@ -83,7 +83,7 @@ def attend(attention: Any, layout: Layout, x: Tensor, score: Score) -> tuple[Ten
 def _may_attend(attention: Any, x: Tensor) -> bool:
     """Return whether an attention without mask may attend with our kernel, which scales as is usual."""
     usual = _scaling(attention) == attention.head_dim**-0.5
-    return usual and cpu_inference.may_replace(attention, x, with_gradient=True) and cpu_inference.attends(x)
+    return usual and cpu_forward.may_replace(attention, x, with_gradient=True) and cpu_forward.attends(x)
 
 
 def _scaling(attention: Any) -> float:
@@ -144,16 +144,16 @@ class CpuMlp(CpuForward):
         mlp: Any = self.module
         out: Tensor | None = None
         approximate = _gelu(mlp.activation_fn)
-        if approximate is not None and cpu_inference.may_replace(mlp, hidden_states):
-            out = cpu_inference.gelu_between(mlp.fc1, approximate, mlp.fc2, hidden_states)
+        if approximate is not None and cpu_forward.may_replace(mlp, hidden_states):
+            out = cpu_forward.gelu_between(mlp.fc1, approximate, mlp.fc2, hidden_states)
         return self.original()(hidden_states) if out is None else out
 
 
 def _gelu(activation: Any) -> str | None:
     """Return the `approximate` of the GELU that an activation computes; None for others, and watched ones."""
-    if cpu_inference.as_written(activation, nn.GELU):
+    if cpu_forward.as_written(activation, nn.GELU):
         return str(activation.approximate)
-    if not any(cpu_inference.as_written(activation, kind) for kind in _GELUS):
+    if not any(cpu_forward.as_written(activation, kind) for kind in _GELUS):
         return None
     # What these call, which may be a formula in Python.
     function = activation.act
@@ -181,7 +181,7 @@ CPU_FORWARDS: dict[type[nn.Module], type[CpuForward]] = {
     siglip.SiglipAttention: CpuCLIPAttention,
     siglip.SiglipMLP: CpuMlp,
 }
-cpu_inference.remember(*CPU_FORWARDS, *_GELUS)
+cpu_forward.remember(*CPU_FORWARDS, *_GELUS)
 
 
 class ReorganizingLayer(ReorganizingBlock):

@@ -12,10 +12,10 @@ from huggingface_models import LINES, build, images, output
 from torch import nn
 
 import evit_ext
-from evit_ext import cpu_inference
+from evit_ext import cpu_forward
 
 pytestmark = pytest.mark.skipif(
-    not cpu_inference.SUPPORTED, reason="the portable kernels are not used in models: they are no faster"
+    not cpu_forward.SUPPORTED, reason="the portable kernels are not used in models: they are no faster"
 )
 
 
