@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,13 @@ from gpu_check import bench, facts, paths  # noqa: E402
 from gpu_check.outcomes import measured_summary  # noqa: E402
 from gpu_check.runner import Step  # noqa: E402
 
-FACTS = {"gpu": "NVIDIA Example 9000", "capability": "9.0", "commit": "unknown", "torch": "2.11.0+cu130"}
+FACTS: dict[str, Any] = {
+    "gpu": "NVIDIA Example 9000",
+    "capability": "9.0",
+    "commit": "unknown",
+    "torch": "2.11.0+cu130",
+}
+FACTS |= {"cores": 16, "memory_gib": 140.0}
 SCRIPT = SCRIPTS / "gpu-bench.py"
 
 

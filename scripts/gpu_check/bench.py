@@ -45,7 +45,7 @@ def needs_build(python: str, facts: dict[str, Any]) -> bool:
     command = (python, "-c", PACKAGE, str(SITE))
     try:
         run = subprocess.run(
-            command, cwd=WORK, env=environment(facts), capture_output=True, text=True, timeout=120
+            command, cwd=WORK, env=environment(facts, python), capture_output=True, text=True, timeout=120
         )
     except (OSError, subprocess.TimeoutExpired):
         return True
@@ -90,9 +90,9 @@ def _missing(benchmark: Benchmark) -> str:
     return f"no {benchmark.tool}" if benchmark.tool and not cuda_tool(benchmark.tool) else ""
 
 
-def bench_environment(facts: dict[str, Any]) -> dict[str, str]:
+def bench_environment(facts: dict[str, Any], python: str = "") -> dict[str, str]:
     """That of every step: they run alone, so that torch may have all threads."""
-    found = environment(facts)
+    found = environment(facts, python)
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
         del found[name]
     return found

@@ -32,8 +32,12 @@ class Step:
     cwd: Path = ROOT
 
 
+#: Of a log, so many bytes are kept at its beginning and at its end: a tool that finds much says it all.
+KEPT_OF_LOG = 2**19
+
+
 class Runner:
-    """Runs steps at the same time, each as soon as those before it have ended."""
+    """Runs steps at the same time, `at_once` at most, each as soon as those before it have ended."""
 
     def __init__(
         self,
@@ -41,6 +45,7 @@ class Runner:
         logs: Path,
         environment: dict[str, str],
         on_result: Callable[[list[Result]], None] = lambda results: None,
+        at_once: int = 64,
     ) -> None:
         self.steps = steps
         self.logs = logs
@@ -49,6 +54,7 @@ class Runner:
         self.start = time.monotonic()
         self.results: dict[str, Result] = {}
         self._changed = threading.Condition()
+        self._slots = threading.BoundedSemaphore(at_once)
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._interrupted = False
 
@@ -79,7 +85,8 @@ class Runner:
             before = {*step.needs, *step.after}
             self._changed.wait_for(lambda: before <= set(self.results))
         try:
-            result = self._result(step)
+            with self._slots:
+                result = self._result(step)
         except Exception as error:  # a mistake in this script must not hide the other steps' results
             result = Result(step.name, FAILED, 0.0, f"{type(error).__name__}: {error}")
         with self._changed:
@@ -111,6 +118,7 @@ class Runner:
                 if code != 0:
                     break
         seconds = time.monotonic() - start
+        shorten(log_path)
         text = log_path.read_text(errors="replace")
         outcome, detail = step.judge(text)
         if timed_out:
@@ -143,6 +151,17 @@ class Runner:
             return process.wait(), True
         finally:
             self._processes.discard(process)
+
+
+def shorten(log: Path) -> None:
+    """Leave out the middle of a log that is too long to be kept."""
+    if log.stat().st_size <= 2 * KEPT_OF_LOG:
+        return
+    with log.open("rb") as file:
+        first = file.read(KEPT_OF_LOG)
+        left_out = file.seek(-KEPT_OF_LOG, os.SEEK_END) - len(first)
+        last = file.read()
+    log.write_bytes(first + f"\n[{left_out:,} bytes are left out here]\n".encode() + last)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
