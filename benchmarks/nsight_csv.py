@@ -66,6 +66,7 @@ def read_page(text: str) -> Page:
         said = [line for line in text.splitlines() if line.startswith("==")]
         raise ValueError(f"no page of ncu --csv --page raw; it says: {said[-1] if said else 'nothing'}")
     columns, *lines = rows[start:]
+    lines = [line for line in lines if line != columns]  # of a second process, as it stands again
     if "Metric Name" in columns:
         raise ValueError("this is another page of ncu: expected --page raw, a column for each counter")
     if any(len(line) != len(columns) for line in lines):
