@@ -26,7 +26,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +179,7 @@ def train(
         render(split, size, setup)
         for split, size in (("train", setup.train_images), ("test", setup.test_images))
     )
-    print(f"[{_clock(limit)}] {len(images.labels)} images to train on", flush=True)
+    print(f"[{limit.clock}] {len(images.labels)} images to train on", flush=True)
     models = make_models(setup)
     batch, _ = images.batch(torch.arange(setup.batch, device=device))
     results |= {"setup": asdict(setup), "precision": str(precision), "left_out": [], "failures": []}
@@ -223,7 +222,7 @@ def train(
         limit.took("round", limit.passed - start)
         results["rounds"] = number + 1
         losses = ", ".join(f"{run} {report.round_losses(results, run)[-1]:.3f}" for run in models)
-        print(f"[{_clock(limit)}] round {number + 1} of {planned}: {losses}", flush=True)
+        print(f"[{limit.clock}] round {number + 1} of {planned}: {losses}", flush=True)
         yield results
     results["test"] = {}
     places = torch.arange(len(test.labels), device=device).split(setup.batch)
@@ -255,10 +254,6 @@ def _train_round(
     # Read here and not step by step, which would wait for the GPU each time.
     results["losses"][run] += [loss.item() for loss, _ in seen]
     results["grad_norms"][run] += [norm.item() for _, norm in seen]
-
-
-def _clock(limit: TimeLimit) -> timedelta:
-    return timedelta(seconds=round(limit.passed))
 
 
 def write(output: Path, facts: dict[str, Any], results: dict[str, Any]) -> None:
@@ -320,7 +315,7 @@ def main() -> int:
         print("no plot: matplotlib is not installed")
     elif options.output and results.get("rounds"):
         report.plot(results, options.output.with_suffix(".png"))
-    print(f"\n{report.text(results)}in {_clock(limit)}")
+    print(f"\n{report.text(results)}in {limit.clock}")
     return 1 if results["failures"] else 0
 
 

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -226,7 +225,7 @@ def main() -> int:
     else:
         print(write_page(counted))
     print(f"{len(counted.lines)} kernels of {len({line[0] for line in counted.lines})} operators")
-    print(f"in {timedelta(seconds=round(limit.passed))}")
+    print(f"in {limit.clock}")
     return 0
 
 

@@ -225,8 +225,8 @@ def counters_part(counted: list[Kernel]) -> str:
     text = (
         "Each kernel once under Nsight Compute, the caches emptied before it and the clocks left alone: "
         "times may be longer\nthan above. Moved is what device memory saw: what a kernel wrote last may "
-        "still be in L2 when it ends, and is not\nin it. Percent are of the unit's theoretical peak, which of "
-        "device memory no copy reaches. The last column names the busiest\nunit, "
+        "still be in L2 when it ends, and is not\nin it. Percent are of the unit's theoretical peak, which "
+        "of device memory no copy reaches. The last column names the busiest\nunit, "
         f"if it ran at {FULL:.0f}% or more; mostly it, from {NEAR:.0f}% on; below that nothing is full, the "
         "kernel waits, and it says for\nwhat its warps wait most. A dash: not counted.\n\n"
     )
