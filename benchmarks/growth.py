@@ -257,8 +257,8 @@ def summary(rows: list[dict[str, Any]], left_out: list[str], failures: list[str]
     """Return both tables in Markdown, what their columns are, and what was left out or failed."""
     said = left_out_lines(left_out, failures).replace("\n", "\n\n").rstrip("\n")
     return (
-        "ms: median of the forwards, which take turns. MiB: what the first forward of a fresh process needs "
-        "at its peak beyond what is there before it. A dash: not measured.\n\n"
+        "ms: median of the forwards, which take turns. MiB: what the first forward needs at its peak "
+        "beyond what is there before it, on the CPU in a fresh process. A dash: not measured.\n\n"
         f"{table(rows)}\nMemory and time against the tokens N of one image. Farthest from the line: of all "
         "sizes, the largest distance between measured memory and the straight line a + b · N, in percent of "
         "what was measured. N²: the share of c · N² in the parabola a + b · N + c · N². N^: the power that "

@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import json
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,12 +225,13 @@ def counters_part(counted: list[Kernel]) -> str:
         return 'Not measured: `make gpu-bench ARGS="--only counters"` needs Nsight Compute.\n'
     text = (
         "Each kernel once under Nsight Compute, the caches emptied before it and the clocks left alone: "
-        "times may be longer\nthan above. Moved is what device memory saw: what a kernel wrote last may "
-        "still be in L2 when it ends, and is not\nin it. Percent are of the unit's theoretical peak, which "
-        "of device memory no copy reaches. The last column names the busiest\nunit, "
-        f"if it ran at {FULL:.0f}% or more; mostly it, from {NEAR:.0f}% on; below that nothing is full, the "
-        "kernel waits, and it says for\nwhat its warps wait most. A dash: not counted.\n\n"
+        "times may be longer than above. Moved is what device memory saw: what a kernel wrote last may still "
+        "be in L2 when it ends, and is not in it. Percent are of the unit's theoretical peak, which of "
+        "device memory no copy reaches. The last column names the busiest unit, if it ran at "
+        f"{FULL:.0f}% or more; mostly it, from {NEAR:.0f}% on; below that nothing is full, the kernel waits, "
+        "and it says for what its warps wait most. A dash: not counted."
     )
+    text = textwrap.fill(text, 120) + "\n\n"
     lines = [
         "| operator | kernel | µs | moved | device memory | L2 | L1, shared | tensor cores | SM | occupancy "
         "| bank conflicts | held back by |",

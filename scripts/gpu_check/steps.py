@@ -110,7 +110,7 @@ def cpp_steps(facts: dict[str, Any], python: str, before: float, quick: bool) ->
             # The tests otherwise fill what they allocate on the device, and nothing there is uninitialised.
             command = ("env", "EVIT_TEST_NO_POISON=1", *command)
         steps.append(
-            Step(f"cpp-{tool}", (command,), 150, before, needs, after, no_sanitizer, sanitizer_summary)
+            Step(f"cpp-{tool}", (command,), 300, before, needs, after, no_sanitizer, sanitizer_summary)
         )
     return steps
 
