@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
-
-import torch
 
 Group = TypeVar("Group")
 
@@ -75,7 +74,8 @@ def gpu_is_lost() -> str:
     A kernel that reads or writes out of bounds, or fails an assertion, leaves a process in which every call
     to the GPU fails with the same error.
     """
-    if not torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")  # who has not imported it uses no GPU
+    if torch is None or not torch.cuda.is_initialized():
         return ""
     try:
         torch.cuda.synchronize()

@@ -24,7 +24,7 @@ from gpu_check import facts, paths  # noqa: E402
 from gpu_check.outcomes import Result, benchmark_summary, pytest_summary, sanitizer_summary  # noqa: E402
 from gpu_check.report import untested, verdict, write_summary  # noqa: E402
 from gpu_check.runner import KEPT_OF_LOG, Runner, Step  # noqa: E402
-from gpu_check.steps import at_once, cpp_steps, environment, plan, steps_of_tests  # noqa: E402
+from gpu_check.steps import at_once, cpp_steps, environment, files_of_tests, plan  # noqa: E402
 
 SCRIPT = SCRIPTS / "gpu-check.py"
 FACTS: dict[str, Any] = {"gpu": "NVIDIA Example 9000", "capability": "9.0", "commit": "unknown"}
@@ -294,15 +294,14 @@ def test_what_a_missing_package_leaves_out_is_in_the_summary(tmp_path: Path) -> 
 def test_each_operator_is_tested_in_a_process_of_its_own() -> None:
     """So that a kernel which loses the CUDA context costs the other operators nothing."""
     folder = SCRIPTS.parent / "python_tests"
-    found = steps_of_tests(folder)
-    operators = [path for path in folder.glob("ops/test_*.py") if path.stem != "test_large"]
-    for path in operators:
-        assert found[f"tests-{path.stem.removeprefix('test_')}"] == [path]
-    files = [path for paths in found.values() for path in paths]
-    assert len(files) == len(set(files)) and all(path.exists() for path in files)
-    assert {folder / "cuda" / "test_cuda_training.py", folder / "models"} <= set(files)
-    # Of these all tests are slow: without -m slow, pytest would have none to run.
-    assert not any("large" in path.stem for path in files)
+    found = files_of_tests(folder)
+    wanted = {path for name in ("ops", "cuda", "models") for path in folder.glob(f"{name}/test_*.py")}
+    # Of tests of large tensors all are slow: without -m slow, pytest would have none to run.
+    wanted = {path for path in wanted if "large" not in path.stem}
+    wanted |= {folder / f"test_{name}.py" for name in ("apply", "block", "block_at_once", "record", "macs")}
+    assert set(found.values()) == wanted and len(found) == len(wanted) > 25
+    assert found["tests-class_attention"] == folder / "ops" / "test_class_attention.py"
+    assert all(path.exists() for path in wanted)
 
 
 def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

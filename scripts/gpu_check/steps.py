@@ -45,16 +45,17 @@ def build_steps(python: str, ends_by: float) -> list[Step]:
     ]
 
 
-def steps_of_tests(folder: Path) -> dict[str, list[Path]]:
-    """The tests of each step: every operator, and each part of what only a GPU can show, has its own process.
+def files_of_tests(folder: Path) -> dict[str, Path]:
+    """The tests, a step and so a process for each file: those of an operator, of a model, and so on.
 
     A kernel that reads or writes out of bounds takes the CUDA context of its process with it, and what is
-    tested after it in the same process.
+    tested after it in the same process. And the time there is would not do for one after another.
     """
-    apart = sorted((folder / "ops").glob("test_*.py")) + sorted((folder / "cuda").glob("test_*.py"))
-    found = {f"tests-{path.stem.removeprefix('test_')}": [path] for path in apart if "large" not in path.stem}
-    blocks = ("test_apply.py", "test_block.py", "test_block_at_once.py", "test_record.py", "test_macs.py")
-    return found | {"tests-models": [folder / "models"], "tests-blocks": [folder / name for name in blocks]}
+    found = [path for name in ("ops", "cuda", "models") for path in sorted((folder / name).glob("test_*.py"))]
+    names = ("apply", "block", "block_at_once", "record", "macs")
+    found += [folder / f"test_{name}.py" for name in names]
+    # Of tests of large tensors all are slow.
+    return {f"tests-{path.stem.removeprefix('test_')}": path for path in found if "large" not in path.stem}
 
 
 def plan(facts: dict[str, Any], python: str, output: Path, total: float, quick: bool) -> list[Step]:
@@ -68,7 +69,7 @@ def plan(facts: dict[str, Any], python: str, output: Path, total: float, quick: 
         return Step(name, (command,), seconds, before, ("build",), after, judge=pytest_summary, cwd=WORK)
 
     steps = build_steps(python, before)
-    steps += [pytest_step(name, 300, *map(str, paths)) for name, paths in steps_of_tests(tests).items()]
+    steps += [pytest_step(name, 300, str(path)) for name, path in files_of_tests(tests).items()]
     if not quick:
         # After the other tests: it needs much of the GPU's memory.
         others = tuple(step.name for step in steps)
