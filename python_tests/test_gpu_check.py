@@ -143,6 +143,23 @@ def test_no_more_at_once_than_wanted(tmp_path: Path) -> None:
     assert run(late, tmp_path / "late", at_once=1)["late"].detail == "no time left"
 
 
+def test_the_first_that_can_run_is_the_next(tmp_path: Path) -> None:
+    began: list[str] = []
+
+    def write(results: list[Result]) -> None:
+        began[:] = [result.name for result in sorted(results, key=lambda result: float(result.detail))]
+
+    now = python("import time; print(time.monotonic())")
+    steps = [Step("build", (now,), 30, 60), Step("last", (now,), 30, 60, after=("b", "a"))]
+    steps += [
+        Step("b", (now,), 30, 60, needs=("build",)),
+        Step("a", (now,), 30, 60),
+        Step("c", (now,), 30, 60),
+    ]
+    run(steps, tmp_path, on_result=write, at_once=1)
+    assert began == ["build", "b", "a", "last", "c"]
+
+
 def test_a_long_log_loses_its_middle(tmp_path: Path) -> None:
     """Its end says what became of it; a report of a sanitizer may have hundreds of MB."""
     code = f"print('first'); [print('x' * 1023) for _ in range({3 * KEPT_OF_LOG // 1024})]; print('last')"
@@ -244,6 +261,9 @@ def test_plan(tmp_path: Path, quick: bool) -> None:
         assert step.seconds > 0 and step.ends_by <= 570
     assert names[-1] == "benchmarks" and set(steps[-1].after) == set(names[:-1])
     assert all(step.ends_by <= 570 - steps[-1].seconds for step in steps[:-1])
+    # Where the package does not load or its kernels do not run, one failure says so, and not each test.
+    tested = [step for step in steps if step.name.startswith("tests-")]
+    assert len(tested) > 25 and all(step.needs == ("package",) for step in [*tested, steps[-1]])
     assert ("tests-slow" in names) == ("cpp-racecheck" in names) == (not quick)
 
 

@@ -37,7 +37,10 @@ KEPT_OF_LOG = 2**19
 
 
 class Runner:
-    """Runs steps at the same time, `at_once` at most, each as soon as those before it have ended."""
+    """Runs steps at the same time, `at_once` at most, each as soon as those before it have ended.
+
+    Where more could run than may, those that come first are first.
+    """
 
     def __init__(
         self,
@@ -54,7 +57,8 @@ class Runner:
         self.start = time.monotonic()
         self.results: dict[str, Result] = {}
         self._changed = threading.Condition()
-        self._slots = threading.BoundedSemaphore(at_once)
+        self._at_once = at_once
+        self._started: set[str] = set()
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._interrupted = False
 
@@ -77,16 +81,25 @@ class Runner:
         for process in list(self._processes):
             end(process)
 
+    def _is_next(self, step: Step) -> bool:
+        if len(self._started) - len(self.results) >= self._at_once:
+            return False
+        waiting = (other for other in self.steps if other.name not in self._started)
+        return next((other for other in waiting if self._is_ready(other)), None) is step
+
+    def _is_ready(self, step: Step) -> bool:
+        return {*step.needs, *step.after} <= set(self.results)
+
     def _elapsed(self) -> float:
         return time.monotonic() - self.start
 
     def _run_step(self, step: Step) -> None:
         with self._changed:
-            before = {*step.needs, *step.after}
-            self._changed.wait_for(lambda: before <= set(self.results))
+            self._changed.wait_for(lambda: self._is_next(step))
+            self._started.add(step.name)
+            self._changed.notify_all()  # there may be room for one more
         try:
-            with self._slots:
-                result = self._result(step)
+            result = self._result(step)
         except Exception as error:  # a mistake in this script must not hide the other steps' results
             result = Result(step.name, FAILED, 0.0, f"{type(error).__name__}: {error}")
         with self._changed:

@@ -66,22 +66,25 @@ def plan(facts: dict[str, Any], python: str, output: Path, total: float, quick: 
 
     def pytest_step(name: str, seconds: float, *arguments: str, after: tuple[str, ...] = ()) -> Step:
         command = pytest_command(python, *arguments)
-        return Step(name, (command,), seconds, before, ("build",), after, judge=pytest_summary, cwd=WORK)
+        return Step(name, (command,), seconds, before, ("package",), after, judge=pytest_summary, cwd=WORK)
 
-    steps = build_steps(python, before)
-    steps += [pytest_step(name, 300, str(path)) for name, path in files_of_tests(tests).items()]
+    # The C++ tests first among those that wait for a place: under a sanitizer they take long.
+    steps = build_steps(python, before) + cpp_steps(facts, python, before, quick)
+    testing = [pytest_step(name, 300, str(path)) for name, path in files_of_tests(tests).items()]
+    steps += testing
     if not quick:
         # After the other tests: it needs much of the GPU's memory.
-        others = tuple(step.name for step in steps)
+        others = tuple(step.name for step in testing)
         steps.append(pytest_step("tests-slow", 150, "-m", "slow", str(tests / "cuda"), after=others))
-    steps += cpp_steps(facts, python, before, quick)
     stem = output / f"operators-{slug_of(facts['gpu'])}"
     benchmark = [python, str(ROOT / "benchmarks" / "operators.py"), "--device", "cuda", "--output", str(stem)]
     # It stops by itself in time, and leaves out what it did not get to.
     benchmark += ["--limit", str(round(reserve * 0.85)), *(["--quick"] if quick else [])]
     everything = tuple(step.name for step in steps)
     steps.append(
-        Step("benchmarks", (tuple(benchmark),), reserve, total, ("build",), everything, "", benchmark_summary)
+        Step(
+            "benchmarks", (tuple(benchmark),), reserve, total, ("package",), everything, "", benchmark_summary
+        )
     )
     return steps
 
