@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from nsight_csv import read_page, with_operators, write_page
+from nsight_csv import Page, read_page, with_operators, without_operators, write_page
 from operator_times import work
 from operator_times.facts import MODELS, machine
 from time_limit import TimeLimit, write_whole
@@ -184,6 +184,14 @@ def _output(command: list[str], limit: TimeLimit) -> tuple[int, str]:
     return process.returncode, said
 
 
+def named(page: Page, names_from: Path) -> tuple[Page, str]:
+    """Return the page with the operators named; or without, and why: what was counted is not to be lost."""
+    try:
+        return with_operators(page, json.loads(names_from.read_text()), MARKER), ""
+    except (OSError, ValueError) as error:
+        return without_operators(page), f"it is not known which operator the kernels are of: {error}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -207,7 +215,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             names_to = Path(folder) / "operators.json"
             page, metrics = count(ncu, Path(folder) / "report.ncu-rep", names_to, limit)
-            counted = with_operators(read_page(page), json.loads(names_to.read_text()), MARKER)
+            counted, problem = named(read_page(page), names_to)
     except (RuntimeError, ValueError, OSError) as error:
         print(f"kernel_counters: {error}", file=sys.stderr)
         return 1
@@ -225,6 +233,9 @@ def main() -> int:
     else:
         print(write_page(counted))
     print(f"{len(counted.lines)} kernels of {len({line[0] for line in counted.lines})} operators")
+    if problem:
+        print(f"kernel_counters: {problem}", file=sys.stderr)
+        return 1
     print(f"in {limit.clock}")
     return 0
 

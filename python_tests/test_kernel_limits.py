@@ -153,6 +153,20 @@ def test_what_is_kept_names_no_machine() -> None:
     assert again == counted()
 
 
+def test_counters_are_not_lost_with_the_operators_names(tmp_path: Path) -> None:
+    """Should the kernels between the operators have another name some day."""
+    page = read_page(raw_page().replace("spin_kernel", "sleeping_kernel"))
+    (tmp_path / "names.json").write_text(json.dumps(OPERATORS))
+    for names, said in ((tmp_path / "names.json", "before the first operator"), (tmp_path / "no", "No such")):
+        found, problem = kernel_counters.named(page, names)
+        assert "not known which operator" in problem and said in problem
+        assert {line[0] for line in found.lines} == {"unknown"} and len(found.lines) == len(LAUNCHES)
+        assert "a-host" not in write_page(found)
+        assert "| unknown | `class_attention_kernel` | 12.3 |" in kernel_limits.counters_part(kernels(found))
+    found, problem = kernel_counters.named(read_page(raw_page()), tmp_path / "names.json")
+    assert kernels(found) == counted() and problem == ""
+
+
 @pytest.mark.parametrize(
     ("text", "operators", "said"),
     [

@@ -63,14 +63,13 @@ def run(
     with torch.cuda.stream(clock.stream):
         for model, batch, dtype in itertools.product(models, batches, dtypes):
             what = f"{model}, batch {batch}, {dtype}"
+            if reason := gpu_is_lost() or time_limit.reason_against("plain", PLAIN):
+                results.left_out.append(f"{what}: {reason}")
+                continue
             compiler = compile_chain if model == COMPILED_MODEL else None
             if compiler and (reason := time_limit.reason_against("compiled", COMPILED)):
                 compiler = None
                 results.left_out.append(f"{what}, compiled: {reason}")
-            kind, expected = ("compiled", COMPILED) if compiler else ("plain", PLAIN)
-            if reason := gpu_is_lost() or time_limit.reason_against(kind, expected):
-                results.left_out.append(f"{what}: {reason}")
-                continue
             start = time_limit.passed
             torch._dynamo.reset()  # else it gives up compiling after so many shapes
             # The best of the run counts: what a copy can do is not to be put lower by a slow moment, such as
@@ -81,7 +80,7 @@ def run(
             results.failures += [f"{what}, {failure}" for failure in failures]
             if not gpu_is_lost():
                 torch.cuda.empty_cache()
-            time_limit.took(kind, time_limit.passed - start)
+            time_limit.took("compiled" if compiler else "plain", time_limit.passed - start)
             on_progress(results)
             print(f"[{time_limit.passed:4.0f} s] {what}", flush=True)
     return results
