@@ -192,7 +192,7 @@ def train(
     )
     reserve = 0.1 * min(limit.left, 300.0)  # for the evaluation and the plot
     planned = rounds or max(2, min(MAX_ROUNDS, math.floor((limit.left - reserve) / a_round)))
-    # As in the recipe cluttered-digits; timm has muon since 1.0.22.
+    # As in the recipe cluttered-digits; timm has muon since 1.0.22. AdamW learns nothing in so few steps.
     muon = (setup.optimizer or "muon") == "muon" and "muon" in timm.optim.list_optimizers()
     recipe = Recipe(
         epochs=planned,

@@ -432,8 +432,10 @@ def test_what_ncu_watches_ends_with_it(tmp_path: Path) -> None:
     child = f"sleep 60 & echo $! > {tmp_path}/child; wait"
     script.write_text(f"#!/bin/sh\n[ $1 = --query-metrics ] && exit 1\n{child}\n")
     script.chmod(0o755)
+    start = time.monotonic()
     with pytest.raises(RuntimeError, match="not done in time"):
         kernel_counters.count(str(script), tmp_path / "r", tmp_path / "n", TimeLimit(1 / 60))
+    assert time.monotonic() - start < 30
     status = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/status")
     end = time.monotonic() + 5
     while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < end:
