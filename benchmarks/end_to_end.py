@@ -21,12 +21,12 @@ import importlib.util
 import json
 import math
 import sys
+from collections.abc import Hashable
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import benchmark_options
 import end_to_end_targets
 import onnx_rivals
 import torch
@@ -34,7 +34,7 @@ from end_to_end_plot import ONNX, plot, shown_in_plot
 from operator_times.facts import commit, machine
 from operator_times.report import targets_table, verdict
 from plain_evit import PlainEViT
-from time_limit import TimeLimit, at_most, left_out_lines, write_whole
+from time_limit import TimeLimit, at_most, gpu_is_lost, in_time, left_out_lines, write_whole
 
 import evit_ext
 from evit_ext import cpu_overrides
@@ -72,6 +72,10 @@ class Group:
     @property
     def compiles(self) -> bool:
         return "compile" in self.modes
+
+    def kind(self) -> Hashable:
+        """Return what groups that take about as long have in common."""
+        return self.task, self.modes, self.keep_rates
 
     def expected_seconds(self) -> float:
         """Return how long it may take: three models are compiled for each keep rate, all are called once."""
@@ -166,12 +170,7 @@ def _images(of: Contestant, batch: int, device: torch.device) -> torch.Tensor:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--output", type=Path, help="write OUTPUT.json, OUTPUT.md and OUTPUT.png as well")
-    parser.add_argument("--model", choices=["tiny", "small", "base"], default="small")
+    parser = benchmark_options.parser(__doc__, GPU_MINUTES)
     parser.add_argument("--batch", type=int, nargs="+", help="default: 1 4 16; on a GPU 1 8 64 256")
     parser.add_argument("--keep-rates", type=float, nargs="+", default=list(KEEP_RATES))
     parser.add_argument(
@@ -186,23 +185,11 @@ def parse() -> argparse.Namespace:
         help="of each at least, at batch 1 in inference (default: 100, for the 99th percentile)",
     )
     parser.add_argument(
-        "--minutes",
-        type=float,
-        help=f"for everything; what does not fit is left out (default: none; on a GPU {GPU_MINUTES:g})",
-    )
-    parser.add_argument(
         "--quick",
         action="store_true",
         help="about 2 minutes on two cores: keep rate 0.7, inference, one batch",
     )
-    options = parser.parse_args()
-    if options.minutes is not None and not options.minutes > 0:
-        parser.error(f"--minutes must be positive, got {options.minutes:g}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU: torch.cuda.is_available() is False")
-    if options.minutes is None and options.device == "cuda":
-        options.minutes = GPU_MINUTES
-    return options
+    return benchmark_options.parse(parser, GPU_MINUTES)
 
 
 def groups(options: argparse.Namespace) -> list[Group]:
@@ -283,7 +270,8 @@ def run_or_say(
 ) -> None:
     """Measure a group, or note why not: the figures of others are not to be lost with it.
 
-    Where it fails with all, it is tried with the two that most targets compare; not where it took too long.
+    Where it fails with all, it is tried with the two that most targets compare; not where it took too long,
+    or has lost the GPU.
     """
     two = [entry for entry in everyone if entry.name in (end_to_end_targets.DENSE, end_to_end_targets.EVIT)]
     for chosen, note in ((everyone, ""), (two, ", with dense and EViT alone")):
@@ -295,7 +283,7 @@ def run_or_say(
             first_line = (str(error).splitlines() or [""])[0]
             results.failures.append(f"{group}{note}: {type(error).__name__}: {first_line}")
             print(f"failed: {results.failures[-1]}", flush=True)
-            if isinstance(error, TimeoutError):
+            if isinstance(error, TimeoutError) or gpu_is_lost():
                 return
 
 
@@ -312,22 +300,11 @@ def main() -> int:
     results = Results([], [], [])
     onnxruntime = onnx_rivals.version() if with_onnx else "left out"
 
-    def clock() -> timedelta:
-        return timedelta(seconds=round(limit.passed))
-
-    for number, group in enumerate(all_groups, 1):
-        kind = (group.task, group.modes, group.keep_rates)
-        if reason := limit.reason_against(kind, group.expected_seconds()):
-            results.left_out.append(f"{group}: {reason}")
-            continue
-        print(f"[{number}/{len(all_groups)}, {clock()}] {group}", flush=True)
-        start = limit.passed
+    for group, later in in_time(all_groups, limit, results.left_out, Group.expected_seconds, Group.kind):
         run_or_say(group, everyone, device, with_onnx, results, limit.of_one)
-        limit.took(kind, limit.passed - start)
         if options.output:
-            waiting = [f"{later}: not yet" for later in all_groups[number:]]
-            write(options, replace(results, left_out=results.left_out + waiting), onnxruntime)
-    print(f"in {clock()}\n\n{summary(options, results)}")
+            write(options, replace(results, left_out=results.left_out + later), onnxruntime)
+    print(f"in {limit.clock}\n\n{summary(options, results)}")
     if options.output:
         write(options, results, onnxruntime)
         draw(options, results.rows)

@@ -26,7 +26,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +66,7 @@ class Setup:
     train_images: int = 20_480
     test_images: int = 2_048
     steps_in_round: int = 25
+    optimizer: str | None = None  # muon where timm has it, else adamw
     lr: float = 5e-3  # of muon, half of what the recipe cluttered-digits has for a smaller model
     adamw_lr: float = 5e-4
     device: str = "cuda"
@@ -180,7 +180,7 @@ def train(
         render(split, size, setup)
         for split, size in (("train", setup.train_images), ("test", setup.test_images))
     )
-    print(f"[{_clock(limit)}] {len(images.labels)} images to train on", flush=True)
+    print(f"[{limit.clock}] {len(images.labels)} images to train on", flush=True)
     models = make_models(setup)
     batch, _ = images.batch(torch.arange(setup.batch, device=device))
     results |= {"setup": asdict(setup), "precision": str(precision), "left_out": [], "failures": []}
@@ -192,8 +192,8 @@ def train(
     )
     reserve = 0.1 * min(limit.left, 300.0)  # for the evaluation and the plot
     planned = rounds or max(2, min(MAX_ROUNDS, math.floor((limit.left - reserve) / a_round)))
-    # As in the recipe cluttered-digits; timm has muon since 1.0.22.
-    muon = "muon" in timm.optim.list_optimizers()
+    # As in the recipe cluttered-digits; timm has muon since 1.0.22. AdamW learns nothing in so few steps.
+    muon = (setup.optimizer or "muon") == "muon" and "muon" in timm.optim.list_optimizers()
     recipe = Recipe(
         epochs=planned,
         batch_size=setup.batch,
@@ -223,7 +223,7 @@ def train(
         limit.took("round", limit.passed - start)
         results["rounds"] = number + 1
         losses = ", ".join(f"{run} {report.round_losses(results, run)[-1]:.3f}" for run in models)
-        print(f"[{_clock(limit)}] round {number + 1} of {planned}: {losses}", flush=True)
+        print(f"[{limit.clock}] round {number + 1} of {planned}: {losses}", flush=True)
         yield results
     results["test"] = {}
     places = torch.arange(len(test.labels), device=device).split(setup.batch)
@@ -257,10 +257,6 @@ def _train_round(
     results["grad_norms"][run] += [norm.item() for _, norm in seen]
 
 
-def _clock(limit: TimeLimit) -> timedelta:
-    return timedelta(seconds=round(limit.passed))
-
-
 def write(output: Path, facts: dict[str, Any], results: dict[str, Any]) -> None:
     """OUTPUT.json and OUTPUT.md."""
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -285,11 +281,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--img-size", type=int, default=224, help="side of the canvas (default: 224)")
     parser.add_argument("--batch", type=int, default=256, help="images of a step (default: 256)")
     parser.add_argument(
+        "--lr",
+        type=float,
+        help=f"peak learning rate (default: {Setup.lr:g} of muon, {Setup.adamw_lr:g} of adamw)",
+    )
+    parser.add_argument("--optimizer", choices=["muon", "adamw"], help="(default: muon, where timm has it)")
+    parser.add_argument(
         "--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="(default: auto)"
     )
     options = parser.parse_args()
-    for name in ("minutes", "img_size", "batch"):
-        if not getattr(options, name) > 0:
+    for name in ("minutes", "img_size", "batch", "lr"):
+        if getattr(options, name) is not None and not getattr(options, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name):g}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU: torch.cuda.is_available() is False")
@@ -298,19 +300,19 @@ def parse() -> argparse.Namespace:
     return options
 
 
+def setup_of(options: argparse.Namespace) -> Setup:
+    """Return what is trained, by the options."""
+    names = ("model", "img_size", "batch", "device", "precision", "optimizer")
+    setup = Setup(processes=len(os.sched_getaffinity(0)), **{name: getattr(options, name) for name in names})
+    return replace(setup, lr=options.lr, adamw_lr=options.lr) if options.lr else setup
+
+
 def main() -> int:
     options = parse()
     limit = TimeLimit(options.minutes)
-    setup = replace(
-        Setup(processes=len(os.sched_getaffinity(0))),
-        model=options.model,
-        img_size=options.img_size,
-        batch=options.batch,
-        device=options.device,
-        precision=options.precision,
-    )
-    # Each process that draws has a core.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    setup = setup_of(options)
+    # Each process that draws has a core; of this one, these have been read.
+    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     facts = machine(options.device)
     results: dict[str, Any] = {}
     for so_far in train(setup, limit, results):
@@ -320,7 +322,7 @@ def main() -> int:
         print("no plot: matplotlib is not installed")
     elif options.output and results.get("rounds"):
         report.plot(results, options.output.with_suffix(".png"))
-    print(f"\n{report.text(results)}in {_clock(limit)}")
+    print(f"\n{report.text(results)}in {limit.clock}")
     return 1 if results["failures"] else 0
 
 

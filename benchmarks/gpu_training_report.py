@@ -114,8 +114,7 @@ def text(results: Results) -> str:
     setup = results["setup"]
     lines = [
         f"{setup['model']} on digits among clutter, {setup['img_size']} pixels, batch {setup['batch']}, "
-        f"{results['precision']}, keep rate 0.7 from the first step; optimizer "
-        f"{results.get('recipe', {}).get('optimizer', 'not chosen yet')}.\n",
+        f"{results['precision']}, keep rate 0.7 from the first step; optimizer {_optimizer(results)}.\n",
         "| run | step: ms | images/s | MiB | first loss | last round's loss | test loss | test accuracy |",
         "|" + "---|" * 8,
     ]
@@ -142,6 +141,11 @@ def text(results: Results) -> str:
     )
     said = left_out_lines(results["left_out"], results["failures"]).replace("\n", "\n\n")
     return "\n".join(lines) + f"\n\n{judged}\n{targets_table(found)}\n{said}{verdict(found)}\n"
+
+
+def _optimizer(results: Results) -> str:
+    recipe = results.get("recipe")
+    return f"{recipe['optimizer']}, learning rate {recipe['lr']:g}" if recipe else "not chosen yet"
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -31,16 +31,15 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
+import benchmark_options
 import torch
 from growth_report import PATCH, fits, fits_table, plot, table, tokens
 from operator_times.facts import commit, machine
 from plain_evit import PlainEViT
-from time_limit import TimeLimit, at_most, left_out_lines, write_whole
+from time_limit import TimeLimit, at_most, in_time, left_out_lines, write_whole
 
 from evit_ext.benchmark import Here, apart, memory_added, time_in_turns
 from evit_ext.benchmark.timing import Timed
@@ -188,12 +187,7 @@ def groups(options: argparse.Namespace) -> list[list[Setup]]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--output", type=Path, help="write OUTPUT.json, OUTPUT.md and OUTPUT.png as well")
-    parser.add_argument("--model", choices=["tiny", "small", "base"], default="small")
+    parser = benchmark_options.parser(__doc__, GPU_MINUTES)
     parser.add_argument(
         "--img-size",
         type=int,
@@ -210,25 +204,14 @@ def parse() -> argparse.Namespace:
         help="for each group of rows, but at least 3 forwards (default: 4; --quick and on a GPU 2)",
     )
     parser.add_argument(
-        "--minutes",
-        type=float,
-        help=f"for everything; what does not fit is left out (default: none; on a GPU {GPU_MINUTES:g})",
-    )
-    parser.add_argument(
         "--quick",
         action="store_true",
         help="three sizes, batch 1, float32 (on a GPU bfloat16), keep rate 0.7",
     )
-    options = parser.parse_args()
+    options = benchmark_options.parse(parser, GPU_MINUTES)
     for side in options.img_size or ():
         if side < PATCH or side % PATCH:
             parser.error(f"--img-size must be multiples of {PATCH}, got {side}")
-    if options.minutes is not None and not options.minutes > 0:
-        parser.error(f"--minutes must be positive, got {options.minutes:g}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU: torch.cuda.is_available() is False")
-    if options.minutes is None and options.device == "cuda":
-        options.minutes = GPU_MINUTES
     return options
 
 
@@ -241,25 +224,20 @@ def main() -> int:
     left_out: list[str] = []
     failures: list[str] = []
     limit = TimeLimit(options.minutes)
-    everything = groups(options)
-    for number, group in enumerate(everything, 1):
-        what = describe(group)
-        if reason := limit.reason_against(None, seconds + 10.0):
-            left_out.append(f"{what}: {reason}")
-            continue
-        print(f"[{number}/{len(everything)}, {timedelta(seconds=round(limit.passed))}] {what}", flush=True)
-        start = limit.passed
+    for group, later in in_time(
+        groups(options), limit, left_out, lambda _: seconds + 10.0, describe=describe
+    ):
         try:
             with at_most(limit.of_one):
                 rows += measure(group, seconds)
         except Exception as error:  # the others' figures are not to be lost with it
-            failures.append(f"{what}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            failures.append(
+                f"{describe(group)}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            )
             print(f"failed: {failures[-1]}", flush=True)
-        limit.took(None, limit.passed - start)
         if options.output:
-            waiting = [f"{describe(later)}: not yet" for later in everything[number:]]
-            write(options, rows, left_out + waiting, failures)
-    print(f"in {timedelta(seconds=round(limit.passed))}\n\n{summary(rows, left_out, failures)}")
+            write(options, rows, left_out + later, failures)
+    print(f"in {limit.clock}\n\n{summary(rows, left_out, failures)}")
     if options.output:
         write(options, rows, left_out, failures)
         if rows and importlib.util.find_spec("matplotlib") is not None:
@@ -279,8 +257,8 @@ def summary(rows: list[dict[str, Any]], left_out: list[str], failures: list[str]
     """Return both tables in Markdown, what their columns are, and what was left out or failed."""
     said = left_out_lines(left_out, failures).replace("\n", "\n\n").rstrip("\n")
     return (
-        "ms: median of the forwards, which take turns. MiB: what the first forward of a fresh process needs "
-        "at its peak beyond what is there before it. A dash: not measured.\n\n"
+        "ms: median of the forwards, which take turns. MiB: what the first forward needs at its peak "
+        "beyond what is there before it, on the CPU in a fresh process. A dash: not measured.\n\n"
         f"{table(rows)}\nMemory and time against the tokens N of one image. Farthest from the line: of all "
         "sizes, the largest distance between measured memory and the straight line a + b · N, in percent of "
         "what was measured. N²: the share of c · N² in the parabola a + b · N + c · N². N^: the power that "

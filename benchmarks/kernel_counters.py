@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
-from nsight_csv import read_page, with_operators, write_page
+from nsight_csv import Page, read_page, with_operators, without_operators, write_page
 from operator_times import work
 from operator_times.facts import MODELS, machine
 from time_limit import TimeLimit, write_whole
@@ -33,14 +35,29 @@ SECTIONS = (
     *("SpeedOfLight", "MemoryWorkloadAnalysis", "MemoryWorkloadAnalysis_Tables", "ComputeWorkloadAnalysis"),
     *("LaunchStats", "Occupancy", "SchedulerStats", "WarpStateStats"),
 )
-#: And counters by name, which a version or a GPU may not have: then it is done without them.
+#: And counters by name, each under the names that versions and GPUs have for it.
 METRICS = (
-    "gpu__time_duration.sum",
-    "dram__bytes_read.sum",
-    "dram__bytes_write.sum",
-    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
-    "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
-    "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum",
+    ("gpu__time_duration.sum",),
+    ("dram__bytes_read.sum", "dram__bytes_op_read.sum"),
+    ("dram__bytes_write.sum", "dram__bytes_op_write.sum"),
+    (
+        "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
+        "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    ),
+    (
+        "dram__bytes_read.sum.pct_of_peak_sustained_elapsed",
+        "dram__bytes_op_read.sum.pct_of_peak_sustained_elapsed",
+    ),
+    (
+        "dram__bytes_write.sum.pct_of_peak_sustained_elapsed",
+        "dram__bytes_op_write.sum.pct_of_peak_sustained_elapsed",
+    ),
+    (
+        "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+        "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
+    ),
+    ("l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",),
+    ("l1tex__data_pipe_lsu_wavefronts_mem_shared.sum",),
 )
 MARKER = "spin_kernel"  # of torch.cuda._sleep
 MODEL, BATCH = "DeiT-S", 256
@@ -102,6 +119,16 @@ def find_ncu() -> str:
     return shutil.which("ncu", path=os.pathsep.join([os.environ.get("PATH", ""), *folders])) or ""
 
 
+def known_metrics(listed: str) -> list[str]:
+    """Return the counters that there are, by what `ncu --query-metrics` prints; the first names if nothing.
+
+    One name that this ncu does not know for this GPU, and it measures nothing at all.
+    """
+    there = set(re.findall(r"^\s*(\w+__\w+)\s", listed, re.M))
+    found = [next((name for name in names if name.split(".")[0] in there), None) for names in METRICS]
+    return [name for name in found if name] or [names[0] for names in METRICS]
+
+
 def count(ncu: str, report: Path, names_to: Path, limit: TimeLimit) -> tuple[str, list[str]]:
     """Have everything counted; return the raw page, and what was asked of ncu beyond its sections.
 
@@ -109,51 +136,60 @@ def count(ncu: str, report: Path, names_to: Path, limit: TimeLimit) -> tuple[str
         RuntimeError: ncu failed, or there was no time left.
     """
     sections = [option for section in SECTIONS for option in ("--section", section)]
+    options = ["--profile-from-start", "off", "--clock-control", "none", "--cache-control", "all", *sections]
     watched = [sys.executable, str(Path(__file__).resolve()), "--work", str(names_to)]
+    code, listed = _output([ncu, "--query-metrics"], limit)
     said = ""
-    for metrics in (METRICS, ()):
-        options = [
-            "--profile-from-start",
-            "off",
-            "--clock-control",
-            "none",
-            "--cache-control",
-            "all",
-            *sections,
-        ]
-        options += ["--metrics", ",".join(metrics)] if metrics else []
-        code, said = _output([ncu, *options, "--force-overwrite", "--export", str(report), *watched], limit)
+    for metrics in (known_metrics(listed if code == 0 else ""), []):
+        by_name = ["--metrics", ",".join(metrics)] if metrics else []
+        command = [ncu, *options, *by_name, "--force-overwrite", "--export", str(report), *watched]
+        code, said = _output(command, limit)
         if code == 0 and report.exists():
             code, page = _output(
                 [ncu, "--import", str(report), "--csv", "--page", "raw", "--print-units", "base"], limit
             )
             if code == 0:
-                return page, list(metrics)
+                return page, metrics
             said = page
         print(said, flush=True)
-        if "ERR_NVGPUCTRPERM" in said:
+        if "Failed to find metric" not in said:  # without these names it would fail again
             break
         if metrics:
             print("ncu failed; once more without counters by name", flush=True)
-    raise RuntimeError(
-        f"ncu failed: {next((line for line in said.splitlines() if '==ERROR==' in line), said)}"
-    )
+    lines = said.strip().splitlines() or ["it said nothing"]
+    raise RuntimeError(f"ncu failed: {next((line for line in lines if '==ERROR==' in line), lines[-1])}")
 
 
 def _output(command: list[str], limit: TimeLimit) -> tuple[int, str]:
+    """Exit code and output; what it has started ends with it, when there is no time left."""
     seconds = limit.left
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        env={**os.environ, "LC_ALL": "C"},  # else numbers may have a comma for a point
+    )
     try:
-        run = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=None if seconds == float("inf") else max(1.0, seconds),
-            env={**os.environ, "LC_ALL": "C"},  # else numbers may have a comma for a point
-        )
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"ncu was not done in time ({seconds:.0f} s were left)") from None
-    return run.returncode, run.stdout
+        said, _ = process.communicate(timeout=None if math.isinf(seconds) else max(1.0, seconds))
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            print(said, flush=True)
+            raise RuntimeError(f"ncu was not done in time ({seconds:.0f} s were left)") from None
+        raise
+    return process.returncode, said
+
+
+def named(page: Page, names_from: Path) -> tuple[Page, str]:
+    """Return the page with the operators named; or without, and why: what was counted is not to be lost."""
+    try:
+        return with_operators(page, json.loads(names_from.read_text()), MARKER), ""
+    except (OSError, ValueError) as error:
+        return without_operators(page), f"it is not known which operator the kernels are of: {error}"
 
 
 def main() -> int:
@@ -179,7 +215,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             names_to = Path(folder) / "operators.json"
             page, metrics = count(ncu, Path(folder) / "report.ncu-rep", names_to, limit)
-            counted = with_operators(read_page(page), json.loads(names_to.read_text()), MARKER)
+            counted, problem = named(read_page(page), names_to)
     except (RuntimeError, ValueError, OSError) as error:
         print(f"kernel_counters: {error}", file=sys.stderr)
         return 1
@@ -197,7 +233,10 @@ def main() -> int:
     else:
         print(write_page(counted))
     print(f"{len(counted.lines)} kernels of {len({line[0] for line in counted.lines})} operators")
-    print(f"in {timedelta(seconds=round(limit.passed))}")
+    if problem:
+        print(f"kernel_counters: {problem}", file=sys.stderr)
+        return 1
+    print(f"in {limit.clock}")
     return 0
 
 

@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import json
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ STALLS = {
     "not_selected": "its turn",
     "selected": "nothing",
     "drain": "its last stores",
+    "gmma": "products of a warp group",
     "imc_miss": "constants",
     "no_instruction": "instructions",
     "membar": "a memory barrier",
@@ -88,6 +90,8 @@ STALLS = {
 def busy(kernel: Kernel) -> dict[str, float]:
     """Return the percent of its peak at which each unit ran, of those that were counted."""
     found = {unit.name: kernel.largest(unit.pattern) for unit in UNITS}
+    if found["device memory"] is None:  # of which some versions count reads and writes apart
+        found["device memory"] = _read_and_written(kernel, ".sum.pct_of_peak_sustained_elapsed")
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -109,10 +113,31 @@ def top_stall(kernel: Kernel) -> tuple[str, float] | None:
 def conflicts(kernel: Kernel) -> float | None:
     """Return the share of shared memory's wavefronts that bank conflicts added, or None."""
     stem, of = "l1tex__data_bank_conflicts_pipe_lsu_mem_shared", "l1tex__data_pipe_lsu_wavefronts_mem_shared"
-    added, all_of = kernel.first(f"{stem}.sum"), kernel.first(f"{of}.sum")
+    added, all_of = (_whole_or_parts(kernel, name) for name in (stem, of))
     if added is None or all_of is None:
         return None
     return added / all_of if all_of else 0.0
+
+
+def _whole_or_parts(kernel: Kernel, name: str) -> float | None:
+    """Return a counter of shared memory, or else the sum of those of its loads and stores."""
+    whole = kernel.first(f"{name}.sum")
+    parts = [kernel.first(f"{name}_op_{part}.sum") for part in ("ld", "st")]
+    known = [part for part in parts if part is not None]
+    return whole if whole is not None or not known else sum(known)
+
+
+def moved_bytes(kernel: Kernel) -> float | None:
+    """Return what was read from device memory and written to it, or None where not counted."""
+    return _read_and_written(kernel, ".sum")
+
+
+def _read_and_written(kernel: Kernel, what: str) -> float | None:
+    found = [
+        kernel.first(f"dram__bytes_{way}{what}", f"dram__bytes_op_{way}{what}") for way in ("read", "write")
+    ]
+    known = [part for part in found if part is not None]
+    return sum(known) if len(known) == 2 else None
 
 
 def occupancy(kernel: Kernel) -> float | None:
@@ -200,10 +225,13 @@ def counters_part(counted: list[Kernel]) -> str:
         return 'Not measured: `make gpu-bench ARGS="--only counters"` needs Nsight Compute.\n'
     text = (
         "Each kernel once under Nsight Compute, the caches emptied before it and the clocks left alone: "
-        "times may be longer\nthan above. Percent are of the unit's peak. The last column names the busiest "
-        f"unit, if it ran at {FULL:.0f}% or more; mostly\nit, from {NEAR:.0f}% on; below that nothing is "
-        "full, the kernel waits, and it says for what its warps wait most.\nA dash: not counted.\n\n"
+        "times may be longer than above. Moved is what device memory saw: what a kernel wrote last may still "
+        "be in L2 when it ends, and is not in it. Percent are of the unit's theoretical peak, which of "
+        "device memory no copy reaches. The last column names the busiest unit, if it ran at "
+        f"{FULL:.0f}% or more; mostly it, from {NEAR:.0f}% on; below that nothing is full, the kernel waits, "
+        "and it says for what its warps wait most. A dash: not counted."
     )
+    text = textwrap.fill(text, 120) + "\n\n"
     lines = [
         "| operator | kernel | µs | moved | device memory | L2 | L1, shared | tensor cores | SM | occupancy "
         "| bank conflicts | held back by |",
@@ -212,11 +240,10 @@ def counters_part(counted: list[Kernel]) -> str:
     for operator, launched in by_operator(counted).items():
         for kernel in launched:
             units, seconds = busy(kernel), kernel.first("gpu__time_duration.sum")
-            read, written = kernel.first("dram__bytes_read.sum"), kernel.first("dram__bytes_write.sum")
-            moved = None if read is None or written is None else (read + written) / 1e6
+            moved = moved_bytes(kernel)
             added = conflicts(kernel)
             cells = [operator, f"`{kernel.short_name}`"]
-            cells += [_cell(seconds and seconds * 1e6, "{:.1f}"), _cell(moved, "{:.1f} MB")]
+            cells += [_cell(seconds and seconds * 1e6, "{:.1f}"), _cell(moved and moved / 1e6, "{:.1f} MB")]
             cells += [_cell(units.get(unit.name), "{:.0f}%") for unit in UNITS]
             cells += [_cell(occupancy(kernel), "{:.0f}%"), _cell(added, "{:.0%}"), held_back_by(kernel)]
             lines.append("| " + " | ".join(cells) + " |")

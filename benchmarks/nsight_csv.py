@@ -66,6 +66,7 @@ def read_page(text: str) -> Page:
         said = [line for line in text.splitlines() if line.startswith("==")]
         raise ValueError(f"no page of ncu --csv --page raw; it says: {said[-1] if said else 'nothing'}")
     columns, *lines = rows[start:]
+    lines = [line for line in lines if line != columns]  # of a second process, as it stands again
     if "Metric Name" in columns:
         raise ValueError("this is another page of ncu: expected --page raw, a column for each counter")
     if any(len(line) != len(columns) for line in lines):
@@ -85,19 +86,31 @@ def with_operators(page: Page, operators: Sequence[str], marker: str) -> Page:
         ValueError: there are more or fewer markers than operators, or a kernel before the first one.
     """
     kernel = page.columns.index("Kernel Name")
-    kept = [number for number, name in enumerate(page.columns) if name not in _PRIVATE]
-    lines, number = [], -1
+    found, number = [], -1
     for line in page.lines:
         if marker in line[kernel]:
             number += 1
         elif number < 0:
             raise ValueError(f"a kernel ran before the first operator: {line[kernel]}")
         elif number < len(operators):
-            lines.append([operators[number], *(line[place] for place in kept)])
+            found.append((operators[number], line))
     if number + 1 != len(operators):
         raise ValueError(f"{number + 1} operators were measured, expected {len(operators)}")
-    columns = ["Operator", *(page.columns[place] for place in kept)]
-    return Page(columns, ["", *(page.units[place] for place in kept)], lines)
+    return _public(page, found)
+
+
+def without_operators(page: Page) -> Page:
+    """Leave out what is private, where it is not known whose the kernels are."""
+    return _public(page, [("unknown", line) for line in page.lines])
+
+
+def _public(page: Page, lines: Iterable[tuple[str, list[str]]]) -> Page:
+    kept = [number for number, name in enumerate(page.columns) if name not in _PRIVATE]
+    return Page(
+        ["Operator", *(page.columns[place] for place in kept)],
+        ["", *(page.units[place] for place in kept)],
+        [[operator, *(line[place] for place in kept)] for operator, line in lines],
+    )
 
 
 def write_page(page: Page) -> str:

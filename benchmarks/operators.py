@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from operator_times import cpu, cuda, report
 from operator_times.facts import MODELS, machine
+from time_limit import write_whole
 
 
 def parse() -> argparse.Namespace:
@@ -95,10 +96,10 @@ def write(arguments: argparse.Namespace, place: str, everything: dict[str, Any],
     if not arguments.output:
         return
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
+    write_whole(arguments.output.with_suffix(".json"), json.dumps(everything, indent=1) + "\n")
     heading = f"# Operators on {place}\n\n"
     heading += "".join(f"- {name}: {fact}\n" for name, fact in everything["machine"].items())
-    arguments.output.with_suffix(".md").write_text(f"{heading}\n{text}")
+    write_whole(arguments.output.with_suffix(".md"), f"{heading}\n{text}")
 
 
 def main() -> int:

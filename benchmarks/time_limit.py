@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
+
+Group = TypeVar("Group")
 
 
 class TimeLimit:
@@ -28,6 +33,11 @@ class TimeLimit:
     def passed(self) -> float:
         """Seconds since the start."""
         return self._clock() - self._start
+
+    @property
+    def clock(self) -> timedelta:
+        """The time since the start, to be shown."""
+        return timedelta(seconds=round(self.passed))
 
     @property
     def left(self) -> float:
@@ -56,6 +66,53 @@ class TimeLimit:
     def took(self, kind: Hashable, seconds: float) -> None:
         """Remember how long a group of a kind took, the longest of each kind."""
         self._taken[kind] = max(seconds, self._taken.get(kind, 0.0))
+
+
+def gpu_is_lost() -> str:
+    """Return what has happened where a GPU can no longer be used by this process; else an empty string.
+
+    A kernel that reads or writes out of bounds, or fails an assertion, leaves a process in which every call
+    to the GPU fails with the same error.
+    """
+    torch = sys.modules.get("torch")  # who has not imported it uses no GPU
+    if torch is None or not torch.cuda.is_initialized():
+        return ""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return f"the GPU is lost to this process: {(str(error).splitlines() or [''])[0]}"
+    return ""
+
+
+def in_time(
+    groups: Sequence[Group],
+    limit: TimeLimit,
+    left_out: list[str],
+    expected: Callable[[Group], float],
+    kind: Callable[[Group], Hashable] = lambda group: None,
+    describe: Callable[[Group], str] = str,
+) -> Iterator[tuple[Group, list[str]]]:
+    """Yield the groups for which there is time, one after another, and say which it is.
+
+    Args:
+        groups: in the order in which they tell most.
+        limit: of time; remembers how long each group takes.
+        left_out: is told of the others, and why.
+        expected: seconds that a group takes if none of its kind has been measured yet.
+        kind: of a group: those of a kind take about as long as each other.
+        describe: a group in words.
+
+    Yields:
+        A group, and of all that come after it that they are still to come.
+    """
+    for number, group in enumerate(groups, 1):
+        if reason := gpu_is_lost() or limit.reason_against(kind(group), expected(group)):
+            left_out.append(f"{describe(group)}: {reason}")
+            continue
+        print(f"[{number}/{len(groups)}, {limit.clock}] {describe(group)}", flush=True)
+        start = limit.passed
+        yield group, [f"{describe(later)}: not yet" for later in groups[number:]]
+        limit.took(kind(group), limit.passed - start)
 
 
 @contextmanager

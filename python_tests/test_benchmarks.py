@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,8 @@ if not BENCHMARKS.exists():
     pytest.skip("tests run without the source tree", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))
 
-from operator_times import chains, clocks, facts, report, work  # noqa: E402
+from operator_times import chains, clocks, cuda, facts, report, work  # noqa: E402
+from time_limit import TimeLimit  # noqa: E402
 
 from evit_ext import ops  # noqa: E402
 
@@ -204,6 +207,59 @@ def test_interleaved_takes_turns() -> None:
 
     taken = clocks.interleaved({"a": timer("a", [1.0]), "b": timer("b", [2.0])}, 0.0)
     assert order == ["a", "b"] * 5 and taken == {"a": 1.0, "b": 2.0}
+
+
+class Stand:
+    """In place of a GPU: every row takes so many seconds, of a clock that stands still otherwise."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, compiled: float, plain: float) -> None:
+        self.now, self.rows, self.lost_after = 0.0, [], 99
+        self.seconds = {True: compiled, False: plain}
+        monkeypatch.setattr(cuda, "TimeLimit", lambda minutes: TimeLimit(minutes, lambda: self.now))
+        monkeypatch.setattr(cuda, "CudaClock", lambda: SimpleNamespace(stream=None))
+        monkeypatch.setattr(cuda, "copy_bandwidth", lambda *_: 4000.0)
+        monkeypatch.setattr(cuda, "measure", self.measure)
+        monkeypatch.setattr(cuda, "gpu_is_lost", lambda: "lost" if len(self.rows) > self.lost_after else "")
+        monkeypatch.setattr(cuda._C, "build_info", lambda: {"cuda_operators": True})
+        monkeypatch.setattr(cuda.library, "KERNEL_DEVICES", {"cuda"})
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def measure(self, clock: Any, model: str, batch: int, *rest: Any) -> Any:
+        self.now += self.seconds[rest[-1] is not None]
+        self.rows.append((model, batch, rest[-1] is not None))
+        return [row("stage", "forward", batch, 1.0)], []
+
+    def run(self, limit: float) -> list[str]:
+        wanted = (["DeiT-S", "DeiT-B"], [256, 1], [torch.bfloat16])
+        results = cuda.run(*wanted, seconds=0.4, cache_bytes=1, limit=limit, on_progress=lambda results: None)
+        assert len(results.rows) == len(self.rows) and results.bandwidth == 4000.0
+        return results.left_out
+
+
+def test_what_fits_is_measured_compiled_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what rows have taken, so that the last one does not outlast the limit."""
+    donated = torch._functorch.config.donated_buffer
+    try:
+        gpu = Stand(monkeypatch, compiled=70.0, plain=20.0)
+        left_out = gpu.run(170.0)
+        assert gpu.rows == [("DeiT-S", 256, True), ("DeiT-S", 1, True), ("DeiT-B", 256, False)]
+        assert left_out == [
+            "DeiT-B, batch 1, torch.bfloat16: it would take about 20 s, and 10 s were left",
+        ]
+        gpu = Stand(monkeypatch, compiled=70.0, plain=10.0)
+        assert gpu.run(125.0) == [
+            "DeiT-S, batch 1, torch.bfloat16, compiled: it would take about 70 s, and 55 s were left"
+        ]
+        assert gpu.rows[1] == ("DeiT-S", 1, False) and gpu.now == 100.0
+        gpu = Stand(monkeypatch, compiled=1.0, plain=1.0)
+        gpu.lost_after = 0
+        assert gpu.run(125.0) == [f"{rest}, torch.bfloat16: lost" for rest in REST]
+    finally:
+        torch._functorch.config.donated_buffer = donated
+
+
+REST = ("DeiT-S, batch 1", "DeiT-B, batch 256", "DeiT-B, batch 1")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -186,7 +186,12 @@ def test_one_image_in_four_may_be_decided_by_rounding() -> None:
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [(["--minutes", "0"], "--minutes must be positive, got 0"), (["--device", "cuda"], "needs a GPU")],
+    [
+        (["--minutes", "0"], "--minutes must be positive, got 0"),
+        (["--seconds", "-1"], "--seconds must be positive, got -1"),
+        (["--batch", "4", "0"], "--batch must be 1 or more, got 0"),
+        (["--device", "cuda"], "needs a GPU"),
+    ],
 )
 def test_bad_options(
     given: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +20,15 @@ sys.path.insert(0, str(SCRIPTS))
 
 from gpu_check import bench, facts, paths  # noqa: E402
 from gpu_check.outcomes import measured_summary  # noqa: E402
-from gpu_check.runner import Step  # noqa: E402
+from gpu_check.runner import Runner, Step  # noqa: E402
 
-FACTS = {"gpu": "NVIDIA Example 9000", "capability": "9.0", "commit": "unknown", "torch": "2.11.0+cu130"}
+FACTS: dict[str, Any] = {
+    "gpu": "NVIDIA Example 9000",
+    "capability": "9.0",
+    "commit": "unknown",
+    "torch": "2.11.0+cu130",
+}
+FACTS |= {"cores": 16, "memory_gib": 140.0}
 SCRIPT = SCRIPTS / "gpu-bench.py"
 
 
@@ -51,6 +59,16 @@ def test_everything_fits_into_the_time(
     assert max(shares) - min(shares) < 0.01 and max(shares) <= 1
 
 
+def test_where_the_build_leaves_no_time_nothing_is_begun(tmp_path: Path) -> None:
+    steps = bench.bench_plan(FACTS, sys.executable, tmp_path, 190.0, ("growth",), True)
+    assert [step.ends_by for step in steps] == [190.0, 190.0, 0.0]
+    passed = (sys.executable, "-c", "")
+    quick = [replace(step, commands=(passed,), cwd=tmp_path) for step in steps]
+    found = Runner(quick, tmp_path / "logs", dict(os.environ)).run()[-1]
+    assert (found.name, found.outcome, found.detail) == ("growth", "not run", "no time left")
+    assert not found.fine
+
+
 def test_what_make_bench_needs_has_most_of_its_time() -> None:
     """Ten minutes are enough for the whole of `make bench` on a GPU, where the build is there already."""
     steps = bench.bench_plan(FACTS, "python3", Path("results"), 570.0, bench.DEFAULT, False)
@@ -61,8 +79,9 @@ def test_what_make_bench_needs_has_most_of_its_time() -> None:
 
 def test_the_scripts_take_what_they_are_given() -> None:
     for benchmark in bench.BENCHMARKS.values():
-        script = ROOT / "benchmarks" / benchmark.script
-        text = script.read_text()
+        text = (ROOT / "benchmarks" / benchmark.script).read_text()
+        if "benchmark_options.parser(" in text:
+            text += (ROOT / "benchmarks" / "benchmark_options.py").read_text()
         assert all(f'"{option}"' in text for option in ("--minutes", "--output", *benchmark.arguments[::2]))
 
 

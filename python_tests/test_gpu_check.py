@@ -22,12 +22,13 @@ sys.path.insert(0, str(SCRIPTS))
 
 from gpu_check import facts, paths  # noqa: E402
 from gpu_check.outcomes import Result, benchmark_summary, pytest_summary, sanitizer_summary  # noqa: E402
-from gpu_check.report import verdict, write_summary  # noqa: E402
-from gpu_check.runner import Runner, Step  # noqa: E402
-from gpu_check.steps import cpp_steps, plan  # noqa: E402
+from gpu_check.report import untested, verdict, write_summary  # noqa: E402
+from gpu_check.runner import KEPT_OF_LOG, Runner, Step  # noqa: E402
+from gpu_check.steps import at_once, cpp_steps, environment, files_of_tests, plan  # noqa: E402
 
 SCRIPT = SCRIPTS / "gpu-check.py"
-FACTS = {"gpu": "NVIDIA Example 9000", "capability": "9.0", "commit": "unknown"}
+FACTS: dict[str, Any] = {"gpu": "NVIDIA Example 9000", "capability": "9.0", "commit": "unknown"}
+FACTS |= {"cores": 16, "memory_gib": 140.0}
 
 
 def python(code: str) -> tuple[str, ...]:
@@ -130,6 +131,44 @@ def test_a_mistake_in_a_judge_fails_its_step(tmp_path: Path) -> None:
     assert results["other"].outcome == "passed"
 
 
+def test_no_more_at_once_than_wanted(tmp_path: Path) -> None:
+    """And what waits for its turn still ends in time."""
+    code = f"import pathlib, time; p = pathlib.Path({str(tmp_path)!r}); mark = p / str(time.monotonic_ns())"
+    code += "; mark.touch(); print(len(list(p.glob('[0-9]*')))); time.sleep(0.3); mark.unlink()"
+    steps = [Step(f"step-{number}", (python(code),), 30, 60) for number in range(5)]
+    results = run(steps, tmp_path / "logs", at_once=2)
+    assert {result.outcome for result in results.values()} == {"passed"}
+    assert max(int(result.detail) for result in results.values()) <= 2
+    late = [*steps[:1], Step("late", (python(""),), 30, 0.1)]
+    assert run(late, tmp_path / "late", at_once=1)["late"].detail == "no time left"
+
+
+def test_the_first_that_can_run_is_the_next(tmp_path: Path) -> None:
+    began: list[str] = []
+
+    def write(results: list[Result]) -> None:
+        began[:] = [result.name for result in sorted(results, key=lambda result: float(result.detail))]
+
+    now = python("import time; print(time.monotonic())")
+    steps = [Step("build", (now,), 30, 60), Step("last", (now,), 30, 60, after=("b", "a"))]
+    steps += [
+        Step("b", (now,), 30, 60, needs=("build",)),
+        Step("a", (now,), 30, 60),
+        Step("c", (now,), 30, 60),
+    ]
+    run(steps, tmp_path, on_result=write, at_once=1)
+    assert began == ["build", "b", "a", "last", "c"]
+
+
+def test_a_long_log_loses_its_middle(tmp_path: Path) -> None:
+    """Its end says what became of it; a report of a sanitizer may have hundreds of MB."""
+    code = f"print('first'); [print('x' * 1023) for _ in range({3 * KEPT_OF_LOG // 1024})]; print('last')"
+    result = run([Step("long", (python(code),), 30, 60)], tmp_path)["long"]
+    text = (tmp_path / "long.log").read_text()
+    assert result.detail == "last" and len(text) < 2 * KEPT_OF_LOG + 100
+    assert "\nfirst\n" in text and text.endswith("\nlast\n") and "bytes are left out here]" in text
+
+
 def test_interrupting(tmp_path: Path) -> None:
     steps = [
         Step("runs", (python("import time; time.sleep(60)"),), 60, 90),
@@ -147,7 +186,7 @@ def test_the_summary_is_written_after_every_step(tmp_path: Path) -> None:
     seen = []
 
     def write(results: list[Result]) -> None:
-        write_summary(stem, FACTS, results, 2)
+        write_summary(stem, FACTS, results, 2, "GPU check")
         seen.append(json.loads(stem.with_suffix(".json").read_text()))
 
     steps = [
@@ -222,6 +261,9 @@ def test_plan(tmp_path: Path, quick: bool) -> None:
         assert step.seconds > 0 and step.ends_by <= 570
     assert names[-1] == "benchmarks" and set(steps[-1].after) == set(names[:-1])
     assert all(step.ends_by <= 570 - steps[-1].seconds for step in steps[:-1])
+    # Where the package does not load or its kernels do not run, one failure says so, and not each test.
+    tested = [step for step in steps if step.name.startswith("tests-")]
+    assert len(tested) > 25 and all(step.needs == ("package",) for step in [*tested, steps[-1]])
     assert ("tests-slow" in names) == ("cpp-racecheck" in names) == (not quick)
 
 
@@ -261,15 +303,53 @@ def test_what_a_missing_package_leaves_out_is_in_the_summary(tmp_path: Path) -> 
         (without, "1 of 1 steps passed; not tested: torch.library.opcheck on the operators "),
         ({**FACTS, "expecttest": "0.3.0"}, "1 of 1 steps passed"),
     ):
-        write_summary(tmp_path / "summary", machine, [Result("tests", "passed", 1.0, "")], 1)
+        results = [Result("tests", "passed", 1.0, "")]
+        write_summary(tmp_path / "summary", machine, results, 1, "GPU check", untested(machine))
         written = json.loads((tmp_path / "summary.json").read_text())
         text = (tmp_path / "summary.md").read_text()
         assert written["verdict"].startswith(sentence) and f"\n{written['verdict']}\n" in text
         assert bool(written["not_tested"]) == ("not tested" in text) == (machine is without)
 
 
+def test_each_operator_is_tested_in_a_process_of_its_own() -> None:
+    """So that a kernel which loses the CUDA context costs the other operators nothing."""
+    folder = SCRIPTS.parent / "python_tests"
+    found = files_of_tests(folder)
+    wanted = {path for name in ("ops", "cuda", "models") for path in folder.glob(f"{name}/test_*.py")}
+    # Of tests of large tensors all are slow: without -m slow, pytest would have none to run.
+    wanted = {path for path in wanted if "large" not in path.stem}
+    wanted |= {folder / f"test_{name}.py" for name in ("apply", "block", "block_at_once", "record", "macs")}
+    assert set(found.values()) == wanted and len(found) == len(wanted) > 25
+    assert found["tests-class_attention"] == folder / "ops" / "test_class_attention.py"
+    assert all(path.exists() for path in wanted)
+
+
+def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image's list of architectures would take minutes each; a setting of the jobs is somebody's."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.0 8.6 9.0 10.0 12.0+PTX")
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    found = environment(FACTS, sys.executable)
+    assert (found["TORCH_CUDA_ARCH_LIST"], found["MAX_JOBS"], found["OMP_NUM_THREADS"]) == ("9.0", "16", "2")
+    assert str(Path(sys.executable).parent) in found["PATH"].split(os.pathsep)
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert environment(FACTS)["MAX_JOBS"] == "3"
+    assert at_once(FACTS) == 16 and at_once({**FACTS, "memory_gib": 7.9}) == 3
+    assert at_once({**FACTS, "memory_gib": 1.0}) == 1
+
+
+def test_programs_beside_the_python_that_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where pip has installed cmake and ninja, their folder need not be on PATH."""
+    monkeypatch.setenv("PATH", "")
+    for name in ("python", "cmake-stand-in"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    checked = str(tmp_path / "python")
+    assert facts.program("cmake-stand-in", checked) == str(tmp_path / "cmake-stand-in")
+    assert facts.program("cmake-stand-in") == ""
+
+
 def test_only_initcheck_sees_memory_that_nothing_has_filled() -> None:
-    steps = cpp_steps(FACTS, 300.0, quick=False)
+    steps = cpp_steps(FACTS, sys.executable, 300.0, quick=False)
     setting = "EVIT_TEST_NO_POISON=1"
     assert [step.name for step in steps if any(setting in command for command in step.commands)] == [
         "cpp-initcheck"

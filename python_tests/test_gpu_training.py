@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm.optim
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -113,6 +114,30 @@ def test_a_training(tmp_path: Path) -> None:
     assert "\ntargets met: " in text and "not measured" not in text
     report.plot(results, stem.with_suffix(".png"))
     assert stem.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("given", "optimizer", "lr"),
+    [
+        ([], "muon" if "muon" in timm.optim.list_optimizers() else "adamw", None),
+        (["--optimizer", "adamw"], "adamw", 5e-4),
+        (["--optimizer", "adamw", "--lr", "0.002"], "adamw", 0.002),
+    ],
+)
+def test_another_optimizer(
+    given: list[str], optimizer: str, lr: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a second try, should the first not learn: in a short session there is no time to change code."""
+    monkeypatch.setattr(sys, "argv", ["x", "--device", "cpu", *given])
+    chosen = gpu_training.setup_of(gpu_training.parse())
+    assert (chosen.model, chosen.img_size, chosen.batch, chosen.device) == ("deit_small", 224, 256, "cpu")
+    rates = {"optimizer": chosen.optimizer, "lr": chosen.lr, "adamw_lr": chosen.adamw_lr}
+    results: dict[str, Any] = {}
+    limit = TimeLimit(1.0, iter([0.0] + [1000.0] * 1000).__next__)
+    list(gpu_training.train(gpu_training.replace(SMALL, **rates), limit, results))
+    assert results["recipe"]["optimizer"] == optimizer
+    assert lr is None or results["recipe"]["lr"] == lr
+    assert f"optimizer {optimizer}, learning rate {results['recipe']['lr']:g}." in report.text(results)
 
 
 def test_without_time_what_was_timed_is_kept() -> None:

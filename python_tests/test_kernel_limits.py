@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,12 @@ LONG, SHORT, SELECTED = (
     f"smsp__average_warps_issue_stalled_{name}_per_issue_active.ratio"
     for name in ("long_scoreboard", "short_scoreboard", "selected")
 )
+OF_PEAK = ".sum.pct_of_peak_sustained_elapsed"
 COLUMNS = ("ID", "Process ID", "Process Name", "Host Name", "Kernel Name", "Context", "Stream", "Block Size")
+COLUMNS += ("Grid Size", "Device", "CC")
 COUNTERS = {
+    "breakdown:gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": "",
+    "device__attribute_display_name": "",
     "gpu__time_duration.sum": "ns",
     "dram__bytes_read.sum": "Mbyte",
     "dram__bytes_write.sum": "byte",
@@ -53,27 +58,65 @@ LAUNCHES = (
     ("at::cuda::(anonymous namespace)::spin_kernel(long)", ()),
     (
         CLASS_ATTENTION,
-        ("12,345", "40.5", "1,000,000", "85.25", "20", "0", "2.5", "5", "100", "61.5", "6", "3", "1"),
+        (
+            "",
+            "NVIDIA Example 9000",
+            "12,345",
+            "40.5",
+            "1,000,000",
+            "85.25",
+            "20",
+            "0",
+            "2.5",
+            "5",
+            "100",
+            "61.5",
+            "6",
+            "3",
+            "1",
+        ),
     ),
     ("at::cuda::(anonymous namespace)::spin_kernel(long)", ()),
     (
         "void evit::select_kernel<float>(int)",
-        ("9,000", "1", "0", "30", "20", "n/a", "0.5", "0", "0", "6", "2", "7", "1"),
+        (
+            "",
+            "NVIDIA Example 9000",
+            "9,000",
+            "1",
+            "0",
+            "30",
+            "20",
+            "n/a",
+            "0.5",
+            "0",
+            "0",
+            "6",
+            "2",
+            "7",
+            "1",
+        ),
     ),
     (
         "void evit::sum_kernel(int)",
-        ("9,000", "1", "0", "30", "70", "69", "2", "30", "60", "6", "2", "7", "1"),
+        ("", "NVIDIA Example 9000", "9,000", "1", "0", "30", "70", "69", "2", "30", "60", "6", "2", "7", "1"),
     ),
 )
 
 
 def raw_page() -> str:
-    """What `ncu --csv --page raw` prints."""
+    """What `ncu --csv --page raw` prints: made up, in its form.
+
+    Columns that are no counters (of the launch, of the device, and breakdowns of a throughput) stand among
+    them; numbers have thousands separators; what a GPU has not is n/a, or nothing.
+    """
     lines = ["==PROF== Connected to process 4321 (/usr/bin/python3)", "something that the program printed"]
+    lines.append('==PROF== Profiling "spin_kernel" - 0: 0%....50%....100% - 38 passes')
     lines.append(",".join(f'"{name}"' for name in (*COLUMNS, *COUNTERS)))
     lines.append(",".join(f'"{unit}"' for unit in ("",) * len(COLUMNS) + tuple(COUNTERS.values())))
     for number, (name, values) in enumerate(LAUNCHES):
-        before = (str(number), "4321", "python3", "a-host", name, "1", "7", "(256, 1, 1)")
+        before = (str(number), "4321", "python3", "a-host", name, "1", "7", "(256, 1, 1)", "(2,048, 1, 1)")
+        before += ("0", "9.0")
         after = values or ("1",) * len(COUNTERS)
         lines.append(",".join(f'"{value}"' for value in (*before, *after)))
     return "\n".join([*lines, "==PROF== Disconnected from process 4321"])
@@ -96,11 +139,32 @@ def test_the_raw_page_is_read() -> None:
     assert TENSOR not in second.counters and second.counters[DRAM] == 30
 
 
+def test_the_names_of_columns_that_stand_again_are_no_kernel() -> None:
+    """As of several processes in one report."""
+    page = raw_page()
+    names = next(line for line in page.splitlines() if line.startswith('"ID"'))
+    assert read_page(f"{page}\n{names}\n") == read_page(page)
+
+
 def test_what_is_kept_names_no_machine() -> None:
     text = write_page(with_operators(read_page(raw_page()), OPERATORS, kernel_counters.MARKER))
     assert not any(word in text for word in ("a-host", "4321", "python3", "spin_kernel"))
     again = kernels(read_page(text))
     assert again == counted()
+
+
+def test_counters_are_not_lost_with_the_operators_names(tmp_path: Path) -> None:
+    """Should the kernels between the operators have another name some day."""
+    page = read_page(raw_page().replace("spin_kernel", "sleeping_kernel"))
+    (tmp_path / "names.json").write_text(json.dumps(OPERATORS))
+    for names, said in ((tmp_path / "names.json", "before the first operator"), (tmp_path / "no", "No such")):
+        found, problem = kernel_counters.named(page, names)
+        assert "not known which operator" in problem and said in problem
+        assert {line[0] for line in found.lines} == {"unknown"} and len(found.lines) == len(LAUNCHES)
+        assert "a-host" not in write_page(found)
+        assert "| unknown | `class_attention_kernel` | 12.3 |" in kernel_limits.counters_part(kernels(found))
+    found, problem = kernel_counters.named(read_page(raw_page()), tmp_path / "names.json")
+    assert kernels(found) == counted() and problem == ""
 
 
 @pytest.mark.parametrize(
@@ -109,10 +173,10 @@ def test_what_is_kept_names_no_machine() -> None:
         ("==ERROR== ERR_NVGPUCTRPERM", OPERATORS, "it says: ==ERROR== ERR_NVGPUCTRPERM"),
         ("", OPERATORS, "it says: nothing"),
         ('"ID","Kernel Name","Metric Name","Metric Value"', OPERATORS, "expected --page raw"),
-        (raw_page().replace('"12,345",', ""), OPERATORS, "expected 21 fields"),
+        (raw_page().replace('"12,345",', ""), OPERATORS, "expected 26 fields"),
         (raw_page(), OPERATORS[:1], "2 operators were measured, expected 1"),
         (raw_page(), [*OPERATORS, "more"], "2 operators were measured, expected 3"),
-        (raw_page().replace("spin_kernel", "other", 1), OPERATORS, "before the first operator"),
+        (raw_page().replace("::spin_kernel", "::other", 1), OPERATORS, "before the first operator"),
     ],
 )
 def test_another_page_is_refused(text: str, operators: list[str], said: str) -> None:
@@ -157,6 +221,16 @@ def kernel(**counters: float) -> Kernel:
     [
         ({}, "not counted"),
         ({"dram": 80.0, "sm": 20.0}, "device memory, at 80%"),
+        # Some versions count reads and writes apart, under one name or the other.
+        ({"dram__bytes_read" + OF_PEAK: 50.0, "dram__bytes_write" + OF_PEAK: 35.0}, "device memory, at 85%"),
+        (
+            {"dram__bytes_op_read" + OF_PEAK: 50.0, "dram__bytes_op_write" + OF_PEAK: 35.0},
+            "device memory, at 85%",
+        ),
+        (
+            {"dram__bytes_read" + OF_PEAK: 85.0, "sm": 20.0},
+            "waiting: nothing is busier than 20% (issuing instructions)",
+        ),
         ({"dram": 79.0, "sm": 20.0}, "mostly device memory, at 79%"),
         ({"dram": 30.0, "sm": 90.0, "tensor": 88.0}, "tensor cores, at 90%"),
         ({"dram": 30.0, "sm": 90.0, "tensor": 20.0}, "issuing instructions, at 90%"),
@@ -176,6 +250,19 @@ def kernel(**counters: float) -> Kernel:
 )
 def test_the_rule_for_the_wording(counters: dict[str, float], words: str) -> None:
     assert kernel_limits.held_back_by(kernel(**counters)) == words
+
+
+def test_bank_conflicts_and_bytes_under_other_names() -> None:
+    conflicts, wavefronts = (
+        "l1tex__data_bank_conflicts_pipe_lsu_mem_shared",
+        "l1tex__data_pipe_lsu_wavefronts_mem_shared",
+    )
+    apart = {f"{conflicts}_op_ld.sum": 20.0, f"{conflicts}_op_st.sum": 5.0, f"{wavefronts}_op_ld.sum": 100.0}
+    assert kernel_limits.conflicts(kernel(**apart)) == 0.25
+    assert kernel_limits.conflicts(kernel(**{f"{wavefronts}.sum": 100.0})) is None
+    both = {"dram__bytes_op_read.sum": 3.0, "dram__bytes_op_write.sum": 4.0}
+    assert kernel_limits.moved_bytes(kernel(**both)) == 7.0
+    assert kernel_limits.moved_bytes(kernel(**{"dram__bytes_read.sum": 3.0})) is None
 
 
 def operators() -> dict[str, Any]:
@@ -261,16 +348,29 @@ def test_every_operator_runs_once_between_the_marks(one_thread: None) -> None:
     assert "reorganize_tokens backward" in names and not any(name.startswith("stage") for name in names)
 
 
-def stand_in(tmp_path: Path, refuses: str = "") -> str:
+QUERIED = """\
+Device NVIDIA Example 9000 (GX900)
+--------------------- ------------ ---------------- ------------------------------------
+Metric Name           Metric Type  Metric Unit      Metric Description
+--------------------- ------------ ---------------- ------------------------------------
+dram__bytes_op_read   Counter      byte             # of bytes read from DRAM
+gpu__time_duration    Counter      nanosecond       incremental duration
+"""
+
+
+def stand_in(tmp_path: Path, refuses: str = "", listed: str = "", says: str = "") -> str:
     """A program that behaves as ncu does: counts into --export, prints a page on --import."""
     script = tmp_path / "ncu"
     (tmp_path / "raw.csv").write_text(raw_page())
+    says = says or "==PROF== Connected to process 1\n==ERROR== Failed to find metric regex:^no_such"
     script.write_text(
         f"#!{sys.executable}\n"
-        "import os, pathlib, sys\n"
+        "import os, pathlib, sys, time\n"
         "given = sys.argv[1:]\n"
+        "if '--query-metrics' in given:\n"
+        f"    print({listed!r}); raise SystemExit(0 if {listed!r} else 1)\n"
         f"if {refuses!r} and {refuses!r} in given:\n"
-        "    raise SystemExit('==ERROR== no such counter')\n"
+        f"    print({says!r}); print('the end'); raise SystemExit(1)\n"
         "if '--import' in given:\n"
         f"    print(pathlib.Path({str(tmp_path / 'raw.csv')!r}).read_text())\n"
         "else:\n"
@@ -281,17 +381,66 @@ def stand_in(tmp_path: Path, refuses: str = "") -> str:
     return str(script)
 
 
+def test_counters_are_asked_for_by_the_names_that_this_gpu_has() -> None:
+    assert kernel_counters.known_metrics(QUERIED) == [
+        "gpu__time_duration.sum",
+        "dram__bytes_op_read.sum",
+        "dram__bytes_op_read.sum.pct_of_peak_sustained_elapsed",
+    ]
+    first = [names[0] for names in kernel_counters.METRICS]
+    assert kernel_counters.known_metrics("") == kernel_counters.known_metrics("==ERROR== x") == first
+    assert "dram__bytes_read.sum" in first
+
+
 def test_without_counters_by_name_where_ncu_does_not_know_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report, names = tmp_path / "report.ncu-rep", tmp_path / "names.json"
-    page, metrics = kernel_counters.count(stand_in(tmp_path), report, names, TimeLimit(1.0))
-    assert metrics == list(kernel_counters.METRICS) and len(read_page(page).lines) == len(LAUNCHES)
+    ncu = stand_in(tmp_path, listed=QUERIED)
+    page, metrics = kernel_counters.count(ncu, report, names, TimeLimit(1.0))
+    assert len(metrics) == 3 and len(read_page(page).lines) == len(LAUNCHES)
     page, metrics = kernel_counters.count(stand_in(tmp_path, "--metrics"), report, names, TimeLimit(1.0))
     assert metrics == [] and len(read_page(page).lines) == len(LAUNCHES)
     assert "once more without counters by name" in capsys.readouterr().out
-    with pytest.raises(RuntimeError, match="ncu failed: ==ERROR== no such counter"):
+    with pytest.raises(RuntimeError, match="ncu failed: ==ERROR== Failed to find metric"):
         kernel_counters.count(stand_in(tmp_path, "--section"), report, names, TimeLimit(1.0))
+
+
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [
+        (
+            "==WARNING== No kernels were profiled.\\n==ERROR== ERR_NVGPUCTRPERM - no permission",
+            "==ERROR== ERR_NVGPUCTRPERM - no permission",
+        ),
+        ("Traceback: the program failed", "the end"),
+    ],
+)
+def test_what_would_fail_again_is_not_tried_again(
+    says: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ncu = stand_in(tmp_path, "--section", QUERIED, says.replace("\\n", "\n"))
+    with pytest.raises(RuntimeError) as failed:
+        kernel_counters.count(ncu, tmp_path / "r", tmp_path / "n", TimeLimit(1.0))
+    assert str(failed.value) == f"ncu failed: {told}"
+    assert "once more" not in capsys.readouterr().out
+
+
+def test_what_ncu_watches_ends_with_it(tmp_path: Path) -> None:
+    """It otherwise stays, and keeps the GPU busy."""
+    script = tmp_path / "ncu"
+    child = f"sleep 60 & echo $! > {tmp_path}/child; wait"
+    script.write_text(f"#!/bin/sh\n[ $1 = --query-metrics ] && exit 1\n{child}\n")
+    script.chmod(0o755)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="not done in time"):
+        kernel_counters.count(str(script), tmp_path / "r", tmp_path / "n", TimeLimit(1 / 60))
+    assert time.monotonic() - start < 30
+    status = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/status")
+    end = time.monotonic() + 5
+    while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not status.exists() or "State:\tZ" in status.read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -8,13 +8,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 if not BENCHMARKS.exists():
     pytest.skip("tests run without the source tree", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))
 
-from time_limit import TimeLimit, at_most, left_out_lines, write_whole  # noqa: E402
+import time_limit  # noqa: E402
+from time_limit import TimeLimit, at_most, in_time, left_out_lines, write_whole  # noqa: E402
 
 
 def test_a_group_is_judged_by_the_longest_of_its_kind() -> None:
@@ -73,3 +75,40 @@ def test_files_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_lines() -> None:
     assert left_out_lines([], []) == ""
     assert left_out_lines(["a: no time"], ["b: broken"]) == "Left out: a: no time.\nFailed: b: broken.\n"
+
+
+def test_groups_for_which_there_is_time(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    left_out: list[str] = []
+    limit = TimeLimit(1.0, lambda: now[0])
+    ran = []
+    groups = ["eager 1", "compiled 1", "eager 2", "compiled 2", "eager 3"]
+    expected = {"eager": 5.0, "compiled": 50.0}
+    for group, later in in_time(groups, limit, left_out, lambda g: expected[g[:-2]], lambda g: g[:-2]):
+        ran.append(group)
+        assert later == [f"{name}: not yet" for name in groups[groups.index(group) + 1 :]]
+        now[0] += 25.0
+    # The first eager one has shown that they take longer than expected.
+    assert ran == ["eager 1", "eager 2"]
+    assert left_out == [
+        "compiled 1: it would take about 50 s, and 35 s were left",
+        "compiled 2: it would take about 50 s, and 10 s were left",
+        "eager 3: it would take about 25 s, and 10 s were left",
+    ]
+    assert "[3/5, 0:00:25] eager 2\n" in capsys.readouterr().out
+
+
+def test_after_the_gpu_is_lost_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    left_out: list[str] = []
+    assert time_limit.gpu_is_lost() == ""
+    groups = iter(in_time("abc", TimeLimit(None), left_out, lambda group: 1.0))
+    assert next(groups)[0] == "a"
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    assert list(groups) == []
+    reason = "the GPU is lost to this process: CUDA error: an illegal memory access was encountered"
+    assert left_out == [f"b: {reason}", f"c: {reason}"]

@@ -17,25 +17,19 @@ EVIT_COMMIT.
 
 from __future__ import annotations
 
-import argparse
-import shutil
-import signal
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from gpu_check import session
 from gpu_check.bench import BENCHMARKS, DEFAULT, bench_environment, bench_plan, needs_build
-from gpu_check.facts import collect_facts, slug_of
-from gpu_check.outcomes import Result
-from gpu_check.paths import ROOT, WORK, start_afresh
-from gpu_check.report import table, verdict, write_summary
-from gpu_check.runner import Runner
+from gpu_check.paths import WORK, start_afresh
+from gpu_check.runner import Step
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def main() -> int:
+    parser = session.parser(__doc__)
     parser.add_argument(
         "--only",
         nargs="+",
@@ -44,55 +38,26 @@ def parse() -> argparse.Namespace:
         metavar="NAME",
         help=f"of {', '.join(BENCHMARKS)} (default: {' '.join(DEFAULT)})",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=ROOT / "benchmarks" / "results",
-        metavar="DIR",
-        help="folder of the results (default: benchmarks/results)",
-    )
-    parser.add_argument(
-        "--python", default=sys.executable, help="the Python to measure with (default: this one)"
-    )
-    parser.add_argument("--minutes", type=float, default=9.5, help="for everything (default: 9.5)")
-    return parser.parse_args()
-
-
-def main() -> int:
-    arguments = parse()
-    began = time.monotonic()
-    try:
-        facts = collect_facts(arguments.python)
-    except RuntimeError as error:
-        print(f"gpu-bench: there is no GPU to measure: {error}", file=sys.stderr)
-        return 2
+    arguments = parser.parse_args()
     names = tuple(dict.fromkeys(arguments.only))
-    output = arguments.output.resolve()
-    output.mkdir(parents=True, exist_ok=True)
-    stem = output / f"gpu-bench-{'-'.join(names)}-{slug_of(facts['gpu'])}"
-    logs = stem.with_suffix(".logs")
-    shutil.rmtree(logs, ignore_errors=True)
-    WORK.mkdir(parents=True, exist_ok=True)
-    for name, fact in facts.items():
-        print(f"{name}: {fact}")
-    build = needs_build(arguments.python, facts)
-    if build:
-        print("There is no build of these sources for this torch: building first.", flush=True)
-        start_afresh()
-    # The time that finding the facts took counts as well.
-    total = arguments.minutes * 60 - (time.monotonic() - began)
-    steps = bench_plan(facts, arguments.python, output, total, names, build)
 
-    def write(results: list[Result]) -> None:
-        write_summary(stem, facts, results, len(steps), "Benchmarks on a GPU")
+    def steps(facts: dict[str, Any], output: Path, left: Callable[[], float]) -> list[Step]:
+        WORK.mkdir(parents=True, exist_ok=True)
+        build = needs_build(arguments.python, facts)
+        if build:
+            print("There is no build of these sources for this torch: building first.", flush=True)
+            start_afresh()
+        return bench_plan(facts, arguments.python, output, left(), names, build)
 
-    runner = Runner(steps, logs, bench_environment(facts), write)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: runner.interrupt())
-    results = runner.run()
-    write(results)
-    print(f"\n{table(results)}\n{verdict(results, len(steps))}\n{stem}.json, .md, .logs/")
-    return 0 if all(result.fine for result in results) else 1
+    bench = session.Session(
+        "gpu-bench",
+        "measure",
+        "Benchmarks on a GPU",
+        f"gpu-bench-{'-'.join(names)}",
+        steps,
+        bench_environment,
+    )
+    return session.run(bench, arguments)
 
 
 if __name__ == "__main__":

@@ -16,68 +16,31 @@ or, where the source came without its history, the environment variable EVIT_COM
 
 from __future__ import annotations
 
-import argparse
-import shutil
-import signal
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from gpu_check.facts import collect_facts, slug_of
-from gpu_check.outcomes import Result
-from gpu_check.paths import ROOT, start_afresh
-from gpu_check.report import table, untested, verdict, write_summary
-from gpu_check.runner import Runner
+from gpu_check import session
+from gpu_check.paths import start_afresh
+from gpu_check.report import untested
+from gpu_check.runner import Step
 from gpu_check.steps import environment, plan
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=ROOT / "benchmarks" / "results",
-        metavar="DIR",
-        help="folder of the results (default: benchmarks/results)",
-    )
-    parser.add_argument(
-        "--python", default=sys.executable, help="the Python to check with (default: this one)"
-    )
-    parser.add_argument("--minutes", type=float, default=9.5, help="for everything (default: 9.5)")
+    parser = session.parser(__doc__)
     parser.add_argument(
         "--quick", action="store_true", help="one sanitizer, no tests of large tensors, few benchmarks"
     )
     arguments = parser.parse_args()
-    began = time.monotonic()
-    try:
-        facts = collect_facts(arguments.python)
-    except RuntimeError as error:
-        print(f"gpu-check: there is no GPU to check on: {error}", file=sys.stderr)
-        return 2
-    output = arguments.output.resolve()
-    stem = output / f"gpu-check-{slug_of(facts['gpu'])}"
-    logs = stem.with_suffix(".logs")
-    shutil.rmtree(logs, ignore_errors=True)
-    start_afresh()
-    output.mkdir(parents=True, exist_ok=True)
-    for name, fact in facts.items():
-        print(f"{name}: {fact}")
-    # The time that finding the facts took counts as well.
-    total = arguments.minutes * 60 - (time.monotonic() - began)
-    steps = plan(facts, arguments.python, output, total, arguments.quick)
 
-    def write(results: list[Result]) -> None:
-        write_summary(stem, facts, results, len(steps))
+    def steps(facts: dict[str, Any], output: Path, left: Callable[[], float]) -> list[Step]:
+        start_afresh()
+        return plan(facts, arguments.python, output, left(), arguments.quick)
 
-    runner = Runner(steps, logs, environment(facts), write)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: runner.interrupt())
-    results = runner.run()
-    write(results)
-    print(f"\n{table(results)}\n{verdict(results, len(steps), untested(facts))}\n{stem}.json, .md, .logs/")
-    return 0 if all(result.fine for result in results) else 1
+    check = session.Session("gpu-check", "check on", "GPU check", "gpu-check", steps, environment, untested)
+    return session.run(check, arguments)
 
 
 if __name__ == "__main__":

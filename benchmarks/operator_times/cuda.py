@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch._functorch.config
+from time_limit import TimeLimit, gpu_is_lost
 
 from evit_ext import _C
 from evit_ext.ops import library
@@ -20,9 +20,10 @@ from .work import copy_bandwidth, measure
 # The most telling first: what does not fit into the time is left out.
 BATCHES = [256, 1, 8, 64, 1024]
 QUICK_BATCHES = [256, 1]
-#: Compiling takes most of the time: it is done for this model, and while less than this part has passed.
+#: Compiling takes most of the time: it is done for this model, as long as there is time for it.
 COMPILED_MODEL = "DeiT-S"
-COMPILE_UNTIL = 0.6
+#: Seconds that a row of one batch is expected to take, compiled and not, before one was measured.
+COMPILED, PLAIN = 40.0, 15.0
 
 
 def compile_chain(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,21 +56,21 @@ def run(
     # A compiled backward pass otherwise writes into what the forward pass has saved, and runs only once.
     torch._functorch.config.donated_buffer = False
     torch.backends.cuda.matmul.allow_tf32 = False
-    start = time.monotonic()
+    time_limit = TimeLimit(limit / 60)
     clock = CudaClock()
     cache = cache_bytes or 3 * torch.cuda.get_device_properties(0).L2_cache_size
     results = Results()
     with torch.cuda.stream(clock.stream):
         for model, batch, dtype in itertools.product(models, batches, dtypes):
             what = f"{model}, batch {batch}, {dtype}"
-            passed = time.monotonic() - start
-            if passed > limit:
-                results.left_out.append(f"{what}: no time left")
+            if reason := gpu_is_lost() or time_limit.reason_against("plain", PLAIN):
+                results.left_out.append(f"{what}: {reason}")
                 continue
             compiler = compile_chain if model == COMPILED_MODEL else None
-            if compiler and passed > COMPILE_UNTIL * limit:
+            if compiler and (reason := time_limit.reason_against("compiled", COMPILED)):
                 compiler = None
-                results.left_out.append(f"{what}, compiled: no time left")
+                results.left_out.append(f"{what}, compiled: {reason}")
+            start = time_limit.passed
             torch._dynamo.reset()  # else it gives up compiling after so many shapes
             # The best of the run counts: what a copy can do is not to be put lower by a slow moment, such as
             # before the clock rates have risen.
@@ -77,7 +78,9 @@ def run(
             rows, failures = measure(clock, model, batch, dtype, "cuda", seconds, cache, compiler)
             results.rows += rows
             results.failures += [f"{what}, {failure}" for failure in failures]
-            torch.cuda.empty_cache()
+            if not gpu_is_lost():
+                torch.cuda.empty_cache()
+            time_limit.took("compiled" if compiler else "plain", time_limit.passed - start)
             on_progress(results)
-            print(f"[{time.monotonic() - start:4.0f} s] {what}", flush=True)
+            print(f"[{time_limit.passed:4.0f} s] {what}", flush=True)
     return results

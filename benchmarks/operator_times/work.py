@@ -362,7 +362,8 @@ def row(
 
 def copy_bandwidth(clock: Clock, device: str, size: int) -> float:
     """GB/s of a large copy on the device, read and written bytes both counted."""
-    source = torch.ones(size, dtype=torch.uint8, device=device)
+    # Random, as constant bytes may be moved with less power.
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     taken = interleaved({"copy": clock.replayed(lambda _: target.copy_(source), 1, 5)}, 0.3)
     return round(2 * size / taken["copy"] / 1e9, 1)

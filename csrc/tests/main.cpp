@@ -1,4 +1,5 @@
 // Runs every test, or those whose names contain the first argument. Exit code 1 if any failed.
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -7,6 +8,8 @@
 
 int main(int argc, char** argv) {
   using namespace evit::tests;
+  // Line by line also into a file: what is said before an abort, or before a kernel hangs, must be in it.
+  std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);
   const char* level = evit::cpu::simd_level_name(evit::cpu::simd_level());
   const char* wanted = std::getenv("EVIT_CPU_CAPABILITY");
   std::printf("instruction level: %s\n", level);

@@ -16,6 +16,7 @@ from .steps import PACKAGE, build_steps, environment
 BUILD_SECONDS = 180.0  # that are kept for the build, where one is needed
 #: Beyond its own limit: importing torch and making the models before it counts, writing and drawing after.
 MARGIN_SECONDS = 20.0
+LEAST_MINUTES = 0.1  # in less, nothing is measured
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def needs_build(python: str, facts: dict[str, Any]) -> bool:
     command = (python, "-c", PACKAGE, str(SITE))
     try:
         run = subprocess.run(
-            command, cwd=WORK, env=environment(facts), capture_output=True, text=True, timeout=120
+            command, cwd=WORK, env=environment(facts, python), capture_output=True, text=True, timeout=120
         )
     except (OSError, subprocess.TimeoutExpired):
         return True
@@ -69,13 +70,14 @@ def bench_plan(
         command = [python, str(ROOT / "benchmarks" / benchmark.script), *benchmark.arguments]
         command += ["--minutes", f"{minutes:.2f}", "--output", str(stem)]
         seconds = 60 * minutes + MARGIN_SECONDS
+        ends_by = total if minutes >= LEAST_MINUTES else 0.0  # at once: there is no time left
         needs, after = (("package",) if build else ()), tuple(step.name for step in steps)
         steps.append(
             Step(
                 name,
                 (tuple(command),),
                 seconds,
-                total,
+                ends_by,
                 needs,
                 after,
                 missing[name],
@@ -90,9 +92,9 @@ def _missing(benchmark: Benchmark) -> str:
     return f"no {benchmark.tool}" if benchmark.tool and not cuda_tool(benchmark.tool) else ""
 
 
-def bench_environment(facts: dict[str, Any]) -> dict[str, str]:
+def bench_environment(facts: dict[str, Any], python: str = "") -> dict[str, str]:
     """That of every step: they run alone, so that torch may have all threads."""
-    found = environment(facts)
+    found = environment(facts, python)
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
         del found[name]
     return found

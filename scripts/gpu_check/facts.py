@@ -59,6 +59,18 @@ def commit() -> str:
     return head + (" with changes" if output_of("git", "status", "--porcelain") else "")
 
 
+def beside_python(python: str = "") -> list[str]:
+    """Folders of this Python and of the one that is checked: programs that pip installs lie there."""
+    programs = [sys.executable, shutil.which(python) if python else None]
+    return list(dict.fromkeys(str(Path(program).parent) for program in programs if program))
+
+
+def program(name: str, python: str = "") -> str:
+    """Path of a program on PATH or beside a Python, or an empty string."""
+    search = os.pathsep.join([os.environ.get("PATH", ""), *beside_python(python)])
+    return shutil.which(name, path=search) or ""
+
+
 def cuda_tool(name: str) -> str:
     """Path of one of the toolkit's programs, or an empty string."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -73,7 +85,7 @@ def cuda_tool(name: str) -> str:
 def collect_facts(python: str) -> dict[str, Any]:
     """GPU, versions, commit and command. Raises RuntimeError with one line where there is no GPU."""
     try:
-        run = subprocess.run([python, "-c", FACTS], capture_output=True, text=True, timeout=120, cwd="/")
+        run = subprocess.run([python, "-c", FACTS], capture_output=True, text=True, timeout=300, cwd="/")
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RuntimeError(f"{python} cannot be asked: {error}") from None
     found = re.search(r"^FACTS(.*)$", run.stdout, re.M)
@@ -87,7 +99,8 @@ def collect_facts(python: str) -> dict[str, Any]:
     nvcc = cuda_tool("nvcc")
     release = re.search(r"release (.+)", output_of(nvcc, "--version")) if nvcc else None
     facts["nvcc"] = release[1] if release else "not found"
-    facts["processor"] = f"{platform.machine()}, {os.cpu_count()} cores"
+    facts["processor"] = platform.machine()
+    facts["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     facts["commit"] = commit()
     facts["command"] = shlex.join([f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     return facts

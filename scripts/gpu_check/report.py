@@ -42,17 +42,28 @@ def verdict(results: list[Result], count: int, not_tested: Sequence[str] = ()) -
 
 
 def write_summary(
-    stem: Path, facts: dict[str, Any], results: list[Result], count: int, title: str = "GPU check"
+    stem: Path,
+    facts: dict[str, Any],
+    results: list[Result],
+    count: int,
+    title: str,
+    not_tested: Sequence[str] = (),
 ) -> None:
     """STEM.json and STEM.md."""
-    not_tested = untested(facts) if title == "GPU check" else []
     sentence = verdict(results, count, not_tested)
     everything = {
         "machine": facts,
         "verdict": sentence,
-        "not_tested": not_tested,
+        "not_tested": list(not_tested),
         "steps": [asdict(result) for result in results],
     }
-    stem.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
+    _write_whole(stem.with_suffix(".json"), json.dumps(everything, indent=1) + "\n")
     heading = "".join(f"- {name}: {fact}\n" for name, fact in facts.items())
-    stem.with_suffix(".md").write_text(f"# {title}\n\n{heading}\n{table(results)}\n{sentence}\n")
+    _write_whole(stem.with_suffix(".md"), f"# {title}\n\n{heading}\n{table(results)}\n{sentence}\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Whoever is killed meanwhile leaves the old contents or the new."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)

@@ -32,8 +32,15 @@ class Step:
     cwd: Path = ROOT
 
 
+#: Of a log, so many bytes are kept at its beginning and at its end: a tool that finds much says it all.
+KEPT_OF_LOG = 2**19
+
+
 class Runner:
-    """Runs steps at the same time, each as soon as those before it have ended."""
+    """Runs steps at the same time, `at_once` at most, each as soon as those before it have ended.
+
+    Where more could run than may, those that come first are first.
+    """
 
     def __init__(
         self,
@@ -41,6 +48,7 @@ class Runner:
         logs: Path,
         environment: dict[str, str],
         on_result: Callable[[list[Result]], None] = lambda results: None,
+        at_once: int = 64,
     ) -> None:
         self.steps = steps
         self.logs = logs
@@ -49,6 +57,8 @@ class Runner:
         self.start = time.monotonic()
         self.results: dict[str, Result] = {}
         self._changed = threading.Condition()
+        self._at_once = at_once
+        self._started: set[str] = set()
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._interrupted = False
 
@@ -71,13 +81,23 @@ class Runner:
         for process in list(self._processes):
             end(process)
 
+    def _is_next(self, step: Step) -> bool:
+        if len(self._started) - len(self.results) >= self._at_once:
+            return False
+        waiting = (other for other in self.steps if other.name not in self._started)
+        return next((other for other in waiting if self._is_ready(other)), None) is step
+
+    def _is_ready(self, step: Step) -> bool:
+        return {*step.needs, *step.after} <= set(self.results)
+
     def _elapsed(self) -> float:
         return time.monotonic() - self.start
 
     def _run_step(self, step: Step) -> None:
         with self._changed:
-            before = {*step.needs, *step.after}
-            self._changed.wait_for(lambda: before <= set(self.results))
+            self._changed.wait_for(lambda: self._is_next(step))
+            self._started.add(step.name)
+            self._changed.notify_all()  # there may be room for one more
         try:
             result = self._result(step)
         except Exception as error:  # a mistake in this script must not hide the other steps' results
@@ -111,6 +131,7 @@ class Runner:
                 if code != 0:
                     break
         seconds = time.monotonic() - start
+        shorten(log_path)
         text = log_path.read_text(errors="replace")
         outcome, detail = step.judge(text)
         if timed_out:
@@ -143,6 +164,17 @@ class Runner:
             return process.wait(), True
         finally:
             self._processes.discard(process)
+
+
+def shorten(log: Path) -> None:
+    """Leave out the middle of a log that is too long to be kept."""
+    if log.stat().st_size <= 2 * KEPT_OF_LOG:
+        return
+    with log.open("rb") as file:
+        first = file.read(KEPT_OF_LOG)
+        left_out = file.seek(-KEPT_OF_LOG, os.SEEK_END) - len(first)
+        last = file.read()
+    log.write_bytes(first + f"\n[{left_out:,} bytes are left out here]\n".encode() + last)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
-from .facts import cuda_tool, slug_of
+from .facts import beside_python, cuda_tool, program, slug_of
 from .outcomes import benchmark_summary, pytest_summary, sanitizer_summary
 from .paths import CMAKE, ROOT, SITE, SOURCE, WORK
 from .runner import Step
@@ -43,8 +41,21 @@ def build_steps(python: str, ends_by: float) -> list[Step]:
     build = (*install, "--no-cache-dir", "--target", str(SITE), str(SOURCE))
     return [
         Step("build", (build,), 300, ends_by, cwd=WORK),
-        Step("package", ((python, "-c", PACKAGE, str(SITE)),), 60, ends_by, ("build",), cwd=WORK),
+        Step("package", ((python, "-c", PACKAGE, str(SITE)),), 90, ends_by, ("build",), cwd=WORK),
     ]
+
+
+def files_of_tests(folder: Path) -> dict[str, Path]:
+    """The tests, a step and so a process for each file: those of an operator, of a model, and so on.
+
+    A kernel that reads or writes out of bounds takes the CUDA context of its process with it, and what is
+    tested after it in the same process. And the time there is would not do for one after another.
+    """
+    found = [path for name in ("ops", "cuda", "models") for path in sorted((folder / name).glob("test_*.py"))]
+    names = ("apply", "block", "block_at_once", "record", "macs")
+    found += [folder / f"test_{name}.py" for name in names]
+    # Of tests of large tensors all are slow.
+    return {f"tests-{path.stem.removeprefix('test_')}": path for path in found if "large" not in path.stem}
 
 
 def plan(facts: dict[str, Any], python: str, output: Path, total: float, quick: bool) -> list[Step]:
@@ -55,42 +66,40 @@ def plan(facts: dict[str, Any], python: str, output: Path, total: float, quick: 
 
     def pytest_step(name: str, seconds: float, *arguments: str, after: tuple[str, ...] = ()) -> Step:
         command = pytest_command(python, *arguments)
-        return Step(name, (command,), seconds, before, ("build",), after, judge=pytest_summary, cwd=WORK)
+        return Step(name, (command,), seconds, before, ("package",), after, judge=pytest_summary, cwd=WORK)
 
-    others = ["models", "test_apply.py", "test_block.py", "test_block_at_once.py", "test_record.py"]
-    others += ["test_macs.py"]
-    steps = [
-        *build_steps(python, before),
-        pytest_step("tests-operators", 300, str(tests / "ops")),
-        pytest_step("tests-models", 300, *(str(tests / name) for name in others)),
-        pytest_step("tests-cuda", 300, str(tests / "cuda")),
-    ]
+    # The C++ tests first among those that wait for a place: under a sanitizer they take long.
+    steps = build_steps(python, before) + cpp_steps(facts, python, before, quick)
+    testing = [pytest_step(name, 300, str(path)) for name, path in files_of_tests(tests).items()]
+    steps += testing
     if not quick:
-        # After the other tests of the same folder: it needs much of the GPU's memory.
-        slow = ("-m", "slow", str(tests / "cuda"))
-        steps.append(pytest_step("tests-slow", 150, *slow, after=("tests-cuda",)))
-    steps += cpp_steps(facts, before, quick)
+        # After the other tests: it needs much of the GPU's memory.
+        others = tuple(step.name for step in testing)
+        steps.append(pytest_step("tests-slow", 150, "-m", "slow", str(tests / "cuda"), after=others))
     stem = output / f"operators-{slug_of(facts['gpu'])}"
     benchmark = [python, str(ROOT / "benchmarks" / "operators.py"), "--device", "cuda", "--output", str(stem)]
     # It stops by itself in time, and leaves out what it did not get to.
     benchmark += ["--limit", str(round(reserve * 0.85)), *(["--quick"] if quick else [])]
     everything = tuple(step.name for step in steps)
     steps.append(
-        Step("benchmarks", (tuple(benchmark),), reserve, total, ("build",), everything, "", benchmark_summary)
+        Step(
+            "benchmarks", (tuple(benchmark),), reserve, total, ("package",), everything, "", benchmark_summary
+        )
     )
     return steps
 
 
-def cpp_steps(facts: dict[str, Any], before: float, quick: bool) -> list[Step]:
+def cpp_steps(facts: dict[str, Any], python: str, before: float, quick: bool) -> list[Step]:
     """The C++ tests of the CUDA kernels: built, run, and run under each tool of compute-sanitizer."""
     architecture = facts["capability"].replace(".", "")
-    configure = ["cmake", "-S", str(ROOT), "-B", str(CMAKE), "-DEVIT_CUDA=ON", "-DEVIT_LIBRARY=OFF"]
+    cmake, ninja = program("cmake", python), program("ninja", python)
+    configure = [cmake, "-S", str(ROOT), "-B", str(CMAKE), "-DEVIT_CUDA=ON", "-DEVIT_LIBRARY=OFF"]
     configure += [f"-DCMAKE_CUDA_ARCHITECTURES={architecture}"]
-    configure += ["-G", "Ninja"] if shutil.which("ninja") else []
+    configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     configure += [f"-DCMAKE_CUDA_COMPILER={cuda_tool('nvcc')}"] if cuda_tool("nvcc") else []
-    compile_tests = ["cmake", "--build", str(CMAKE), "--target", "evit_cuda_tests"]
-    compile_tests += ["--parallel", str(os.cpu_count() or 1)]
-    no_cmake = "" if shutil.which("cmake") else "no cmake"
+    compile_tests = [cmake, "--build", str(CMAKE), "--target", "evit_cuda_tests"]
+    compile_tests += ["--parallel", str(facts["cores"])]
+    no_cmake = "" if cmake else "no cmake"
     tests = str(CMAKE / "evit_cuda_tests")
     steps = [
         Step("cpp-build", (tuple(configure), tuple(compile_tests)), 300, before, missing=no_cmake),
@@ -105,27 +114,36 @@ def cpp_steps(facts: dict[str, Any], before: float, quick: bool) -> list[Step]:
             # The tests otherwise fill what they allocate on the device, and nothing there is uninitialised.
             command = ("env", "EVIT_TEST_NO_POISON=1", *command)
         steps.append(
-            Step(f"cpp-{tool}", (command,), 150, before, needs, after, no_sanitizer, sanitizer_summary)
+            Step(f"cpp-{tool}", (command,), 300, before, needs, after, no_sanitizer, sanitizer_summary)
         )
     return steps
 
 
-def environment(facts: dict[str, Any]) -> dict[str, str]:
+def environment(facts: dict[str, Any], python: str = "") -> dict[str, str]:
     """That of every step."""
-    cores = os.cpu_count() or 1
+    cores = facts["cores"]
     found = {
         **os.environ,
         "PYTHONUNBUFFERED": "1",
         "FORCE_CUDA": "1",
         # Several steps run at once, and the tensors on the CPU are small.
-        "OMP_NUM_THREADS": str(max(1, cores // 4)),
+        "OMP_NUM_THREADS": str(max(1, cores // 8)),
         "OMP_WAIT_POLICY": "PASSIVE",
         "EVIT_COMMIT": facts["commit"],
         "PYTHONPATH": os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH", "")])),
     }
-    found.setdefault("TORCH_CUDA_ARCH_LIST", facts["capability"])
+    # Whatever the environment says: some images list all architectures, which take long.
+    found["TORCH_CUDA_ARCH_LIST"] = facts["capability"]
+    # By itself the build asks how much memory is free, which is little in a virtual machine that is given its
+    # memory only as it is used.
+    found.setdefault("MAX_JOBS", str(cores))
     # ninja lies beside the Python that has it; without it, files are compiled one after another.
     nvcc = cuda_tool("nvcc")
-    beside = [str(Path(program).parent) for program in (sys.executable, nvcc) if program]
+    beside = [*beside_python(python), *([str(Path(nvcc).parent)] if nvcc else [])]
     found["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), *beside])
     return found
+
+
+def at_once(facts: dict[str, Any]) -> int:
+    """How many steps may run at the same time: one a core, and one for 2 GiB of the GPU's memory."""
+    return max(1, min(facts["cores"], int(facts["memory_gib"] / 2)))
