@@ -24,7 +24,7 @@ from gpu_check import facts, paths  # noqa: E402
 from gpu_check.outcomes import Result, benchmark_summary, pytest_summary, sanitizer_summary  # noqa: E402
 from gpu_check.report import verdict, write_summary  # noqa: E402
 from gpu_check.runner import Runner, Step  # noqa: E402
-from gpu_check.steps import cpp_steps, plan  # noqa: E402
+from gpu_check.steps import cpp_steps, environment, plan  # noqa: E402
 
 SCRIPT = SCRIPTS / "gpu-check.py"
 FACTS = {"gpu": "NVIDIA Example 9000", "capability": "9.0", "commit": "unknown"}
@@ -266,6 +266,11 @@ def test_what_a_missing_package_leaves_out_is_in_the_summary(tmp_path: Path) -> 
         text = (tmp_path / "summary.md").read_text()
         assert written["verdict"].startswith(sentence) and f"\n{written['verdict']}\n" in text
         assert bool(written["not_tested"]) == ("not tested" in text) == (machine is without)
+
+
+def test_builds_for_this_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.0 8.6 9.0 10.0 12.0+PTX")  # as containers have it
+    assert environment(FACTS)["TORCH_CUDA_ARCH_LIST"] == "9.0"
 
 
 def test_only_initcheck_sees_memory_that_nothing_has_filled() -> None:

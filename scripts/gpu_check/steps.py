@@ -123,7 +123,8 @@ def environment(facts: dict[str, Any]) -> dict[str, str]:
         "EVIT_COMMIT": facts["commit"],
         "PYTHONPATH": os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH", "")])),
     }
-    found.setdefault("TORCH_CUDA_ARCH_LIST", facts["capability"])
+    # Not the list that a container may come with: it takes six times as long to build.
+    found["TORCH_CUDA_ARCH_LIST"] = facts["capability"]
     # ninja lies beside the Python that has it; without it, files are compiled one after another.
     nvcc = cuda_tool("nvcc")
     beside = [str(Path(program).parent) for program in (sys.executable, nvcc) if program]
