@@ -149,9 +149,22 @@ def choose_cuda():
 
 
 def architectures(toolkit):
-    """The TORCH_CUDA_ARCH_LIST to use: the user's, else those of build.json that the toolkit knows."""
-    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return os.environ["TORCH_CUDA_ARCH_LIST"]
+    """The TORCH_CUDA_ARCH_LIST to use: the user's, else those of build.json that the toolkit knows.
+
+    Containers come with lists that begin before compute capability 8.0, which the kernels need: bfloat16 and
+    asynchronous copies would not assemble. Those are left out.
+    """
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if asked:
+        too_old = [arch for arch in asked if re.match(r"[1-7]\.\d", arch)]
+        if len(too_old) == len(asked):
+            stop(
+                f"TORCH_CUDA_ARCH_LIST is {' '.join(asked)}, but the CUDA kernels need compute capability "
+                "8.0 or newer: name such a one, or build without CUDA (FORCE_CUDA=0)."
+            )
+        if too_old:
+            say(f"CUDA: without {' '.join(too_old)} of TORCH_CUDA_ARCH_LIST: the kernels need 8.0 or newer")
+        return ";".join(arch for arch in asked if arch not in too_old)
     newest = 12.0 if toolkit >= (12, 8) else 9.0
     known = [arch.removesuffix("+PTX") for arch in BUILD["cuda_architectures"]]
     # PTX of the last one, so that later GPUs can run the code.

@@ -209,8 +209,20 @@ def test_torch_that_is_too_old(setup_module: ModuleType, monkeypatch: pytest.Mon
 def test_architectures(setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert setup_module.architectures((13, 0)) == "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
     assert setup_module.architectures((12, 6)) == "8.0;8.6;8.9;9.0+PTX"
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
-    assert setup_module.architectures((13, 0)) == "7.5"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    assert setup_module.architectures((13, 0)) == "9.0"
+
+
+@needs_source
+def test_architectures_before_8_0_are_left_out(
+    setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.0 9.0a;10.0 12.0+PTX")
+    assert setup_module.architectures((13, 0)) == "8.0;9.0a;10.0;12.0+PTX"
+    assert "without 7.5 of TORCH_CUDA_ARCH_LIST" in capsys.readouterr().out
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5+PTX")
+    with pytest.raises(SystemExit, match=r"is 7\.0 7\.5\+PTX, but the CUDA kernels need .* 8\.0"):
+        setup_module.architectures((13, 0))
 
 
 @needs_source

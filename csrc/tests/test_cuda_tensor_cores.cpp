@@ -1,6 +1,7 @@
 // What stands in for tensor cores and asynchronous copies on the host, against plain loops over whole
 // matrices.
 #include <algorithm>
+#include <array>
 
 #include "../evit/cuda/tensor_cores.cuh"
 #include "check.h"
@@ -51,8 +52,8 @@ void products_agree() {
         sum += product;
         terms += std::abs(product);
       }
-      CHECK(std::abs(result[i] - sum) <= terms * 0x1p-23);
-      CHECK(std::abs(result[i]) <= std::abs(sum));  // low bits are dropped, as the devices do
+      // Of each of the 18 terms that are added a part is dropped, and twice of a sum.
+      CHECK(std::abs(result[i] - sum) <= terms * (18 * 0x1p-24 + 2 * 0x1p-23));
     }
   });
 }
@@ -60,6 +61,71 @@ void products_agree() {
 TEST(cuda_products_of_matrices_agree) {
   products_agree<Half>();
   products_agree<BFloat16>();
+}
+
+// Once more, from the tables in which CUTLASS (SM80_16x8x16_F32BF16BF16F32_TN) states what a lane holds:
+// place v of lane t is element number t % 4 * s[0] + t / 4 * s[1] + v % 2 * s[2] + v / 2 % 2 * s[3] + v / 4 *
+// s[4] of A (M x K), of B (N x K) and of C (M x N), counted column by column. So what stands in for the
+// instruction, the kernels and the test above do not share one reading of PTX's pictures.
+TEST(cuda_products_of_matrices_have_cutlass_layouts) {
+  const auto number = [](const std::array<int, 5>& s, int t, int v) {
+    return t % 4 * s[0] + t / 4 * s[1] + v % 2 * s[2] + v / 2 % 2 * s[3] + v / 4 * s[4];
+  };
+  const std::array<int, 5> of_a = {32, 1, 16, 8, 128}, of_b = {16, 1, 8, 64, 0}, of_c = {32, 1, 16, 8, 0};
+  int a[256], b[128], c[128];  // small integers: sums are exact
+  for (int i = 0; i < 256; ++i) a[i] = i * i % 23 - 11;
+  for (int i = 0; i < 128; ++i) b[i] = i * i % 19 - 9, c[i] = i * i % 17 - 8;
+  Buffer<float> result(128);
+  run(32, 0, [&] {
+    const int t = threadIdx.x;
+    const auto pair_of = [&](const int* matrix, const std::array<int, 5>& s, int v) {
+      return pair(from_double<BFloat16>(matrix[number(s, t, v)]),
+                  from_double<BFloat16>(matrix[number(s, t, v + 1)]));
+    };
+    uint32_t lane_a[4];
+    float lane_c[4];
+    for (int i = 0; i < 4; ++i) {
+      lane_a[i] = pair_of(a, of_a, 2 * i);
+      lane_c[i] = static_cast<float>(c[number(of_c, t, i)]);
+    }
+    warp_multiply_add<BFloat16>(lane_c, lane_a, pair_of(b, of_b, 0), pair_of(b, of_b, 2));
+    for (int i = 0; i < 4; ++i) result[number(of_c, t, i)] = lane_c[i];
+  });
+  for (int i = 0; i < 128; ++i) {
+    int sum = c[i];
+    for (int k = 0; k < 16; ++k) sum += a[i % 16 + 16 * k] * b[i / 16 + 8 * k];
+    CHECK(result[i] == static_cast<float>(sum));
+  }
+}
+
+// Bits that lie too far below the largest term's are dropped, of every term for itself.
+TEST(cuda_products_of_matrices_drop_low_bits) {
+  // c, the first and the ninth product, all others, the result.
+  for (const auto& [start, first, ninth, others, expected] :
+       {std::tuple(1.0, 0.0, 0.0, 0x1p-25, 1.0),  // though they are 0x1p-21 together
+        {1.0, 0.0, 0.0, 0x1p-24, 1 + 0x1p-20},
+        {1.0, 0.0, 0.0, -0x1p-24, 1 - 0x1p-20},
+        {0.0, 0.0, 0.0, 0x1p-25, 0x1p-21},
+        {0.0, 1.0, -1.0, 0x1p-25, 0.0},
+        {0.0, 1.0, -1.0, 0x1p-24, 0x1.ap-21},  // of the first sum, the last of 25 bits is dropped
+        {0x1p100, 0.0, 0.0, 0x1p75, 0x1p100},
+        {0x1p-100, 0.0, 0.0, 0x1p-124, 0x1p-100 + 0x1p-120}}) {
+    float c[4] = {};
+    run(32, 0, [&, start = start, first = first, ninth = ninth, others = others] {
+      const auto factor = [](double value) { return from_double<BFloat16>(value); };
+      const bool leads = threadIdx.x % 4 == 0;
+      const uint32_t rest = pair(factor(others), factor(others));
+      uint32_t a[4] = {rest, rest, rest, rest};
+      if (leads && first != 0) a[0] = a[1] = pair(factor(first), factor(others));
+      if (leads && ninth != 0) a[2] = a[3] = pair(factor(ninth), factor(others));
+      float of_c[4];
+      std::fill(of_c, of_c + 4, static_cast<float>(start));
+      const uint32_t ones = pair(factor(1), factor(1));
+      warp_multiply_add<BFloat16>(of_c, a, ones, ones);
+      if (threadIdx.x == 13) std::copy(of_c, of_c + 4, c);
+    });
+    for (const float value : c) CHECK(value == static_cast<float>(expected));
+  }
 }
 
 // What a product makes of values that are not numbers, or too large.

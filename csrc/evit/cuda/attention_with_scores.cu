@@ -42,8 +42,8 @@ struct Tiles {
   static constexpr int kElements = kKeys * D;
   static constexpr int kBytes = kElements * sizeof(T);
 
-  static __device__ int place(int row, int chunk) {
-    constexpr int exchanged = kChunks < 8 ? kChunks : 8;  // 8 are all banks
+  static __device__ unsigned place(unsigned row, unsigned chunk) {
+    constexpr unsigned exchanged = kChunks < 8 ? kChunks : 8;  // 8 are all banks
     return row * D + (chunk ^ (row / (8 / exchanged) & (exchanged - 1))) * kWidth<T>;
   }
 
@@ -51,14 +51,17 @@ struct Tiles {
   // token: a probability of 0 times whatever lay in memory could be NaN.
   static __device__ void copy(const Job<T>& job, const T* keys, int64_t width, int first, int rows, T* tile) {
     // Not unrolled: a copy takes nothing but an address, and those of several would take registers.
+    const unsigned thread = computed_here(threadIdx.x), chunk = thread % kChunks;
+    const T* column = keys + chunk * kWidth<T>;
 #pragma unroll 1
-    for (int i = computed_here(static_cast<int>(threadIdx.x)); i < rows * kChunks;
-         i += static_cast<int>(blockDim.x)) {
-      const int row = i / kChunks, chunk = i % kChunks, n = first + row;
+    for (int row = static_cast<int>(thread / kChunks); row < rows;
+         row += static_cast<int>(blockDim.x / kChunks)) {
+      const int n = first + row;
       const bool there = n < job.tokens;
-      const int64_t from = (there ? n : 0) * job.qkv.stride_n + chunk * kWidth<T>;
-      copy_vector_to_shared(tile + place(row, chunk), keys + from, there);
-      copy_vector_to_shared(tile + kElements + place(row, chunk), keys + width + from, there);
+      const T* from = column + (there ? n : 0) * job.qkv.stride_n;
+      T* to = tile + place(static_cast<unsigned>(row), chunk);
+      copy_vector_to_shared(to, from, there);
+      copy_vector_to_shared(to + kElements, from + width, there);
     }
   }
 };
@@ -98,16 +101,20 @@ struct Rows {
       for (int i = 0; i < 4; ++i) out[c][i] = 0;
   }
 
-  // Takes in kKeys keys of a tile, and the values that belong to them. kLast: there are only `left`. Where
-  // `dots` is not null, the lane's first row is the class token's, and its dot products are written there:
-  // the first two of every eight.
-  template <bool kLast>
-  __device__ void attend(SharedAddress keys, int left, float factor, float* dots, int lane) {
+  // Takes in kKeys keys of a tile, and the values that belong to them. kLast: there are only `left`. kClass:
+  // one of the warp's rows is the class token's. The lanes whose first row it is have `dots`, which is not
+  // null: its dot products are written there, the first two of every eight.
+  template <bool kLast, bool kClass>
+  __device__ void attend(SharedAddress keys, int left, float factor, float* dots, unsigned lane) {
     // Chunk 2 c + i of a row lies where chunk i does, but for the bits of 2 c: `place` exchanges bits, too.
-    const auto chunks = [](int place, int c) { return place ^ c * 2 * static_cast<int>(sizeof(Vector<T>)); };
+    const auto chunks = [](unsigned place, int c) {
+      constexpr unsigned two = 2 * sizeof(Vector<T>);
+      return place ^ static_cast<unsigned>(c) * two;
+    };
     lane = computed_here(lane);
-    const int k_lane = Tile::place(lane / 16 * 8 + lane % 8, lane / 8 % 2) * static_cast<int>(sizeof(T));
-    const int v_lane = Tile::place(lane % 16, lane / 16) * static_cast<int>(sizeof(T));
+    constexpr unsigned bytes = sizeof(T);
+    const unsigned k_lane = Tile::place(lane / 16 * 8 + lane % 8, lane / 8 % 2) * bytes;
+    const unsigned v_lane = Tile::place(lane % 16, lane / 16) * bytes;
     float s[2 * kSteps][4];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -123,9 +130,9 @@ struct Rows {
       }
     }
     // This lane's keys are two of every eight.
-    const int last = left - lane % 4 * 2;
+    const int last = left - static_cast<int>(lane % 4 * 2);
     const auto there = [&](int j, int i) { return !kLast || 8 * j + i < last; };
-    if (dots != nullptr)
+    if (kClass && dots != nullptr)
 #pragma unroll
       for (int j = 0; j < 2 * kSteps; ++j)
 #pragma unroll
@@ -198,8 +205,8 @@ template <typename T, int D>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, D > 64 ? 1 : 2) attention_with_scores_kernel(Job<T> job) {
   using Tile = Tiles<T, D>;
   const int head = static_cast<int>(blockIdx.x) / job.blocks, b = head / job.heads, h = head % job.heads;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  const int warp = static_cast<int>(threadIdx.x / kWarp), lane = static_cast<int>(threadIdx.x % kWarp);
+  const int warps = static_cast<int>(blockDim.x / kWarp);
   const int first = (static_cast<int>(blockIdx.x) % job.blocks * warps + warp) * kQueries;
   const bool takes_part = first < job.tokens;  // or there are no queries left for this warp
   const int64_t width = static_cast<int64_t>(job.heads) * D;
@@ -213,25 +220,32 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D > 64 ? 1 : 2) attention_wi
   Tile::copy(job, keys, width, 0, rows_of(0), tile(0));
   Rows<T, D> rows;
   rows.begin(job, queries, first, lane);
-  const bool has_class_row = first == 0 && lane < 4;
+  // has_class_row: the warp has the class token's query, in the first row of its first four lanes.
+  const auto attend_tile = [&](auto has_class_row, int t) {
+    constexpr bool kClass = decltype(has_class_row)::value;
+    constexpr int some = Rows<T, D>::kKeys, kRowBytes = D * sizeof(T);
+    const SharedAddress keys_at = shared_address(tile(t));
+#pragma unroll 1
+    for (int key = 0; key < Tile::kKeys; key += some) {
+      const int n = t * Tile::kKeys + key, left = job.tokens - n;
+      float* dots = nullptr;
+      if (kClass && lane < 4) dots = job.dots + int64_t{head} * job.tokens + (n + 2 * lane);
+      if (left >= some)
+        rows.template attend<false, kClass>(keys_at + key * kRowBytes, left, job.factor, dots, lane);
+      else if (left > 0)
+        rows.template attend<true, kClass>(keys_at + key * kRowBytes, left, job.factor, dots, lane);
+    }
+  };
   const int tiles = (job.tokens + Tile::kKeys - 1) / Tile::kKeys;
   for (int t = 0; t < tiles; ++t) {
     copies_arrived();
     __syncthreads();  // this tile is there, and nobody needs the one before
     if (t + 1 < tiles) Tile::copy(job, keys, width, (t + 1) * Tile::kKeys, rows_of(t + 1), tile(t + 1));
     if (!takes_part) continue;
-    constexpr int some = Rows<T, D>::kKeys, kRowBytes = D * sizeof(T);
-    const SharedAddress keys_at = shared_address(tile(t));
-#pragma unroll 1
-    for (int key = 0; key < Tile::kKeys; key += some) {
-      const int left = job.tokens - t * Tile::kKeys - key;
-      float* dots = nullptr;
-      if (has_class_row) dots = job.dots + int64_t{head} * job.tokens + (job.tokens - left + 2 * lane);
-      if (left >= some)
-        rows.template attend<false>(keys_at + key * kRowBytes, left, job.factor, dots, lane);
-      else if (left > 0)
-        rows.template attend<true>(keys_at + key * kRowBytes, left, job.factor, dots, lane);
-    }
+    if (first == 0)  // for the whole warp
+      attend_tile(std::true_type{}, t);
+    else
+      attend_tile(std::false_type{}, t);
   }
   float inverse[2];
   rows.finish(inverse);
@@ -261,7 +275,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D > 64 ? 1 : 2) attention_wi
 
 // The mean of the class token's probabilities over the heads, a thread for each token.
 __global__ void __launch_bounds__(256)
-    class_scores_kernel(const float* dots, const ClassRow* class_rows, int heads, int tokens, int64_t chunks,
+    class_scores_kernel(const float* dots, const ClassRow* class_rows, int heads, int tokens, int chunks,
                         float factor, float* scores) {
   const int64_t b = blockIdx.x / chunks;
   const int n = static_cast<int>(blockIdx.x % chunks * blockDim.x + threadIdx.x);
@@ -316,6 +330,7 @@ void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T
   const DeviceGuard guard(stream.device, kOperator);
   check_count(sizes.tokens, "tokens", kOperator);
   check_count(sizes.heads, "heads", kOperator);
+  check_count(sizes.heads * sizes.channels, "channels", kOperator);
   if (sizes.batch == 0 || sizes.tokens == 0) return;
   auto* class_rows = static_cast<ClassRow*>(workspace);
   auto* dots = reinterpret_cast<float*>(class_rows + sizes.batch * sizes.heads);
@@ -329,7 +344,7 @@ void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T
   else
     run<T, 128>(sizes, job, stream);
   constexpr int threads = 256;
-  const int64_t chunks = (sizes.tokens + threads - 1) / threads;
+  const int chunks = (tokens + threads - 1) / threads;
   launch(kOperator, class_scores_kernel, sizes.batch * chunks, threads, 0, stream,
          static_cast<const float*>(dots), static_cast<const ClassRow*>(class_rows), heads, tokens, chunks,
          factor, scores);

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(max_threads<T, kAligned>, 1)
 // the softmax takes two more launches.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(256, kAligned && sizeof(T) == 2 ? 4 : 2)
-    logits_kernel(Attention<T> job, accumulate_t<T>* logits, int64_t chunks) {
+    logits_kernel(Attention<T> job, accumulate_t<T>* logits, int chunks) {
   const int64_t head = blockIdx.x / chunks;  // of all sequences
   const int num_tokens = static_cast<int>(job.sizes.tokens), keys = keys_per_warp(job.lanes);
   const int warps = static_cast<int>(blockDim.x) / kWarp;
@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(256, kAligned && sizeof(T) == 2 ? 4 : 2)
       (static_cast<int>(blockIdx.x % chunks) * warps + static_cast<int>(threadIdx.x) / kWarp) * keys;
   if (first >= num_tokens) return;  // a whole warp
   accumulate_t<T>* row = logits + head * num_tokens;
-  warp_logits<kAligned, false>(job, head / job.sizes.heads, head % job.sizes.heads, first, num_tokens,
+  const unsigned heads = static_cast<unsigned>(job.sizes.heads), b = blockIdx.x / chunks / heads;
+  warp_logits<kAligned, false>(job, b, head % heads, first, num_tokens,
                                [&](int n, accumulate_t<T> logit) { row[n] = logit; });
 }
 
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(512, 2)
 
 template <typename A>
 __global__ void __launch_bounds__(256, 4) mean_kernel(const A* logits, const HeadStatistics<A>* statistics,
-                                                      int heads, int num_tokens, int64_t chunks, A* scores) {
+                                                      int heads, int num_tokens, int chunks, A* scores) {
   const int64_t b = blockIdx.x / chunks;
   const int n = static_cast<int>(blockIdx.x % chunks * blockDim.x + threadIdx.x);
   if (n >= num_tokens) return;
@@ -155,12 +156,12 @@ void forward(const ClassAttentionSizes& sizes, const ClassAttentionInput<T>& inp
   const int tokens = static_cast<int>(sizes.tokens);
   auto* statistics = static_cast<HeadStatistics<A>*>(workspace);
   auto* logits = reinterpret_cast<A*>(statistics + sizes.batch * sizes.heads);
-  const int64_t keys = threads / kWarp * keys_per_warp(job.lanes), chunks = (sizes.tokens + keys - 1) / keys;
+  const int keys = threads / kWarp * keys_per_warp(job.lanes), chunks = (tokens + keys - 1) / keys;
   launch(kOperator, logits_kernel<T, kAligned>, sizes.batch * sizes.heads * chunks, threads, 0, stream, job,
          logits, chunks);
   launch(kOperator, statistics_kernel<A>, sizes.batch * sizes.heads, 512, SharedParts::bytes<A>(kWarp),
          stream, static_cast<const A*>(logits), tokens, statistics);
-  const int64_t parts = (sizes.tokens + threads - 1) / threads;
+  const int parts = (tokens + threads - 1) / threads;
   launch(kOperator, mean_kernel<A>, sizes.batch * parts, threads, 0, stream, static_cast<const A*>(logits),
          static_cast<const HeadStatistics<A>*>(statistics), static_cast<int>(sizes.heads), tokens, parts,
          scores);

@@ -92,6 +92,7 @@ __device__ A warp_largest(const A* logits, int count) {
 // The kernels count tokens and channels of one sequence in 32 bits.
 inline void check_sizes(const ClassAttentionSizes& sizes, const char* what) {
   check_count(sizes.tokens, "tokens", what);
+  check_count(sizes.heads, "heads", what);
   check_count(sizes.channels, "channels a head", what);
 }
 

@@ -16,7 +16,8 @@ __global__ void __launch_bounds__(kThreads, kAligned && sizeof(T) == 2 ? 4 : 2)
                                     int64_t grad_stride_b, int64_t grad_stride_n, T* grad_q, T* grad_k,
                                     accumulate_t<T>* workspace) {
   using A = accumulate_t<T>;
-  const int64_t head = blockIdx.x, heads = job.sizes.heads, b = head / heads, h = head % heads;
+  const unsigned heads = static_cast<unsigned>(job.sizes.heads);
+  const int64_t head = blockIdx.x, b = blockIdx.x / heads, h = blockIdx.x % heads;
   const int num_tokens = static_cast<int>(job.sizes.tokens), channels = static_cast<int>(job.sizes.channels);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   constexpr int warps = kThreads / kWarp, W = kWidth<T>;

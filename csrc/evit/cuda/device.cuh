@@ -6,7 +6,6 @@
 #ifndef EVIT_CUDA_ON_HOST
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 #endif
 
@@ -288,6 +287,20 @@ __device__ Vector<T> load_shared(const T* from) {
 #endif
 }
 
+// Where something lies in shared memory, in bytes: half as long as a pointer.
+#ifdef EVIT_CUDA_ON_HOST
+using SharedAddress = uintptr_t;
+#else
+using SharedAddress = uint32_t;
+#endif
+__device__ inline SharedAddress shared_address(const void* in_shared_memory) {
+#ifdef EVIT_CUDA_ON_HOST
+  return reinterpret_cast<uintptr_t>(in_shared_memory);
+#else
+  return static_cast<uint32_t>(__cvta_generic_to_shared(in_shared_memory));
+#endif
+}
+
 // Copies 16 bytes to shared memory, or zeros where there is nothing to copy (`from` must be a valid address
 // all the same). They are complete after copies_arrived and a barrier; on their way they take no registers,
 // so that any number of copies is under way at once.
@@ -296,7 +309,11 @@ __device__ void copy_vector_to_shared(T* to, const T* from, bool there = true) {
 #ifdef EVIT_CUDA_ON_HOST
   cuda_on_host::copy_async(to, from, sizeof(Vector<T>), there);
 #else
-  __pipeline_memcpy_async(to, from, sizeof(Vector<T>), there ? 0 : sizeof(Vector<T>));
+  // Not CUDA's __pipeline_memcpy_async: it makes a branch, and two instructions, of `there`.
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
+               : "memory");
 #endif
 }
 
@@ -315,8 +332,7 @@ __device__ inline void copies_arrived() {
 #ifdef EVIT_CUDA_ON_HOST
   cuda_on_host::wait_for_copies();
 #else
-  __pipeline_commit();
-  __pipeline_wait_prior(0);
+  asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 

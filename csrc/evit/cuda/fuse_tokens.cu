@@ -52,7 +52,7 @@ template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kWriteThreads, sizeof(T) == 8 ? 2 : 4)
     fuse_backward_kernel(GatherSizes sizes, const T* grad, int64_t grad_stride_b, Tokens<T> x,
                          Tokens<accumulate_t<T>> weights, TokenIndex index, T* grad_x,
-                         accumulate_t<T>* grad_weights, int64_t chunks) {
+                         accumulate_t<T>* grad_weights, int chunks) {
   using A = accumulate_t<T>;
   const int64_t b = blockIdx.x / chunks;
   const int first = static_cast<int>(blockIdx.x % chunks) * kBlockRows;
@@ -101,7 +101,7 @@ void fuse_tokens_backward(const GatherSizes& sizes, const T* grad, int64_t grad_
   check_count(sizes.indices, "indices", kBackward);
   const bool is_aligned = aligned(grad, grad_stride_b) &&
                           aligned(x.data, x.stride_b, x.stride_n, sizes.channels) && aligned(grad_x);
-  const int64_t chunks = row_blocks(sizes.tokens);
+  const int chunks = row_blocks(sizes.tokens);
   launch(kBackward, is_aligned ? fuse_backward_kernel<T, true> : fuse_backward_kernel<T, false>,
          sizes.batch * chunks, kWriteThreads, SharedParts::bytes<int>(kBlockRows), stream, sizes, grad,
          grad_stride_b, x, weights, index, grad_x, grad_weights, chunks);

@@ -9,7 +9,7 @@ constexpr char kOperator[] = "gather_tokens";
 
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kWriteThreads, sizeof(T) == 8 ? 2 : 4)
-    gather_kernel(GatherSizes sizes, Tokens<T> x, TokenIndex index, T* out, int64_t chunks) {
+    gather_kernel(GatherSizes sizes, Tokens<T> x, TokenIndex index, T* out, int chunks) {
   const int64_t b = blockIdx.x / chunks;
   const int first = static_cast<int>(blockIdx.x % chunks) * kBlockRows;
   const auto describe = [&](int i) -> Row<T> {
@@ -30,7 +30,7 @@ void gather_tokens(const GatherSizes& sizes, const Tokens<T>& x, const TokenInde
   const DeviceGuard guard(stream.device, kOperator);
   check_count(sizes.indices, "indices", kOperator);
   const bool is_aligned = aligned(x.data, x.stride_b, x.stride_n, sizes.channels) && aligned(out);
-  const int64_t chunks = row_blocks(sizes.indices);
+  const int chunks = row_blocks(sizes.indices);
   launch(kOperator, is_aligned ? gather_kernel<T, true> : gather_kernel<T, false>, sizes.batch * chunks,
          kWriteThreads, 0, stream, sizes, x, index, out, chunks);
 }

@@ -14,7 +14,7 @@ template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kWriteThreads, sizeof(T) == 8 ? 2 : 4)
     reorganize_backward_kernel(ReorganizeSizes sizes, Tokens<T> grad_tokens, Tokens<T> x,
                                Tokens<accumulate_t<T>> scores, const int64_t* kept, T* grad_x,
-                               accumulate_t<T>* grad_scores, int64_t skip, int64_t chunks) {
+                               accumulate_t<T>* grad_scores, int64_t skip, int chunks) {
   using A = accumulate_t<T>;
   const int64_t b = blockIdx.x / chunks;
   const int first = static_cast<int>(blockIdx.x % chunks) * kBlockRows;
@@ -65,7 +65,7 @@ void reorganize_tokens_backward(const ReorganizeSizes& sizes, const Tokens<T>& g
   check_count(sizes.tokens, "tokens", kBackward);
   const bool is_aligned = aligned(grad_tokens.data, grad_tokens.stride_b, grad_tokens.stride_n) &&
                           aligned(x.data, x.stride_b, x.stride_n, sizes.channels) && aligned(grad_x);
-  const int64_t chunks = row_blocks(sizes.tokens);
+  const int chunks = row_blocks(sizes.tokens);
   const auto kernel = is_aligned ? reorganize_backward_kernel<T, true> : reorganize_backward_kernel<T, false>;
   launch(kBackward, kernel, sizes.batch * chunks, kWriteThreads, SharedParts::bytes<int>(kBlockRows), stream,
          sizes, grad_tokens, x, scores, kept, grad_x, grad_scores, skip, chunks);

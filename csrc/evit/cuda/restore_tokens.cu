@@ -31,7 +31,7 @@ __device__ void check_kept(const int64_t* kept, int keep, int patches, int first
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kWriteThreads, sizeof(T) == 8 ? 2 : 4)
     restore_kernel(RestoreSizes sizes, Tokens<T> tokens, const int64_t* kept, Tokens<T> fill, T* out,
-                   int64_t chunks) {
+                   int chunks) {
   const int64_t b = blockIdx.x / chunks;
   const int first = static_cast<int>(blockIdx.x % chunks) * kBlockRows;
   const int num_tokens = static_cast<int>(sizes.tokens), prefix = static_cast<int>(sizes.prefix);
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kWriteThreads, sizeof(T) == 8 ? 2 : 4)
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kWriteThreads, sizeof(T) == 8 ? 2 : 4)
     restore_backward_kernel(RestoreSizes sizes, Tokens<T> grad, const int64_t* kept, T* grad_tokens,
-                            int64_t chunks) {
+                            int chunks) {
   const int64_t b = blockIdx.x / chunks;
   const int first = static_cast<int>(blockIdx.x % chunks) * kBlockRows;
   const int prefix = static_cast<int>(sizes.prefix), keep = static_cast<int>(sizes.keep);
@@ -156,7 +156,7 @@ void restore_tokens(const RestoreSizes& sizes, const Tokens<T>& tokens, const in
   check_count(sizes.tokens, "tokens", kForward);
   const bool is_aligned = aligned(tokens.data, tokens.stride_b, tokens.stride_n, sizes.channels) &&
                           aligned(fill.data, fill.stride_b, fill.stride_n) && aligned(out);
-  const int64_t chunks = row_blocks(sizes.tokens);
+  const int chunks = row_blocks(sizes.tokens);
   launch(kForward, is_aligned ? restore_kernel<T, true> : restore_kernel<T, false>, sizes.batch * chunks,
          kWriteThreads, SharedParts::bytes<int>(kBlockRows), stream, sizes, tokens, kept, fill, out, chunks);
 }
@@ -177,7 +177,7 @@ void restore_tokens_backward(const RestoreSizes& sizes, bool fill_fused, const T
   const bool is_aligned =
       aligned(grad.data, grad.stride_b, grad.stride_n, sizes.channels) && aligned(grad_tokens);
   if (!fill_fused) {
-    const int64_t chunks = row_blocks(sizes.in_tokens());
+    const int chunks = row_blocks(sizes.in_tokens());
     launch(kBackward, is_aligned ? restore_backward_kernel<T, true> : restore_backward_kernel<T, false>,
            sizes.batch * chunks, kWriteThreads, 0, stream, sizes, grad, kept, grad_tokens, chunks);
     return;

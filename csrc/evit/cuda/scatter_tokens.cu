@@ -11,8 +11,8 @@ constexpr char kOperator[] = "scatter_tokens";
 // x go there and the first of them. Rows that get several are written by a second loop, in which a warp looks
 // through the index for them in ascending order.
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kWriteThreads, sizeof(T) == 8 ? 2 : 4)
-    scatter_kernel(GatherSizes sizes, Tokens<T> x, TokenIndex index, T* out, int64_t chunks) {
+__global__ void __launch_bounds__(kWriteThreads, sizeof(T) == 8 ? 2 : 4 + kAligned)
+    scatter_kernel(GatherSizes sizes, Tokens<T> x, TokenIndex index, T* out, int chunks) {
   using A = accumulate_t<T>;
   constexpr int W = kWidth<T>;
   const int64_t b = blockIdx.x / chunks, channels = sizes.channels;
@@ -84,7 +84,7 @@ void scatter_tokens(const GatherSizes& sizes, const Tokens<T>& x, const TokenInd
   check_count(sizes.tokens, "tokens", kOperator);
   check_count(sizes.indices, "indices", kOperator);
   const bool is_aligned = aligned(x.data, x.stride_b, x.stride_n, sizes.channels) && aligned(out);
-  const int64_t chunks = row_blocks(sizes.tokens);
+  const int chunks = row_blocks(sizes.tokens);
   launch(kOperator, is_aligned ? scatter_kernel<T, true> : scatter_kernel<T, false>, sizes.batch * chunks,
          kWriteThreads, 2 * SharedParts::bytes<int>(kBlockRows), stream, sizes, x, index, out, chunks);
 }

@@ -44,20 +44,6 @@ __device__ inline void warp_multiply_add(float (&c)[4], const uint32_t (&a)[4], 
 #endif
 }
 
-// Where something lies in shared memory, in bytes: half as long as a pointer.
-#ifdef EVIT_CUDA_ON_HOST
-using SharedAddress = uintptr_t;
-#else
-using SharedAddress = uint32_t;
-#endif
-__device__ inline SharedAddress shared_address(const void* in_shared_memory) {
-#ifdef EVIT_CUDA_ON_HOST
-  return reinterpret_cast<uintptr_t>(in_shared_memory);
-#else
-  return static_cast<uint32_t>(__cvta_generic_to_shared(in_shared_memory));
-#endif
-}
-
 // Four 8 x 8 matrices from shared memory. Lane 8 i + j names row j of matrix i, which are 16 bytes, aligned
 // to as many. The lane gets of each matrix i, in m[i], M[row][pair, pair + 1]; transposed, M[pair, pair +
 // 1][row].
@@ -101,7 +87,7 @@ __device__ inline uint32_t narrow_pair(float low, float high) {
 
 // The value, of which the compiler no longer knows where it is from. What a loop computes from it is computed
 // there every time, and not before the loop, from where it would be kept in registers.
-__device__ inline int computed_here(int value) {
+__device__ inline unsigned computed_here(unsigned value) {
 #ifndef EVIT_CUDA_ON_HOST
   asm volatile("" : "+r"(value));
 #endif

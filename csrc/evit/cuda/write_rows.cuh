@@ -13,7 +13,8 @@ constexpr int kWriteThreads = 256;
 constexpr int kGroupRows = 2;  // rows that a group has in flight
 constexpr int kBlockRows = kWriteThreads / kGroup * kGroupRows;
 
-inline int64_t row_blocks(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
+// Blocks for the rows of one sequence. In 32 bits, as kernels divide by it: a division of 64 is a call.
+inline int row_blocks(int64_t rows) { return static_cast<int>((rows + kBlockRows - 1) / kBlockRows); }
 
 // What becomes of a row.
 template <typename T>
