@@ -28,8 +28,9 @@ def test_every_layer_is_faster_without_gradients(line: str, calls: Calls) -> Non
     # activation, QuickGELU, is no GELU, and so its MLP runs as written.
     gelu = "CLIP" not in line and "SwiGLU" not in line
     assert (calls.attention, calls.linear, calls.gelu) == (4, 16 + 8 * gelu, 4 * gelu)
+    calls.attention = calls.linear = 0
     expected = output(model, images())
-    assert calls.attention == 4
+    assert (calls.attention, calls.linear) == (4, 0)  # with gradients, attention alone
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 

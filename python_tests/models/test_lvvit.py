@@ -216,8 +216,9 @@ def test_an_earlier_fused_token_is_left_out() -> None:
 def test_nothing_but_fused_tokens_left(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([torch.arange(17.0), torch.tensor([0.0, 0.1, 0.9]), torch.tensor([0.0, 0.5, 0.6])])
     monkeypatch.setattr(evit_ext.ops, "class_attention", lambda q, k: next(scores).repeat(len(q), 1))
-    model = micro(keep_rate=(0.01, 0.5, 0.5))
-    tokens, patches = model.forward_tokens(images())
+    # In float64 scores are class_attention's on every device: elsewhere attention_with_scores may give them.
+    model = micro(keep_rate=(0.01, 0.5, 0.5)).double()
+    tokens, patches = model.forward_tokens(images(dtype=torch.float64))
     assert patches.tolist() == [[-1, -1]] * 3
     expected = model.head(tokens[:, 0])
     logits = model.forward_head(tokens, patches=patches)

@@ -185,7 +185,8 @@ def test_gradients_of_all_sizes(device: torch.device, dtype: torch.dtype, tokens
     ):
         results = function(x.requires_grad_(), 2)
         grads += torch.autograd.grad(results, x, [w.to(r) for w, r in zip(weights, results, strict=True)])
-    assert_near(*grads, slack=1 if device.type == "cpu" else TestAttentionWithScores.gradient_slack)
+    # Rounded terms may cancel, where there are few: 1.6 times TOLERANCE was seen of two tokens in bfloat16.
+    assert_near(*grads, slack=2 if device.type == "cpu" else TestAttentionWithScores.gradient_slack)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
