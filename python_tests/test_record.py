@@ -45,7 +45,8 @@ def test_fused_tokens_are_followed(
     small_vit: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the scores set by hand, the kept patches can be read off."""
-    vit = evit_ext.apply(small_vit().to(device), (0.25, 0.8, 0.5))
+    # In float64 scores are class_attention's on every device: elsewhere attention_with_scores may give them.
+    vit = evit_ext.apply(small_vit(dtype=torch.float64).to(device), (0.25, 0.8, 0.5))
     first = torch.tensor([0.1] + [0.9 if patch in (3, 5, 11, 14) else 0.01 for patch in range(16)])
     # Patches 3, 5, 11, 14 and a fused token, of which all but 11 are kept.
     second = torch.tensor([0.1, 0.5, 0.6, 0.2, 0.7, 0.8])
@@ -54,7 +55,7 @@ def test_fused_tokens_are_followed(
     rows = iter([row.to(device) for row in (first, second, third)])
     monkeypatch.setattr(evit_ext.ops, "class_attention", lambda q, k: next(rows).repeat(len(q), 1))
     with evit_ext.record_tokens(vit) as record:
-        vit(images(2).to(device))
+        vit(images(2).double().to(device))
     assert record.kept[0].tolist() == [[3, 5, 11, 14]] * 2
     assert record.kept[1].tolist() == [[3, 5, 14, -1]] * 2
     assert record.kept[2].tolist() == [[5, -1, -1]] * 2
