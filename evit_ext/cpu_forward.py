@@ -62,14 +62,14 @@ def runs_on(x: Tensor, with_gradient: bool = False) -> bool:
     # Grad mode alone decides, not whether a tensor requires grad: the weights do.
     if torch.is_grad_enabled() and not with_gradient:
         return False
-    if not SUPPORTED or x.device.type != "cpu" or type(x) is not Tensor:
+    # The type first: that of a proxy of torch.fx is all that may be asked about it.
+    if not SUPPORTED or type(x) is not Tensor or x.device.type != "cpu" or checks.in_function_transform():
         return False
     if torch.compiler.is_compiling():
         # To the compiler of torch 2.10 all is exporting: there, compiled models run as timm wrote them.
         return not torch.compiler.is_exporting()
     # What is traced is to be moved elsewhere, as what is exported. no_grad does not end forward mode.
-    differentiated = checks.in_function_transform() or forward_ad._current_level >= 0
-    return not torch.jit.is_tracing() and not differentiated
+    return not torch.jit.is_tracing() and forward_ad._current_level < 0
 
 
 #: The forwards of classes as they were written, which somebody may put another in the place of.
