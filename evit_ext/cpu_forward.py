@@ -5,8 +5,10 @@ packed projection where nothing is done to queries and keys; and, without gradie
 oneDNN with bias and GELU in the product's last pass, where ``F.linear`` copies the bias into the result first
 and GELU is a pass of its own. Results differ by rounding; so :func:`evit_ext.apply` switches this on only
 where a keep rate is below 1. Whatever is not known to compute the same runs as it was written: under
-``torch.export`` and forward-mode differentiation, with hooks or a forward put in the place of a class's, with
-dropout, masks and biases between places.
+``torch.export``, the transforms of ``torch.func`` and forward-mode differentiation, with hooks or a forward
+put in the place of a class's, with dropout, masks and biases between places.
+``torch.nn.attention.sdpa_kernel`` chooses among PyTorch's attentions only; timm's own switch, ``fused_attn``,
+is heeded.
 
 Notation: B batch, H heads, N tokens, C channels.
 """
