@@ -234,9 +234,7 @@ def _telling(largest: int, group: Group) -> tuple[int, bool, bool, bool, int]:
 
 def takes_part(entry: Contestant, group: Group) -> bool:
     """Return whether a model is in a group."""
-    if entry.name == FASTER:
-        return group.task == "inference"  # under autograd it is the dense model
-    if entry.name != "dense" and entry.keep_rate not in group.keep_rates:
+    if entry.name not in ("dense", FASTER) and entry.keep_rate not in group.keep_rates:
         return False
     # A DynamicViT trains by masking, with losses of its own, and is not the compiled rival. Prepacking
     # tells on neither.

@@ -29,8 +29,8 @@ def apply(
 
     Method of Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token
     Reorganizations" (ICLR 2022). Parameters and state-dict keys stay as they are. With keep rate 1 the model
-    computes exactly what it did before, to the last bit. Below 1, on the CPU without gradients, all blocks
-    run faster forwards, whose results differ by rounding (:mod:`evit_ext.cpu_forward`).
+    computes exactly what it did before, to the last bit. Below 1, on the CPU, all blocks run faster forwards,
+    in training those of the attentions alone; results differ by rounding (:mod:`evit_ext.cpu_forward`).
 
     Args:
         vit: a vision transformer of timm (VisionTransformer, Eva, Beit) or of transformers (ViT, DeiT,

@@ -5,8 +5,10 @@ packed projection where nothing is done to queries and keys; and, without gradie
 oneDNN with bias and GELU in the product's last pass, where ``F.linear`` copies the bias into the result first
 and GELU is a pass of its own. Results differ by rounding; so :func:`evit_ext.apply` switches this on only
 where a keep rate is below 1. Whatever is not known to compute the same runs as it was written: under
-``torch.export`` and forward-mode differentiation, with hooks or a forward put in the place of a class's, with
-dropout, masks and biases between places.
+``torch.export``, the transforms of ``torch.func`` and forward-mode differentiation, with hooks or a forward
+put in the place of a class's, with dropout, masks and biases between places.
+``torch.nn.attention.sdpa_kernel`` chooses among PyTorch's attentions only; timm's own switch, ``fused_attn``,
+is heeded.
 
 Notation: B batch, H heads, N tokens, C channels.
 """
@@ -62,14 +64,14 @@ def runs_on(x: Tensor, with_gradient: bool = False) -> bool:
     # Grad mode alone decides, not whether a tensor requires grad: the weights do.
     if torch.is_grad_enabled() and not with_gradient:
         return False
-    if not SUPPORTED or x.device.type != "cpu" or type(x) is not Tensor:
+    # The type first: that of a proxy of torch.fx is all that may be asked about it.
+    if not SUPPORTED or type(x) is not Tensor or x.device.type != "cpu" or checks.in_function_transform():
         return False
     if torch.compiler.is_compiling():
         # To the compiler of torch 2.10 all is exporting: there, compiled models run as timm wrote them.
         return not torch.compiler.is_exporting()
     # What is traced is to be moved elsewhere, as what is exported. no_grad does not end forward mode.
-    differentiated = checks.in_function_transform() or forward_ad._current_level >= 0
-    return not torch.jit.is_tracing() and not differentiated
+    return not torch.jit.is_tracing() and forward_ad._current_level < 0
 
 
 #: The forwards of classes as they were written, which somebody may put another in the place of.

@@ -47,3 +47,12 @@ def images(dtype: torch.dtype = torch.float32, batch: int = 3) -> Tensor:
 
 #: A block has an attention, four linear layers, one of them with a GELU; the model has four blocks.
 FAST = (4, 16, 4)
+
+
+def compiling_is_exporting() -> bool:
+    """Whether the compiler says that it exports, as torch 2.10's does: then our kernels stand back."""
+
+    def says_so(x: Tensor) -> Tensor:
+        return x + 1 if torch.compiler.is_exporting() else x
+
+    return bool(torch.compile(says_so, backend="eager")(torch.zeros(1)))

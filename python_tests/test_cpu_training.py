@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx
 import torch.nn.functional as F
-from torch import Tensor
+from cpu_calls import compiling_is_exporting
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import evit_ext
@@ -76,6 +78,8 @@ def test_every_attention_is_ours(small_vit: Build) -> None:
 def test_no_less_exact_than_pytorch(small_vit: Build, dtype: torch.dtype) -> None:
     vit = evit_ext.apply(small_vit(embed_dim=192, num_heads=3), 0.7).train().to(dtype)
     theirs = as_timm_wrote_it(vit)
+    assert attentions(loss(vit, images().to(dtype))) == (4, 0)
+    assert attentions(loss(theirs, images().to(dtype))) == (0, 4)
     # One block that does not reorganise: which patches are kept must not differ.
     x = torch.randn(4, 65, 192, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weights = torch.randn_like(x)
@@ -146,7 +150,43 @@ def test_compiled_without_break(small_vit: Build) -> None:
     torch._dynamo.reset()
     vit = evit_ext.apply(small_vit(), 0.7).train()
     expected = gradients(vit, images())
-    compiled = torch.compile(vit, backend="aot_eager", fullgraph=True)
+    graphs: list[torch.fx.GraphModule] = []
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    compiled = torch.compile(vit, backend=keep, fullgraph=True)
     vit.zero_grad()
     loss(compiled, images()).backward()
     assert_close([parameter.grad for parameter in vit.parameters()], expected, 1e-5)
+    (graph,) = graphs
+    ours = sum("attention_with_scores" in str(node.target) for node in graph.graph.nodes)
+    assert ours == (0 if compiling_is_exporting() else 4)
+
+
+def test_function_transforms_that_are_compiled(small_vit: Build) -> None:
+    torch._dynamo.reset()
+    vit = evit_ext.apply(small_vit(), 0.7).train()
+    gradient = torch.func.grad(lambda x: vit(x).square().sum())
+    compiled = torch.compile(gradient, backend="eager", fullgraph=True)
+    assert_close([compiled(images())], [gradient(images())], 1e-5)
+
+
+def test_traced_by_fx(small_vit: Build) -> None:
+    """Of a block that stays as timm wrote it, which asks a traced value no more than its shape."""
+
+    class Traced(nn.Module):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.block(x)
+            return out
+
+    vit = evit_ext.apply(small_vit(), 0.7).train()
+    x = torch.randn(2, 17, 24)
+    traced = torch.fx.symbolic_trace(Traced(vit.blocks[0]))
+    assert_close([traced(x)], [vit.blocks[0](x)], 1e-5)

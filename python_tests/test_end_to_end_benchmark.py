@@ -245,6 +245,13 @@ def test_who_trains_and_who_is_compiled(name: str) -> None:
     assert not end_to_end.takes_part(dynamic, end_to_end.replace(group, keep_rates=(0.5,)))
 
 
+@pytest.mark.parametrize("task", ["inference", "training"])
+def test_what_the_cpus_forwards_give_is_told_apart(task: str) -> None:
+    """Also in training, where an EViT's attentions are not timm's either."""
+    group = end_to_end.Group(task, "float32", 2, ("eager",), (0.7,), 0.0, 5)
+    assert end_to_end.takes_part(Contestant(end_to_end.FASTER, torch.nn.Identity(), 1.0, None), group)
+
+
 def test_prepacked_is_so_in_another_process() -> None:
     packed = packed_weights._PACKED
     before = len(packed)

@@ -71,7 +71,9 @@ Tensor attention_with_scores_backward(const Tensor& grad_out_any, const Tensor& 
                   "attention_with_scores_backward has a kernel for the CPU alone: elsewhere "
                   "evit_ext.ops.attention_with_scores is differentiated as the operators that it runs");
   const ScalarType dtype = qkv_any.scalar_type();
-  const Tensor qkv = with_dense_rows(qkv_any), grad_out = to_dtype(with_dense_rows(grad_out_any), dtype);
+  const Tensor qkv = with_dense_rows(qkv_any);
+  // In this order: a conversion need not leave the last dimension dense.
+  const Tensor grad_out = with_dense_rows(to_dtype(grad_out_any, dtype));
   const Tensor grad_scores = to_dtype(grad_scores_any, accumulate_dtype(dtype));
   Tensor grad_qkv = empty(qkv, {sizes.batch, sizes.tokens, 3 * width}, dtype);
   dispatch(dtype, "attention_with_scores_backward", [&](auto zero) {

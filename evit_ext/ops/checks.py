@@ -86,6 +86,9 @@ def _index(index: Tensor, batch: int, num_tokens: int, x: Tensor) -> None:
             raise IndexError(f"index must be in [0, {num_tokens}), got {low if low < 0 else high}")
 
 
+# Asked while the compiler traces, which applies the transforms then, and again where others are around what
+# it compiled. Were the question itself traced, the answer would always be yes.
+@torch.compiler.assume_constant_result
 def in_function_transform() -> bool:
     """Return whether a transform of torch.func (vmap, jvp, grad …) is being applied."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -37,12 +37,10 @@ def runs_kernel(*tensors: Tensor) -> bool:
     The reference runs on devices without kernels, and for what the operators' gradients do not offer: the
     transforms of torch.func and forward-mode differentiation.
     """
-    if tensors[0].device.type not in KERNEL_DEVICES:
+    if tensors[0].device.type not in KERNEL_DEVICES or checks.in_function_transform():
         return False
     if torch.compiler.is_compiling():
         return True
-    if checks.in_function_transform():
-        return False
     forward_mode = forward_ad._current_level >= 0
     return not (forward_mode and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors))
 

@@ -221,6 +221,18 @@ def test_the_gradient_of_the_operator_is_the_cpus(device: torch.device) -> None:
         out.sum().backward()
 
 
+@pytest.mark.parametrize("strides", [(1, 2, 1), (1, 1, 1), (0, 0, 1), (0, 1, 0)], ids=str)
+def test_given_gradients_of_another_dtype(strides: tuple[int, int, int]) -> None:
+    """As only a direct call gives them; where elements share memory, a conversion lays them out anew."""
+    qkv, grad_scores = make(2, 9, 2, 4).float(), torch.randn(2, 9)
+    grad_out = torch.randn(40, dtype=torch.float64).as_strided((2, 9, 8), strides)
+    given, dense = (
+        torch.ops.evit.attention_with_scores_backward(*grads, qkv, 2, 1.0)
+        for grads in ((grad_out, grad_scores.double()), (grad_out.contiguous().float(), grad_scores))
+    )
+    assert torch.equal(given, dense)
+
+
 @random_examples(60)
 @given(
     batch=st.integers(0, 3),

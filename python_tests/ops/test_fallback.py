@@ -133,6 +133,23 @@ def test_forward_mode_and_torch_func(name: str, device: torch.device) -> None:
     torch.testing.assert_close(second, torch.func.hessian(lambda t: reference(t).square().sum())(value))
 
 
+@pytest.mark.parametrize("name", ["class_attention", "attention_with_scores", "reorganize_tokens"])
+def test_function_transforms_that_are_compiled(name: str, device: torch.device) -> None:
+    torch._dynamo.reset()
+    operator, reference, value = functions(device)[name]
+    compiled = torch.compile(
+        torch.func.grad(lambda t: operator(t).sin().sum()), fullgraph=True, backend="eager"
+    )
+    expected = torch.func.grad(lambda t: reference(t).sin().sum())(value)
+    torch.testing.assert_close(compiled(value), expected)
+    # And one that was compiled before there was a transform.
+    compiled = torch.compile(operator, backend="eager")
+    batch = torch.stack([value, -value])
+    for _ in range(2):
+        torch.testing.assert_close(compiled(value), reference(value))
+        torch.testing.assert_close(torch.vmap(compiled)(batch), torch.stack([reference(v) for v in batch]))
+
+
 @pytest.mark.parametrize("name", ["class_attention", "fuse_tokens", "reorganize_tokens"])
 def test_second_derivative_is_refused(name: str, device: torch.device) -> None:
     if device.type not in library.KERNEL_DEVICES:
