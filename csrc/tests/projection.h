@@ -47,6 +47,25 @@ std::vector<double> probabilities(const Projection<T>& qkv, int64_t b, int64_t m
   return p;
 }
 
+// Scratch memory as aligned as it is promised to kernels and exactly as long, full of what is NaN if it is
+// read before it is written.
+class ScratchMemory {
+ public:
+  explicit ScratchMemory(int64_t bytes) : bytes_(bytes), memory_(bytes + 64, 0xff) {
+    offset_ = (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64;
+  }
+  void* get() { return memory_.data() + offset_; }
+  // Whether nothing was written behind its end.
+  bool kept_to() const {
+    return std::all_of(memory_.begin() + offset_ + bytes_, memory_.end(),
+                       [](unsigned char byte) { return byte == 0xff; });
+  }
+
+ private:
+  int64_t bytes_, offset_;
+  std::vector<unsigned char> memory_;
+};
+
 // The instruction levels of this processor; says which it has not.
 inline std::vector<cpu::SimdLevel> available_levels() {
   std::vector<cpu::SimdLevel> levels;

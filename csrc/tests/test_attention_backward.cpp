@@ -80,11 +80,7 @@ void kernels_agree(const std::vector<SimdLevel>& levels) {
       const double near = allowed<T>(expected);
       for (const SimdLevel level : levels) {
         const AttentionKernels<T>& kernels = cpu::attention_kernels<T>(level);
-        const int64_t bytes = kernels.backward_scratch_bytes(tokens, channels);
-        // As aligned as promised, and exactly as long.
-        Buffer<unsigned char> memory(bytes + 64);
-        const int64_t offset = (64 - reinterpret_cast<uintptr_t>(memory.data.get()) % 64) % 64;
-        std::memset(memory.data.get(), 0xff, memory.size);  // NaN, if it is read before it is written
+        ScratchMemory scratch(kernels.backward_scratch_bytes(tokens, channels));
         Buffer<T> grads((tokens - 1) * out_stride + 3 * channels);
         for (int64_t i = 0; i < grads.size; ++i) grads[i] = from_double<T>(7);
         const T* q = qkv.data.data.get();
@@ -92,8 +88,8 @@ void kernels_agree(const std::vector<SimdLevel>& levels) {
         kernels.head_gradients(
             {q, q + channels, q + 2 * channels, qkv.stride_n, grad_out.data.get(), grad_stride,
              grad_scores.data.get(), grad_q, grad_q + channels, grad_q + 2 * channels, out_stride},
-            tokens, channels, static_cast<A>(scale), memory.data.get() + offset);
-        for (int64_t i = offset + bytes; i < memory.size; ++i) CHECK(memory[i] == 0xff);
+            tokens, channels, static_cast<A>(scale), scratch.get());
+        CHECK(scratch.kept_to());
         for (int64_t n = 0; n < tokens; ++n)
           for (int64_t c = 0; c < std::min(out_stride, grads.size - n * out_stride); ++c) {
             const double actual = to_double(grads[n * out_stride + c]);
@@ -171,8 +167,7 @@ void nan_stays_in_its_row(SimdLevel level) {
   Projection<T> qkv(1, tokens, 1, channels, 0, 37);
   const Buffer<T> grad_out = random_values<T>(tokens * channels, 38);
   const Buffer<accumulate_t<T>> grad_scores = random_values<accumulate_t<T>>(tokens, 39);
-  std::vector<unsigned char> memory(kernels.backward_scratch_bytes(tokens, channels) + 64);
-  void* scratch = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+  ScratchMemory scratch(kernels.backward_scratch_bytes(tokens, channels));
   const auto gradients = [&] {
     Buffer<T> grads(tokens * 3 * channels);
     const T* q = qkv.data.data.get();
@@ -180,7 +175,7 @@ void nan_stays_in_its_row(SimdLevel level) {
     kernels.head_gradients(
         {q, q + channels, q + 2 * channels, qkv.stride_n, grad_out.data.get(), channels,
          grad_scores.data.get(), grad_q, grad_q + channels, grad_q + 2 * channels, 3 * channels},
-        tokens, channels, accumulate_t<T>{1}, scratch);
+        tokens, channels, accumulate_t<T>{1}, scratch.get());
     return grads;
   };
   const Buffer<T> good = gradients();

@@ -38,22 +38,18 @@ void kernels_agree(SimdLevel level) {
     for (const int64_t channels : kChannels) {
       const Projection<T> qkv(1, tokens, 1, channels, 3, 21);
       const double scale = 0.7 / std::sqrt(channels);
-      const int64_t bytes = kernels.scratch_bytes(tokens, channels);
-      // As aligned as promised, and exactly as long.
-      Buffer<unsigned char> memory(bytes + 64);
-      const int64_t offset = (64 - reinterpret_cast<uintptr_t>(memory.data.get()) % 64) % 64;
-      std::memset(memory.data.get(), 0xff, memory.size);  // NaN, if it is read before it is written
-      void* scratch = memory.data.get() + offset;
+      ScratchMemory scratch(kernels.scratch_bytes(tokens, channels));
       const T* q = qkv.data.data.get();
-      kernels.pack(q + channels, q + 2 * channels, qkv.stride_n, tokens, channels, scratch);
+      kernels.pack(q + channels, q + 2 * channels, qkv.stride_n, tokens, channels, scratch.get());
       const int64_t out_stride = channels + 2;
       Buffer<T> out((tokens - 1) * out_stride + channels);
       for (int64_t i = 0; i < out.size; ++i) out[i] = from_double<T>(7);
       for (int64_t first = 0; first < tokens; first += cpu::attention_queries)
         kernels.attend(q + first * qkv.stride_n, qkv.stride_n,
                        std::min(cpu::attention_queries, tokens - first), tokens, channels,
-                       static_cast<accumulate_t<T>>(scale), scratch, &out[first * out_stride], out_stride);
-      for (int64_t i = offset + bytes; i < memory.size; ++i) CHECK(memory[i] == 0xff);
+                       static_cast<accumulate_t<T>>(scale), scratch.get(), &out[first * out_stride],
+                       out_stride);
+      CHECK(scratch.kept_to());
       for (int64_t m = 0; m < tokens; ++m) {
         const std::vector<double> expected = expected_row(qkv, 0, m, 0, tokens, channels, scale);
         for (int64_t c = 0; c < channels; ++c)
@@ -142,10 +138,9 @@ void bad_logits(SimdLevel level) {
     for (int64_t i = 0; i < 5; ++i) set(q[i], queries[i]);
     const double keys[] = {0.5, key, -0.25};
     for (int64_t n = 0; n < 3; ++n) set(k[n], keys[n]), set(v[n], n + 1.0);
-    std::vector<unsigned char> memory(kernels.scratch_bytes(3, 1) + 64);
-    void* scratch = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
-    kernels.pack(k.data.get(), v.data.get(), 1, 3, 1, scratch);
-    kernels.attend(q.data.get(), 1, 5, 3, 1, 1, scratch, out.data.get(), 1);
+    ScratchMemory scratch(kernels.scratch_bytes(3, 1));
+    kernels.pack(k.data.get(), v.data.get(), 1, 3, 1, scratch.get());
+    kernels.attend(q.data.get(), 1, 5, 3, 1, 1, scratch.get(), out.data.get(), 1);
     for (int64_t m = 0; m < 5; ++m) {
       double largest = -inf, sum = 0, expected = 0;
       for (const double value : keys) largest = std::max(largest, queries[m] * value);
