@@ -101,7 +101,7 @@ def interpolation_weights(
 
 
 def normalize(canvas: ByteArray) -> torch.Tensor:
-    """uint8 [..., S, S] -> float32 [..., 3, S, S]: scaled to [0, 1], minus `MEAN`, over `STD`, gray thrice."""
+    """uint8 [..., S, S] -> float32 [..., 3, S, S]: to [0, 1], minus `MEAN`, over `STD`; gray repeated."""
     gray = torch.from_numpy(canvas).float().div_(255).sub_(MEAN).div_(STD)
     return gray.unsqueeze(-3).expand(*gray.shape[:-2], 3, *gray.shape[-2:]).contiguous()
 
