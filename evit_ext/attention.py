@@ -1,6 +1,6 @@
 """timm's attentions, run so that they also return how much attention every token receives.
 
-Notation: B batch, H heads, N tokens, P prefix tokens, C channels, D channels a head.
+Notation: B batch, H heads, N tokens, P prefix tokens, C channels, D channels per head.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 from evit_ext import cpu_forward, ops
 from evit_ext.ops import checks
 
-#: Applies a linear layer to a tensor, with its own bias or, where that is not None, another.
+#: Applies a linear layer to a tensor; a bias that is not None replaces the layer's own.
 Linear = Callable[[Any, Tensor, Tensor | None], Tensor]
 
-#: Gives the scores [B, N] of queries and keys [B, H, N, D] and an attention bias, or None.
+#: Computes scores [B, N] from queries and keys [B, H, N, D] and an attention bias or None.
 Score = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -35,11 +35,11 @@ def class_token_score(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     """
     if bias is None:
         return ops.class_attention(q[:, :, 0], k)
-    # One row of the biased map. No operator: it is N products a head, and few models have a bias.
+    # One row of the biased map. Not worth an operator: it is N products per head, and few models have a bias.
     q, k = checks.autocast(q[:, :, 0], k)
     dtype = checks.accumulation_dtype(k.dtype)
     with checks.without_autocast(k.device.type):
-        # Cast before the products, as in the operator: in float16 they may be beyond its largest number.
+        # Cast before the products, as the operator does: in float16 they could overflow.
         row = (k.to(dtype) @ q.to(dtype).unsqueeze(-1)).squeeze(-1)
         return (row * q.shape[2] ** -0.5 + bias[:, :, 0]).softmax(dim=-1).mean(dim=1)
 
@@ -47,14 +47,14 @@ def class_token_score(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 def mean_score(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     """Return how much all tokens attend to every token on average, for models without a class token.
 
-    Takes and returns the same as :func:`class_token_score`, but no bias.
+    Same arguments and result as :func:`class_token_score`, but a bias is not supported.
     """
     assert bias is None
     return ops.mean_attention(q, k)
 
 
 def apply_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Return what a linear layer makes of `x`, with its own bias or another."""
+    """Apply a linear layer to `x`; a bias that is not None replaces the layer's own."""
     out: Tensor = layer(x) if bias is None else F.linear(x, layer.weight, bias)
     return out
 
@@ -63,8 +63,8 @@ def project(attention: Any, x: Tensor, linear: Linear) -> tuple[Tensor | None, T
     """Project `x` [B, N, C] as timm's attentions do, with `linear` to apply a layer.
 
     Returns:
-        Queries, keys and values in one tensor [B, N, 3 * H * D], or None where they are not; and each by
-        itself, [B, H, N, D]. Keys and values may have fewer heads.
+        The packed projection [B, N, 3 * H * D], or None if the attention has separate projections; then
+        queries, keys and values, each [B, H, N, D]. Keys and values may have fewer heads.
     """
     if attention.qkv is None:
         layers = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -78,7 +78,7 @@ def project(attention: Any, x: Tensor, linear: Linear) -> tuple[Tensor | None, T
         bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
         separate = attention.qkv_bias_separate
         qkv = linear(attention.qkv, x, None) + bias if separate else linear(attention.qkv, x, bias)
-    # Views, which class_attention reads in place.
+    # Views, because class_attention reads them in place.
     return qkv, *ops.reference.unpacked(qkv, attention.num_heads)
 
 
@@ -91,17 +91,17 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Run one of timm's attentions on `x` and also return how much attention every token receives.
 
-    The output is that of the attention itself. It goes through scaled_dot_product_attention, or, on the CPU,
-    through :func:`evit_ext.ops.attention_with_scores` where that computes the same; so no N × N map is
-    formed. Hooks on `attention` itself do not run, those on its projections do.
+    The output is that of the attention itself. It comes from scaled_dot_product_attention or, on the CPU,
+    from :func:`evit_ext.ops.attention_with_scores` where that computes the same, so no N × N map is formed.
+    Hooks on `attention` itself do not run; those on its projections do.
 
     Args:
         attention: timm's ``Attention``, ``AttentionRope``, ``EvaAttention`` or BEiT's ``Attention``, with or
             without norms of queries and keys, output norm, gate and grouped queries.
         x: normalised tokens [B, N, C], prefix tokens first.
-        score: what the scores are: :func:`class_token_score` or :func:`mean_score`.
-        rope: rotary embeddings of the patch tokens, as timm's: [N - P, 2 D], or more dimensions in front that
-            go with [B, H].
+        score: computes the scores: :func:`class_token_score` or :func:`mean_score`.
+        rope: timm's rotary embeddings of the patch tokens, [N - P, 2 D], or with leading dimensions that
+            broadcast with [B, H].
         bias: added to the scaled products, [B or 1, H, N, N].
 
     Returns:
@@ -112,14 +112,14 @@ def attend(
     linear = cpu_forward.linear if on_cpu else apply_linear
     qkv, q, k, v = project(attention, x, linear)
     as_projected = True
-    # What not every attention, or not every version of timm, has.
+    # Not every attention, and not every version of timm, has these.
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     if q_norm is not None and k_norm is not None:
         q, k = q_norm(q), k_norm(k)
         as_projected &= cpu_forward.is_identity(q_norm) and cpu_forward.is_identity(k_norm)
     if rope is not None:
         prefix = attention.num_prefix_tokens
-        # An older timm knows no halves.
+        # Older versions of timm do not have this argument.
         half = (True,) if getattr(attention, "rotate_half", False) else ()
         q, k = (
             torch.cat([t[:, :, :prefix], apply_rot_embed_cat(t[:, :, prefix:], rope, *half)], dim=2).type_as(
@@ -142,7 +142,7 @@ def attend(
 
 
 def packed_attention(qkv: Tensor, num_heads: int, score: Score) -> tuple[Tensor, Tensor]:
-    """Return the attention [B, N, H * D] of packed queries, keys and values, and what `score` is of them."""
+    """Return the attention [B, N, H * D] of packed queries, keys and values, and their scores by `score`."""
     out, scores = ops.attention_with_scores(qkv, num_heads)
     if score is class_token_score:
         return out, scores
@@ -151,7 +151,7 @@ def packed_attention(qkv: Tensor, num_heads: int, score: Score) -> tuple[Tensor,
 
 
 def _output(attention: Any, x: Tensor, attended: Tensor, linear: Linear) -> Tensor:
-    """Return what one of timm's attentions makes of its heads' outputs [B, N, H * D]."""
+    """Return the output of one of timm's attentions, given the outputs of its heads [B, N, H * D]."""
     norm, gate = getattr(attention, "norm", None), getattr(attention, "gate", None)
     if norm is not None:
         attended = norm(attended)

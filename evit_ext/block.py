@@ -1,6 +1,6 @@
 """The transformer block that reorganises tokens between its attention and its MLP.
 
-Notation: B batch, H heads, N tokens, P prefix tokens, K kept patches, C channels, D channels a head.
+Notation: B batch, H heads, N tokens, P prefix tokens, K kept patches, C channels, D channels per head.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ _HOOKS = (
 )
 
 
-#: What belongs to one object and is not shared: a forward put in place of the class's, and a compiled call.
+#: Attributes that belong to one object and are not shared: an overridden forward, and a compiled call.
 _BOUND = frozenset({"forward", "_compiled_call_impl"})
 
-#: Norms that compute F.layer_norm of their weight, bias and eps. Compared exactly, because a subclass is free
-#: to compute something else.
+#: Norms that compute F.layer_norm with their weight, bias and eps. Compared exactly, because a subclass is
+#: free to compute something else.
 _LAYER_NORMS = (nn.LayerNorm, LayerNorm)
 
 
 def _can_reorganize_and_norm_at_once(norm: nn.Module | None, x: Tensor, branch: Tensor) -> bool:
-    """Return whether `ops.add_reorganize_norm` may take the place of sum, reorganisation and `norm`.
+    """Return whether `ops.add_reorganize_norm` may replace sum, reorganisation and `norm`.
 
-    That is, whether it computes the same, and nobody wants to see the norm being called.
+    It may if it computes the same and the norm has no hooks that would have to run.
     """
-    # An operator for inference. Grad mode alone decides, not whether a tensor requires grad.
+    # The operator is for inference. Only grad mode decides, not whether a tensor requires grad.
     if torch.is_grad_enabled() or type(norm) not in _LAYER_NORMS:
         return False
     assert norm is not None
-    # Somebody's hooks, or a forward put in place of the class's, as some libraries do.
+    # Hooks, or an overridden forward as some libraries install.
     watched = any(getattr(norm, hooks) for hooks in _HOOKS) or torch.nn.modules.module._has_any_global_hook()
     if watched or "forward" in norm.__dict__:
         return False
-    if checks.autocast_enabled(x.device.type):  # under which LayerNorm runs in float32
+    if checks.autocast_enabled(x.device.type):  # autocast runs LayerNorm in float32
         return False
     same_dtype = all(t is None or t.dtype == x.dtype for t in (branch, norm.weight, norm.bias))
     return same_dtype and norm.normalized_shape == (x.shape[2],)
@@ -65,8 +65,8 @@ class AdoptedBlock(nn.Module):
     """A block that replaces another and shares everything it has.
 
     Submodules, parameters, buffers, hooks and attributes are those of the replaced block, under the same
-    names. So state-dict keys stay the same, hook handles still remove their hooks, and changes made here are
-    still there when the replaced block comes back. A block that was compiled (``block.compile()``) must be
+    names. State-dict keys therefore stay the same, hook handles still remove their hooks, and changes made
+    here persist when the replaced block is restored. A block that was compiled (``block.compile()``) must be
     compiled again.
 
     Args:
@@ -74,7 +74,7 @@ class AdoptedBlock(nn.Module):
         stage: number of the reorganising blocks before it.
     """
 
-    #: This block's own attributes, which the replaced block must not get.
+    #: Attributes that the replaced block must not receive.
     _OWN: frozenset[str] = frozenset({"_replaced", "stage"})
 
     def __init__(self, block: nn.Module, stage: int) -> None:
@@ -86,25 +86,25 @@ class AdoptedBlock(nn.Module):
         self.stage = stage
 
     def original(self) -> nn.Module:
-        """Return the replaced block, with everything this one has now, and in the same mode."""
+        """Return the replaced block with this block's present state and mode."""
         (block,) = self._replaced
         shared = {k: v for k, v in self.__dict__.items() if k not in self._OWN and k not in _BOUND}
         for name in set(block.__dict__) - set(shared) - _BOUND:
-            del block.__dict__[name]  # was deleted from this block since
+            del block.__dict__[name]  # deleted from this block in the meantime
         block.__dict__.update(shared)
         return block
 
     def as_before(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
-        """Return what the replaced block computes, without its hooks, which run around this one."""
+        """Run the replaced block's forward without its hooks, which already run around this block."""
         return type(self._replaced[0]).forward(self, x, *arguments, **named)
 
 
 class ReorganizingBlock(AdoptedBlock):
     """A transformer block that keeps the patches that receive the most attention.
 
-    Computes, with the submodules of the block it replaces, ``x + attention(x)``, then
+    With the submodules of the block it replaces, it computes ``x + attention(x)``, then
     :func:`evit_ext.ops.reorganize_tokens`, then ``x + mlp(x)`` (Liang et al., ICLR 2022, section 3).
-    If every patch is kept, it computes what the replaced block computes. Without gradients, the sum, the
+    If every patch is kept, the result is that of the replaced block. Without gradients, the sum, the
     reorganisation and the norm before the MLP run as one operator, :func:`evit_ext.ops.add_reorganize_norm`,
     wherever that computes the same.
 
@@ -116,10 +116,10 @@ class ReorganizingBlock(AdoptedBlock):
         keep_rate: share of the patch tokens to keep, in (0, 1].
         num_prefix_tokens: P, the tokens before the patches: class, distillation, registers.
         fuse_token: append the weighted sum of the patches that are not kept.
-        class_token: whether the first token is a class token, whose attention ranks the patches; if not, the
-            mean of all tokens' attention does.
+        class_token: whether the first token is a class token, whose attention ranks the patches; if not, they
+            are ranked by the mean attention of all tokens.
 
-    Input [B, N, C]; output [B, N, C] where all patches are kept, else [B, P + K + 1, C] ([B, P + K, C]
+    Input [B, N, C]; output [B, N, C] if all patches are kept, else [B, P + K + 1, C] ([B, P + K, C]
     without `fuse_token`) with ``K = ceil(keep_rate * (N - P))``.
     """
 
@@ -146,30 +146,30 @@ class ReorganizingBlock(AdoptedBlock):
         self.num_prefix_tokens = num_prefix_tokens
         self.fuse_token = fuse_token
         self.class_token = class_token
-        #: The active records, each with the number that this block has among their stages.
+        #: The active records, each with this block's stage number in that record.
         self.recorders: tuple[tuple[TokenRecord, int], ...] = ()
         #: Set while an oracle decides which patches to keep.
         self.guidance: Guidance | None = None
 
     def num_keep(self, num_patches: int) -> int:
-        """Return K, how many of the patch tokens that enter the block it keeps."""
+        """Return K, how many of `num_patches` patch tokens the block keeps."""
         return math.ceil(self.keep_rate * num_patches)
 
-    # To be defined by the subclass for a block class.
+    # The subclass for each block class defines the following methods.
 
     def attention_branch(self, x: Tensor, score: Score, positions: Any) -> tuple[Tensor, Tensor]:
-        """Return what the attention adds to `x` [B, N, C], and the scores [B, N] of `score`.
+        """Return the attention branch, to be added to `x` [B, N, C], and the scores [B, N] by `score`.
 
-        `positions` is what the model tells its blocks about the positions of the tokens, or None.
+        `positions` is the position information that the model passes to its blocks, or None.
         """
         raise NotImplementedError
 
     def mlp_norm(self) -> nn.Module | None:
-        """Return the norm that the MLP's input goes through first; None where it is not the first."""
+        """Return the norm that is applied first to the MLP's input, or None if no norm comes first."""
         raise NotImplementedError
 
     def mlp_branch(self, x: Tensor, normed: Tensor | None) -> Tensor:
-        """Return what the MLP adds to `x` [B, N, C]; `normed` is x after :meth:`mlp_norm` if it is known."""
+        """Return the MLP branch, to be added to `x` [B, N, C]; `normed` is `mlp_norm` of x, if known."""
         raise NotImplementedError
 
     def reorganize(
@@ -186,12 +186,12 @@ class ReorganizingBlock(AdoptedBlock):
         Args:
             x: tokens [B, N, C].
             unchanged: runs the replaced block on `x`; called if all patches are kept.
-            masked: whether there is an attention mask, with which no token can be dropped.
-            positions: of the tokens, for :meth:`attention_branch`.
-            trail: the stage is added to it.
-            kept: the kept patch tokens, int64 [B, K] (see :func:`evit_ext.ops.reorganize_tokens`), are
-                appended to it unless all are kept. A list, so that the output that hooks see is always the
-                tokens.
+            masked: whether there is an attention mask; dropping tokens is then an error.
+            positions: position information for :meth:`attention_branch`.
+            trail: receives this stage.
+            kept: receives the kept patch tokens, int64 [B, K] (see :func:`evit_ext.ops.reorganize_tokens`),
+                unless all are kept. It is a list so that the block's output, which hooks see, is always the
+                tokens alone.
         """
         prefix = self.num_prefix_tokens
         num_patches = x.shape[1] - prefix
@@ -204,7 +204,7 @@ class ReorganizingBlock(AdoptedBlock):
                 "reorganisation"
             )
         if not reorganizes and (masked or not self.recorders):
-            # The model's own code, so that keep rate 1 is the unchanged model to the last bit.
+            # The model's own code, so that keep rate 1 equals the unchanged model bit for bit.
             return unchanged()
         score = class_token_score if self.class_token else mean_score
         branch, scores = self.attention_branch(x, score, positions)
@@ -249,6 +249,6 @@ class ReorganizingBlock(AdoptedBlock):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy or a saved model has no record being taken, and no oracle.
-        # nn.Module's takes away what was compiled, which is bound to this object.
+        # A copy or a saved model takes no part in a recording or an oracle's guidance.
+        # nn.Module's own method drops the compiled call, which is bound to this object.
         return {**super().__getstate__(), "recorders": (), "guidance": None}

@@ -1,12 +1,12 @@
-"""What attentions and MLPs compute on the CPU, in fewer passes over memory.
+"""Attention and MLPs on the CPU, computed in fewer passes over memory.
 
-Attention goes through :func:`evit_ext.ops.attention_with_scores`, in training as well, straight from the
-packed projection where nothing is done to queries and keys; and, without gradients, linear layers through
-oneDNN with bias and GELU in the product's last pass, where ``F.linear`` copies the bias into the result first
-and GELU is a pass of its own. Results differ by rounding; so :func:`evit_ext.apply` switches this on only
-where a keep rate is below 1. Whatever is not known to compute the same runs as it was written: under
-``torch.export``, the transforms of ``torch.func`` and forward-mode differentiation, with hooks or a forward
-put in the place of a class's, with dropout, masks and biases between places.
+Attention runs through :func:`evit_ext.ops.attention_with_scores`, in training as well, directly on the packed
+projection if nothing changes queries and keys in between. Without gradients, linear layers run through
+oneDNN, which adds the bias and applies GELU in the product's last pass; ``F.linear`` would first copy the
+bias into the result, and GELU would be a separate pass. Results differ by rounding, so
+:func:`evit_ext.apply` switches this on only if a keep rate is below 1. Whatever is not known to compute the
+same runs its original code: under ``torch.export``, the transforms of ``torch.func`` and forward-mode
+differentiation, with hooks or an overridden forward, and with dropout, masks or position biases.
 ``torch.nn.attention.sdpa_kernel`` chooses among PyTorch's attentions only; timm's own switch, ``fused_attn``,
 is heeded.
 
@@ -32,7 +32,7 @@ SUPPORTED = _C.build_info()["cpu_capability"] != "baseline"
 #: In float64, scaled_dot_product_attention is as fast.
 _ATTENTION_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
-#: oneDNN's product with what follows it, which torch.compile's CPU code calls; None where torch lacks it.
+#: oneDNN's product fused with the next operation, as torch.compile uses on the CPU; None if torch lacks it.
 _linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -47,39 +47,39 @@ _LINEAR_DTYPES = _linear_dtypes()
 
 
 class CpuForward(Override):
-    """In the place of the ``forward`` of a module whose blocks may compute as this module does.
+    """Overrides the ``forward`` of an attention or MLP with a faster one on the CPU.
 
-    It stays in place while `active` is False: put there anew, it would be another object to torch.compile,
-    which would compile everything again.
+    It stays installed while `active` is False: a newly installed override would be a different object to
+    torch.compile, which would then recompile everything.
     """
 
     active = True
 
 
 def runs_on(x: Tensor, with_gradient: bool = False) -> bool:
-    """Return whether this module may compute with `x`: on the CPU, and nobody exports.
+    """Return whether the functions here may run on `x`: it is on the CPU, and nothing is being exported.
 
-    Nor differentiates, unless what is to be computed offers that `with_gradient`.
+    Grad mode must be off too, unless the operation has a gradient (`with_gradient`).
     """
-    # Grad mode alone decides, not whether a tensor requires grad: the weights do.
+    # Only grad mode decides, not whether `x` requires grad: the weights do.
     if torch.is_grad_enabled() and not with_gradient:
         return False
     # The type first: that of a proxy of torch.fx is all that may be asked about it.
     if not SUPPORTED or type(x) is not Tensor or x.device.type != "cpu" or checks.in_function_transform():
         return False
     if torch.compiler.is_compiling():
-        # To the compiler of torch 2.10 all is exporting: there, compiled models run as timm wrote them.
+        # In torch 2.10 this is always true while compiling, so compiled models run timm's code there.
         return not torch.compiler.is_exporting()
-    # What is traced is to be moved elsewhere, as what is exported. no_grad does not end forward mode.
+    # Traced models, like exported ones, may run elsewhere. no_grad does not end forward mode.
     return not torch.jit.is_tracing() and forward_ad._current_level < 0
 
 
-#: The forwards of classes as they were written, which somebody may put another in the place of.
+#: The original forwards of classes, to notice when other code replaces them.
 _WRITTEN: dict[type[nn.Module], Any] = {}
 
 
 def remember(*kinds: type[nn.Module]) -> None:
-    """Take the forwards that these classes have now for those that they were written with."""
+    """Record the present forwards of these classes as their original ones."""
     _WRITTEN.update({kind: kind.forward for kind in kinds})
 
 
@@ -87,7 +87,7 @@ remember(nn.Linear, nn.Identity, nn.GELU, nn.Dropout)
 
 
 def as_written(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether `module` computes what `kind` does, and nobody wants to see it being called."""
+    """Return whether `module` is exactly a `kind` with the original forward and without forward hooks."""
     if type(module) is not kind or kind.forward is not _WRITTEN[kind] or "forward" in module.__dict__:
         return False
     return not module._forward_hooks and not module._forward_pre_hooks
@@ -98,9 +98,9 @@ def _globally_watched() -> bool:
 
 
 def may_replace(module: nn.Module, x: Tensor, with_gradient: bool = False) -> bool:
-    """Return whether `module`, whose ``forward`` is overridden, may compute as this module does of `x`.
+    """Return whether the faster code may replace the overridden ``forward`` of `module` on `x`.
 
-    Asked of the override, so that a block computes the same bits whoever runs it: timm's with keep rate 1.
+    This depends on the override alone, so that a block gives the same bits from timm's code at keep rate 1.
     """
     override = module.__dict__.get("forward")
     if not isinstance(override, CpuForward) or not override.active:
@@ -109,8 +109,8 @@ def may_replace(module: nn.Module, x: Tensor, with_gradient: bool = False) -> bo
 
 
 def may_attend(attention: Any, x: Tensor) -> bool:
-    """Return whether one of timm's attentions, without mask and bias, may attend with our kernel."""
-    # timm's switch is off for those who want to see the map.
+    """Return whether one of timm's attentions, without mask and bias, may use our attention kernel on `x`."""
+    # Users switch timm's fused_attn off to see the attention map.
     if not may_replace(attention, x, with_gradient=True) or not attention.fused_attn or not attends(x):
         return False
     dropout = attention.training and attention.attn_drop.p > 0
@@ -118,26 +118,26 @@ def may_attend(attention: Any, x: Tensor) -> bool:
 
 
 def attends(*tensors: Tensor) -> bool:
-    """Return whether our attention kernel is for the dtype of `tensors`, or for what autocast casts to."""
+    """Return whether our attention kernel takes the dtype of `tensors`, or the one that autocast casts to."""
     if checks.autocast_enabled("cpu"):
         return torch.get_autocast_dtype("cpu") in _ATTENTION_DTYPES
     return tensors[0].dtype in _ATTENTION_DTYPES and len({t.dtype for t in tensors}) == 1
 
 
 def is_identity(module: nn.Module) -> bool:
-    """Return whether `module` returns what it is given, and nobody watches."""
+    """Return whether `module` is an unhooked nn.Identity."""
     return as_written(module, nn.Identity)
 
 
 def pack(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return [B, H, N, D] thrice as [B, N, 3 * H * D]: one copy."""
+    """Return three tensors [B, H, N, D] packed into [B, N, 3 * H * D], with one copy."""
     return torch.stack([t.transpose(1, 2) for t in (q, k, v)], dim=2).flatten(2)
 
 
 def linear(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return what a linear layer makes of `x`, for which :func:`runs_on`, be it with gradient.
+    """Apply a linear layer to `x`, for which :func:`runs_on` holds, possibly with gradient.
 
-    A `bias` takes the place of the layer's own, whose forward then does not run.
+    A `bias` replaces the layer's own; the layer's forward then does not run.
     """
     out: Tensor
     if _fuses(layer, x, bias) and not _globally_watched():
@@ -149,17 +149,17 @@ def linear(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _fuses(layer: Any, x: Tensor, bias: Tensor | None = None) -> bool:
-    """Return whether oneDNN may compute a linear layer of `x`, with its own bias or another."""
+    """Return whether oneDNN may apply a linear layer to `x`, with the layer's bias or a given one."""
     if not as_written(layer, nn.Linear) or x.dtype not in _LINEAR_DTYPES or x.numel() == 0:
         return False
     if torch.is_grad_enabled():
-        return False  # oneDNN's product has none
+        return False  # oneDNN's product has no gradient
     if torch.compiler.is_compiling() or checks.autocast_enabled("cpu") or not torch._C._get_mkldnn_enabled():
-        return False  # a compiler fuses by itself
+        return False  # the compiler does its own fusion
     weight, own = layer.weight, layer.bias if bias is None else bias
     if type(weight) is not nn.Parameter or weight.layout is not torch.strided or not _same_kind(weight, x):
         return False
-    # oneDNN is told the bias' address, not its strides.
+    # oneDNN gets the bias's address, not its strides.
     return own is None or (_same_kind(own, x) and own.shape == weight.shape[:1] and own.is_contiguous())
 
 
@@ -168,7 +168,7 @@ def _same_kind(value: Tensor, x: Tensor) -> bool:
 
 
 def gelu_between(first: Any, approximate: str, second: nn.Module, x: Tensor) -> Tensor | None:
-    """Return two linear layers of `x` with a GELU between; None where oneDNN may not compute the first."""
+    """Apply linear, GELU, linear to `x`; return None if oneDNN may not compute the first layer."""
     if not _fuses(first, x) or _globally_watched():
         return None
     weight = packed_weights.weight_of(first)
@@ -177,11 +177,11 @@ def gelu_between(first: Any, approximate: str, second: nn.Module, x: Tensor) -> 
 
 
 def mlp(module: Any, x: Tensor) -> Tensor | None:
-    """Return timm's ``Mlp`` of `x`, for which :func:`runs_on`; None where it has to run as timm wrote it."""
+    """Apply timm's ``Mlp`` to `x`, for which :func:`runs_on` holds; return None if timm's code must run."""
     for dropout in (module.drop1, module.drop2):
         if not as_written(dropout, nn.Dropout) or (dropout.training and dropout.p > 0):
             return None
-    # An older timm has no norm there.
+    # Older versions of timm have no norm here.
     norm = getattr(module, "norm", None)
     if (norm is not None and not is_identity(norm)) or not as_written(module.act, nn.GELU):
         return None

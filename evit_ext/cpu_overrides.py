@@ -1,4 +1,4 @@
-"""Attentions and MLPs of timm's blocks made to compute on the CPU as :mod:`evit_ext.cpu_forward` does."""
+"""Makes attentions and MLPs of timm's blocks run :mod:`evit_ext.cpu_forward` on the CPU."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from evit_ext.override import ReplicateOverrides, remove_overrides
 
 
 class CpuAttention(CpuForward):
-    """In the place of the ``forward`` of timm's attentions."""
+    """Overrides the ``forward`` of timm's attentions."""
 
     def __call__(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
-        """Return the attention of `x` [B, N, C]; further arguments are the attention's own."""
+        """Return the attention of `x` [B, N, C]; other arguments are those of timm's attention."""
         rope = named.get("rope")
-        # No mask, no bias; False is that of is_causal.
+        # No mask and no bias; is_causal may be passed as False.
         plain = not arguments and all(v is None or v is False for name, v in named.items() if name != "rope")
         if plain and cpu_forward.may_attend(self.module, x):
             return attend(self.module, x, rope=rope)[0]
@@ -28,7 +28,7 @@ class CpuAttention(CpuForward):
 
 
 class CpuMlp(CpuForward):
-    """In the place of the ``forward`` of timm's ``Mlp``."""
+    """Overrides the ``forward`` of timm's ``Mlp``."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the MLP of `x` [B, N, C]."""
@@ -37,12 +37,12 @@ class CpuMlp(CpuForward):
 
 
 def install(blocks: nn.Module, forwards: Mapping[type[nn.Module], type[CpuForward]]) -> None:
-    """Put overrides in the place of forwards.
+    """Install overrides of forwards.
 
     Args:
-        blocks: of a model.
-        forwards: for classes of attentions and MLPs in a block, what takes the place of their forward.
-            Compared exactly, as a subclass is free to compute something else.
+        blocks: the blocks of a model.
+        forwards: the override by class of attention or MLP. Classes are compared exactly, as a subclass is
+            free to compute something else.
     """
     for block in blocks.children():
         for module in block.children():
@@ -53,7 +53,7 @@ def install(blocks: nn.Module, forwards: Mapping[type[nn.Module], type[CpuForwar
 
 
 def set_active(blocks: nn.Module, active: bool) -> None:
-    """Let what :func:`install` has put in place compute, or only call what it replaces."""
+    """Activate the overrides that :func:`install` installed, or make them call the original forwards."""
     for block in blocks.children():
         for module in block.children():
             override = module.__dict__.get("forward")

@@ -1,4 +1,4 @@
-"""Intermediate features of an EViT as full grids, for heads of detection and segmentation."""
+"""Intermediate features of an EViT as full grids, for detection and segmentation heads."""
 
 from __future__ import annotations
 
@@ -29,22 +29,21 @@ _PARAMETERS = (
 
 
 class FullGridIntermediates(Override):
-    """Replaces ``forward_intermediates`` of a timm model so that its features are full grids again.
+    """Overrides ``forward_intermediates`` of a timm model so that its features are full grids again.
 
     It has timm's arguments and return values: for each requested block, the features of all patches,
     [B, C, height, width] (NCHW) or [B, height * width, C] (NLC), put back in place by
-    :func:`evit_ext.ops.restore_tokens`. The final features, unless ``intermediates_only``, are those of the
-    remaining tokens.
+    :func:`evit_ext.ops.restore_tokens`. The final features, returned unless ``intermediates_only``, are those
+    of the remaining tokens.
 
-    The additional argument ``fill`` chooses what takes the place of a dropped patch:
+    The additional argument ``fill`` chooses the value of a dropped patch:
 
-    * "fused": the token it was fused into, as that token is at the requested block. The default if tokens are
-      fused.
-    * "before": its value just before it was dropped. The default without fused tokens.
+    * "fused": that of the token it was fused into, at the requested block. The default if tokens are fused.
+    * "before": its own value just before it was dropped. The default without fused tokens.
     * "zero": zeros.
 
     Raises:
-        ValueError: `fill` is none of these, or it is "fused" and tokens are not fused.
+        ValueError: `fill` is none of these, or is "fused" although tokens are not fused.
     """
 
     @staticmethod
@@ -116,7 +115,7 @@ def _check_fill(fill: str | None, fused: bool) -> str:
 def _restore(
     patches: Tensor, num_stages: int, record: TokenRecord, fill: str, norm: nn.Module | None
 ) -> Tensor:
-    """Return features of all patches [B, N - P, C] from those after the first `num_stages` stages."""
+    """Return features of all patches [B, N - P, C], given those that remain after `num_stages` stages."""
     for stage in reversed(range(num_stages)):
         kept, num_patches, _ = record.trail.step(stage)
         if kept.shape[1] == num_patches:

@@ -1,4 +1,4 @@
-"""Weights of linear layers in oneDNN's own layout, kept for layers that :func:`evit_ext.prepack` names."""
+"""Weights in oneDNN's own layout, kept for the linear layers that :func:`evit_ext.prepack` chooses."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-#: Puts a weight into the layout that oneDNN multiplies by fastest; None where torch lacks it.
+#: Converts a weight to the layout that oneDNN multiplies fastest; None if torch lacks it.
 _reorder: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
 
 class _Packed:
-    """A layer's weight in oneDNN's layout, and what it was when it was put there."""
+    """A layer's weight in oneDNN's layout, and the version of the weight that it was made from."""
 
     def __init__(self) -> None:
-        # The tensor is kept so that no other comes to lie at its address. Replaced as a whole, for threads.
+        # Keeping the source tensor reserves its address. The tuple is replaced as a whole, for thread safety.
         self._last: tuple[Tensor, tuple[int, int], Tensor] | None = None
-        #: Steps of optimizers that had the weight.
+        #: Number of optimizer steps that may have changed the weight.
         self.steps = 0
 
     def of(self, weight: Tensor) -> Tensor:
-        """Return `weight` in oneDNN's layout, put there anew where it is not what it was."""
+        """Return `weight` in oneDNN's layout, converting it again if it has changed."""
         version = weight._version, self.steps
         if self._last is not None:
             source, packed_version, packed = self._last
@@ -45,33 +45,33 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
     )
 
 
-#: The layers that keep a second copy of their weights. Not an attribute of theirs: it is opaque to pickle,
-#: copies and state dicts.
+#: The layers that keep a second copy of their weights. The copy is not an attribute of the layer, because it
+#: is opaque to pickle, copies and state dicts.
 _PACKED: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
 
 
 def keep(layers: Iterable[nn.Module]) -> None:
-    """Let layers keep their weights packed."""
+    """Start keeping packed weights for these layers."""
     _watch_optimizers()
     for layer in layers:
         _PACKED.setdefault(layer, _Packed())
 
 
 def let_go(layers: Iterable[nn.Module]) -> None:
-    """Let layers no longer do so."""
+    """Stop keeping packed weights for these layers."""
     for layer in layers:
         _PACKED.pop(layer, None)
 
 
 @cache
 def _watch_optimizers() -> None:
-    """From now on, count the steps of optimizers: fused ones do not count as changes."""
+    """Count optimizer steps from now on: fused optimizers do not change a weight's version."""
     register_optimizer_step_post_hook(_count_step)
 
 
 def _count_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
-        return  # a compiled step is counted by PyTorch, and may not be broken by this
+        return  # PyTorch counts changes by a compiled step, and this must not break its graph
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layer, packed in list(_PACKED.items()):
         if id(layer._parameters.get("weight")) in stepped:
@@ -79,9 +79,9 @@ def _count_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def weight_of(layer: nn.Linear) -> Tensor:
-    """Return a layer's weight, packed if it keeps it so, for oneDNN's product and nothing else."""
+    """Return a layer's weight, packed if that is kept; only for use in oneDNN's product."""
     packed = _PACKED.get(layer)
-    # A tensor made in inference mode does not count its changes.
+    # A tensor made in inference mode has no version to notice changes by.
     if packed is None or _reorder is None or layer.weight.is_inference():
         return layer.weight
     return packed.of(layer.weight)

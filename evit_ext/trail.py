@@ -1,4 +1,4 @@
-"""Which patches the tokens of one forward are, stage by stage."""
+"""Which patch each token of a forward is, stage by stage."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 
 class TokenTrail:
-    """The way that the patches of one forward take through the stages.
+    """Follows the patches of one forward through the stages.
 
-    Patches are numbered as they enter the first block, row by row; -1 is a fused token, which has no place on
-    the grid. A stage may be added again, as when a block is computed a second time for the gradient: it then
-    overwrites itself.
+    Patches are numbered as they enter the first block, row by row; -1 is a fused token, which has no position
+    on the grid. A stage may be added twice, when gradient checkpointing computes a block again: the second
+    time overwrites the first.
 
     Args:
-        positions: what the model tells its blocks about the positions of all patches, such as rotary
-            embeddings; each block takes the part for its own tokens.
-        same_way: a trail of the same forward with other positions; what is added to one is in both.
+        positions: the position information that the model passes to its blocks for all patches, such as
+            rotary embeddings; each block takes the part for its own tokens.
+        same_way: a trail of the same forward with other positions; the two share their stages.
     """
 
     def __init__(self, positions: Any = None, same_way: TokenTrail | None = None) -> None:
@@ -33,32 +33,33 @@ class TokenTrail:
 
         Args:
             stage: its number, from 0.
-            kept: int64 [B, K], which of the patch tokens that entered the stage were kept, ascending.
-            num_patches: how many entered it.
-            fused: whether it fused the others into a token, which then stands last.
+            kept: int64 [B, K], ascending, which of the patch tokens that entered the stage were kept.
+            num_patches: how many patch tokens entered the stage.
+            fused: whether the stage fused the others into one token, which then comes last.
         """
         patches = self.patches(stage)
         if patches is None:
             patches = torch.arange(num_patches, device=kept.device).expand(kept.shape[0], -1)
-        # The fused token stands last in its stage, so -1 comes out last by itself.
+        # An earlier fused token is the last to enter, so if it is kept, its -1 stays last.
         patches = patches.gather(1, kept)
         self._kept[stage] = kept
         self._sizes[stage] = (num_patches, fused)
         self._patches[stage] = F.pad(patches, (0, 1), value=-1) if fused else patches
 
     def patches(self, stage: int) -> Tensor | None:
-        """Return which patches the patch tokens are that enter stage `stage`: int64 [B, N - P].
+        """Return the patch numbers of the patch tokens that enter `stage`: int64 [B, N - P].
 
-        None where they are all patches, in order. With the number of stages: what leaves the last one.
+        None if they are all patches in order. `stage` can also be the number of stages, for the tokens that
+        leave the last one.
         """
         before = [number for number in self._patches if number < stage]
         return self._patches[max(before)] if before else None
 
     def places(self, stage: int) -> Tensor | None:
-        """Return which patch token stands for each patch where stage `stage` begins: int64 [B, patches].
+        """Return which patch token represents each patch on entry to `stage`: int64 [B, patches].
 
-        That is the patch's own token, or the fused one that it went into; -1 where it is lost. None where
-        all patches are there.
+        This is the patch's own token, or the fused token that it became part of; -1 if the patch is lost.
+        None if all patches are present.
         """
         places: Tensor | None = None
         for number in (number for number in self.stages if number < stage):
@@ -74,7 +75,7 @@ class TokenTrail:
         return places
 
     def kept(self, stage: int) -> Tensor:
-        """Return which patches stage `stage` kept: int64 [B, K], -1 for fused tokens."""
+        """Return the patches that `stage` kept: int64 [B, K], -1 for fused tokens."""
         _, fused = self._sizes[stage]
         patches = self._patches[stage]
         return patches[:, :-1] if fused else patches

@@ -5,11 +5,11 @@
 //   normed = (tokens - mean) / sqrt(variance + eps) * weight + bias, over the channels
 //
 // x, branch [B, N, C] with a dense last dimension; scores [B, N - P], float or double, any strides; weight,
-// bias [C], dense, each may be null (1 and 0). tokens, normed [B, P + K + (1 if fuse), C], dense; kept [B,
-// K]. Selection, order, ties and the fused token are those of reorganize_tokens.h; the fused token is rounded
-// before it is normalised, as every other token. Mean and variance (divided by C) are formed in the
-// accumulation type, from the rounded tokens, in two passes. 1 <= K <= N - P, and K < N - P with fuse. B may
-// be 0; C is at least 1. Deterministic. Not differentiable.
+// bias [C], dense; a null weight means 1 and a null bias 0. tokens, normed [B, P + K + (1 if fuse), C],
+// dense; kept [B, K]. Selection, order, ties and the fused token are those of reorganize_tokens.h; like every
+// other token, the fused one is rounded before it is normalised. Mean and variance (divided by C) are
+// computed in the accumulation type from the rounded tokens, in two passes. 1 <= K <= N - P, and K < N - P
+// with fuse. B may be 0; C is at least 1. Deterministic. Not differentiable.
 #pragma once
 
 #include "reorganize_tokens.h"
@@ -34,7 +34,7 @@ void add_reorganize_norm(const ReorganizeSizes& sizes, const Tokens<T>& x, const
 
 namespace cuda {
 
-// As the CPU's. The workspace is that of reorganize_tokens<T, S>. One launch more than reorganize_tokens.
+// Like the CPU version, with the workspace of reorganize_tokens<T, S> and one more launch than that.
 template <typename T, typename S>
 void add_reorganize_norm(const ReorganizeSizes& sizes, const Tokens<T>& x, const Tokens<T>& branch,
                          const Tokens<S>& scores, const LayerNorm<T>& norm, T* tokens, T* normed,

@@ -2,19 +2,20 @@
 // token.
 //
 //   out[b, m, h] = sum_n softmax_n(q[b, h, m] . k[b, h, n] * scale) v[b, h, n]
-//   scores[b, n] = mean_h softmax_n(q[b, h, 0] . k[b, h, n] * scale), on the CPU to the bit class_attention's
+//   scores[b, n] = mean_h softmax_n(q[b, h, 0] . k[b, h, n] * scale), on the CPU with class_attention's bits
 //
 // qkv [B, N, 3 * H * D] with a dense last dimension, ordered (3, H, D), and any other strides. out [B, N, H *
-// D] and scores [B, N], dense, scores in the accumulation type. B and N may be 0; H and D at least 1. A NaN
-// logit makes its row NaN, as does a row whose maximum is +Inf or all of -Inf. Deterministic: every sum has
-// one fixed order, whatever the threads. Memory besides the results is linear in N.
+// D] and scores [B, N], dense, scores in the accumulation type. B and N may be 0; H and D at least 1. A row
+// becomes NaN if it has a NaN logit, if its maximum is +Inf, or if all of it is -Inf. Deterministic: every
+// sum has one fixed order for any number of threads. Memory besides the results is linear in N.
 //
-// Its gradient, given those of out and scores, is that of qkv: no result of the forward pass is needed, the
-// probabilities are computed anew.
+// The backward pass turns the gradients of out and scores into that of qkv. It needs no result of the forward
+// pass: the probabilities are computed again.
 //
-// In bfloat16, where the processor multiplies it (SimdLevel::avx512_bf16), and always on CUDA, probabilities
-// are rounded to the element type before they are multiplied with the values, and they and the gradients of
-// the logits before the backward products; otherwise everything between is in the accumulation type.
+// In bfloat16, if the processor has bfloat16 products (SimdLevel::avx512_bf16), and always on CUDA,
+// probabilities are rounded to the element type before they are multiplied with the values; so are
+// probabilities and gradients of the logits before the backward products. Otherwise all intermediate results
+// are in the accumulation type.
 #pragma once
 
 #include "executor.h"
@@ -48,18 +49,18 @@ void attention_with_scores_backward(const AttentionWithScoresSizes& sizes, const
 
 namespace cuda {
 
-// For Half and BFloat16 only, by tensor cores. Not measured yet: whether it is faster than the attention of
-// PyTorch and class_attention is not known.
+// For Half and BFloat16 only, on tensor cores. Not measured yet: it is not known whether this is faster than
+// PyTorch's attention plus class_attention.
 
-// Whether the kernel takes this: 32, 64 or 128 channels a head, data and strides aligned to 16 bytes.
+// Whether the kernel supports this: 32, 64 or 128 channels per head, data and strides aligned to 16 bytes.
 template <typename T>
 bool attention_with_scores_available(const AttentionWithScoresSizes& sizes, const Tokens<T>& qkv);
 
 // The bytes of device memory that it needs as `workspace`, aligned to 16.
 int64_t attention_with_scores_workspace(const AttentionWithScoresSizes& sizes);
 
-// As the CPU's, but that scores agree with class_attention's to rounding in float32, and that out must be
-// aligned to 16 bytes. Two launches.
+// Like the CPU version, except that scores agree with class_attention's only up to float32 rounding, and that
+// out must be aligned to 16 bytes. Two launches.
 template <typename T>
 void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T>& qkv, T* out, float* scores,
                            void* workspace, const Stream& stream);

@@ -2,12 +2,12 @@
 //
 // q [B, H, D], k [B, H, N, D], both with a dense last dimension and any other strides (k is usually a slice
 // of a packed qkv projection). scores [B, N], dense, in the accumulation type. B may be 0; H, N, D at
-// least 1. A NaN logit makes its head's scores NaN, as does a row whose maximum is +Inf or all of -Inf.
-// Differentiable in q and k. Deterministic: every sum has one fixed order, whatever the threads.
+// least 1. A head's scores become NaN if it has a NaN logit, if its maximum is +Inf, or if all its logits are
+// -Inf. Differentiable in q and k. Deterministic: every sum has one fixed order for any number of threads.
 //
-// Where an attention kernel has left log(sum_n exp(q . k_n * scale)) for the query, logsumexp [B, H] with any
-// strides, the softmax is exp(q . k_n * scale - logsumexp): neither its maximum nor its sum is looked for.
-// The value is trusted; a NaN in it makes its head's scores NaN.
+// If an attention kernel has computed log(sum_n exp(q . k_n * scale)) for the query, it can be passed as
+// logsumexp [B, H], with any strides. The softmax is then exp(q . k_n * scale - logsumexp), without computing
+// its maximum or sum. The value is trusted; a NaN in it makes its head's scores NaN.
 #pragma once
 
 #include "executor.h"
@@ -47,7 +47,7 @@ void class_attention(const ClassAttentionSizes& sizes, const ClassAttentionInput
                      accumulate_t<T>* scores, const Executor& executor);
 
 // grad_q [B, H, D] and grad_k [B, H, N, D], dense, from grad_scores [B, N] (strides in elements). The softmax
-// is computed again from q and k; logsumexp is not looked at.
+// is computed again from q and k; logsumexp is not used.
 template <typename T>
 void class_attention_backward(const ClassAttentionSizes& sizes, const ClassAttentionInput<T>& input,
                               const accumulate_t<T>* grad_scores, int64_t grad_stride_b,
@@ -57,19 +57,19 @@ void class_attention_backward(const ClassAttentionSizes& sizes, const ClassAtten
 
 namespace cuda {
 
-// The bytes of device memory that the kernels need as `workspace`, aligned to 16: none where the logits of a
+// The bytes of device memory that the kernels need as `workspace`, aligned to 16: none if the logits of a
 // sequence fit into a multiprocessor.
 template <typename T>
 int64_t class_attention_workspace(const ClassAttentionSizes& sizes, bool logsumexp);
 template <typename T>
 int64_t class_attention_backward_workspace(const ClassAttentionSizes& sizes);
 
-// As the CPU's. One launch where no workspace is needed, else three.
+// Like the CPU version. One launch if no workspace is needed, else three.
 template <typename T>
 void class_attention(const ClassAttentionSizes& sizes, const ClassAttentionInput<T>& input,
                      accumulate_t<T>* scores, void* workspace, const Stream& stream);
 
-// As the CPU's. One launch.
+// Like the CPU version. One launch.
 template <typename T>
 void class_attention_backward(const ClassAttentionSizes& sizes, const ClassAttentionInput<T>& input,
                               const accumulate_t<T>* grad_scores, int64_t grad_stride_b,

@@ -1,4 +1,4 @@
-// How a CPU kernel gets its threads: handed in by the caller, so that the kernels know no thread pool.
+// How a CPU kernel gets its threads: from the caller, so that the kernels do not depend on a thread pool.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ struct Executor {
   // Calls range(begin, end, context) so that [0, end) is covered once, in parts of at least `grain`.
   void (*run)(int64_t end, int64_t grain, Range range, void* context);
 
-  // Calls body(begin, end) in parallel over [0, count). `work` is the cost of one item in elements touched;
+  // Calls body(begin, end) in parallel over [0, count). `work` is the cost of one item in elements accessed;
   // parts smaller than about 32 Ki elements are not worth a thread.
   template <typename Body>
   void for_range(int64_t count, int64_t work, const Body& body) const {
@@ -32,7 +32,7 @@ struct Executor {
   }
 };
 
-// Everything on the calling thread. (A lambda in the braces would be shorter; nvcc does not get it right.)
+// Runs everything on the calling thread. (A lambda would be shorter, but nvcc does not get it right.)
 inline Executor serial_executor() {
   struct Serial {
     static void run(int64_t end, int64_t, Executor::Range range, void* context) { range(0, end, context); }

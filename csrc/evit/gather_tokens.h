@@ -1,8 +1,8 @@
 // gather_tokens: out[b, i] = x[b, index[b, i]].
 //
-// x [B, N, C] with a dense last dimension; index [B, K], any strides, every value in [0, N) (the caller has
-// checked: see first_out_of_range); out [B, K, C], dense. Any size may be 0. Repetitions are allowed.
-// Differentiable in x: the gradient is scatter_tokens. Out never aliases x.
+// x [B, N, C] with a dense last dimension; index [B, K], any strides, every value in [0, N) (checked by the
+// caller, see first_out_of_range); out [B, K, C], dense. Any size may be 0. Repetitions are allowed.
+// Differentiable in x: the gradient is scatter_tokens. out never aliases x.
 #pragma once
 
 #include "executor.h"
@@ -39,8 +39,8 @@ void gather_tokens(const GatherSizes& sizes, const Tokens<T>& x, const TokenInde
 
 namespace cuda {
 
-// As the CPU's, but the kernel itself checks the index, which stays on the device: where an index is out of
-// range it stops with a device-side assertion.
+// Like the CPU version, but the kernel itself checks the index, which stays on the device: an index out of
+// range is a device-side assertion.
 template <typename T>
 void gather_tokens(const GatherSizes& sizes, const Tokens<T>& x, const TokenIndex& index, T* out,
                    const Stream& stream);

@@ -1,4 +1,4 @@
-// The order of scores, as the selection of the K best sees it: one definition for CPU and CUDA.
+// The order of scores in the selection of the K best: one definition for CPU and CUDA.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace evit {
 
-// An unsigned number that orders as the score does: NaN above everything, -0 equal to +0.
+// An unsigned number with the same order as the score: NaN above everything, -0 equal to +0.
 template <typename S>
 EVIT_HOST_DEVICE auto order_key(S score) {
   using Key = std::conditional_t<sizeof(S) == 8, uint64_t, uint32_t>;

@@ -5,9 +5,9 @@
 // sum scores[b, j] * x[b, P + j] over the others, accumulated in ascending order in the accumulation type of
 // x. kept [B, K]: numbers of the kept tokens among the patch tokens, ascending.
 //
-// The K best by a linear-time radix selection: ties go to the lower number, NaN counts as the largest, -0 and
-// +0 are equal. 1 <= K <= N - P, and K < N - P with fuse; with K == N - P the tokens are copied. B and C may
-// be 0. Every row of x is read once. Deterministic. Differentiable in x and, with fuse, in scores.
+// A linear-time radix selection finds the K best: ties go to the lower number, NaN counts as the largest, -0
+// and +0 are equal. 1 <= K <= N - P, and K < N - P with fuse; with K == N - P the tokens are copied. B and C
+// may be 0. Every row of x is read once. Deterministic. Differentiable in x and, with fuse, in scores.
 #pragma once
 
 #include "executor.h"
@@ -54,14 +54,14 @@ namespace cuda {
 template <typename T, typename S>
 int64_t reorganize_tokens_workspace(const ReorganizeSizes& sizes);
 
-// As the CPU's; the order in which the fused token is summed is that of cuda/rows.cuh. One launch up to 1024
+// Like the CPU version; the fused token is summed in the order of cuda/rows.cuh. One launch for up to 1024
 // patches whose scores have the accumulation type, else three.
 template <typename T, typename S>
 void reorganize_tokens(const ReorganizeSizes& sizes, const Tokens<T>& x, const Tokens<S>& scores, T* tokens,
                        int64_t* kept, void* workspace, const Stream& stream);
 
-// As the CPU's. One launch. If kept is not ascending the result means nothing, but nothing is read or written
-// out of bounds.
+// Like the CPU version. One launch. If kept is not ascending the result is meaningless, but nothing is read
+// or written out of bounds.
 template <typename T>
 void reorganize_tokens_backward(const ReorganizeSizes& sizes, const Tokens<T>& grad_tokens,
                                 const Tokens<T>& x, const Tokens<accumulate_t<T>>& scores,

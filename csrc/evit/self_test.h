@@ -1,8 +1,8 @@
 // self_test: does this device run the kernels of this build?
 //
-// Launches one small kernel on `device` and reads its result back (so it synchronises: not for use inside
-// other work). Returns an empty string, or what went wrong, e.g. that no code for the device's architecture
-// was built.
+// Launches one small kernel on `device` and reads its result back. This synchronises, so do not call it
+// during other work. Returns an empty string, or what went wrong, e.g. that no code was built for the
+// device's architecture.
 #pragma once
 
 #include <string>

@@ -1,4 +1,4 @@
-// Where a CUDA kernel runs: handed in by the caller, so that the kernels know no stream pool.
+// Where a CUDA kernel runs: chosen by the caller, so that the kernels do not depend on a stream pool.
 #pragma once
 
 namespace evit {

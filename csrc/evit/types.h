@@ -1,13 +1,13 @@
-// Element types of the operators and the types that their sums are formed in.
+// Element types of the operators and the types in which they are summed.
 //
 // Notation of every header in this folder: B batch, H heads, N tokens, P prefix tokens, K kept patches,
-// C channels, D channels a head. Sizes, strides and offsets count elements and are int64_t throughout.
+// C channels, D channels per head. Sizes, strides and offsets count elements and are int64_t throughout.
 #pragma once
 
 #include <cstdint>
 #include <new>
 
-// Marks what both CPU and CUDA kernels call.
+// Marks functions that both CPU and CUDA kernels call.
 #ifdef __CUDACC__
 #define EVIT_HOST_DEVICE __host__ __device__
 #else
@@ -33,7 +33,7 @@ struct Accumulate<double> {
   using type = double;
 };
 
-// The type in which sums over T values are formed: double for double, float for everything else.
+// The type in which T values are summed: double for double, float for everything else.
 template <typename T>
 using accumulate_t = typename Accumulate<T>::type;
 
@@ -47,7 +47,7 @@ struct Tokens {
   EVIT_HOST_DEVICE const T* row(int64_t b, int64_t n) const { return data + b * stride_b + n * stride_n; }
 };
 
-// The product of the sizes of a buffer to allocate; a product that int64_t cannot hold is no memory.
+// The product of the sizes of a buffer to allocate; throws bad_alloc if int64_t cannot hold it.
 template <typename... Sizes>
 int64_t buffer_size(int64_t first, Sizes... others) {
   int64_t product = first;

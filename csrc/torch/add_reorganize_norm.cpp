@@ -8,7 +8,7 @@
 namespace evit::adapter {
 namespace {
 
-// weight or bias of the LayerNorm, dense; raises unless it is [C] in the dtype of x.
+// The LayerNorm's weight or bias, dense; raises unless it is [C] in the dtype of x.
 std::optional<Tensor> parameter(const std::optional<Tensor>& given, const char* name, const Tensor& x) {
   if (!given.has_value()) return std::nullopt;
   check_dim(*given, name, 1, "[C]");
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> add_reorganize_norm(const Tensor& x_any, cons
   const std::optional<Tensor> weight = parameter(weight_any, "weight", x_any);
   const std::optional<Tensor> bias = parameter(bias_any, "bias", x_any);
   const Tensor x = with_dense_rows(x_any), branch = with_dense_rows(branch_any);
-  // float16 and bfloat16 scores are selected by their values in float32, which has them all.
+  // float16 and bfloat16 scores are selected as float32, which represents all their values.
   const Tensor scores = to_dtype(scores_any, accumulate_dtype(scores_any.scalar_type()));
   const int64_t skip = scores.size(1) - sizes.patches();
   Tensor out = empty(x, {sizes.batch, sizes.out_tokens(), sizes.channels}, x.scalar_type());

@@ -7,12 +7,11 @@
 namespace evit::adapter {
 namespace {
 
-// Runs the CUDA kernel, or returns false where it does not take this many channels.
+// Runs the CUDA kernel, or returns false if it does not support this number of channels.
 template <typename T>
 bool run_on_cuda(const AttentionWithScoresSizes& sizes, Tensor qkv, const Tensor& out, const Tensor& scores) {
   if (!cuda::attention_with_scores_available<T>(sizes, tokens<T>(qkv))) {
-    // It may be that rows are not aligned to 16 bytes: those of a dense copy are, if any number of channels
-    // is.
+    // Perhaps only because rows are not aligned to 16 bytes. A dense copy aligns them if the size allows it.
     Tensor dense = empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2)}, qkv.scalar_type());
     if (!cuda::attention_with_scores_available<T>(sizes, tokens<T>(dense))) return false;
     qkv = torch::stable::copy_(dense, qkv);

@@ -21,7 +21,7 @@ ReorganizeSizes check_reorganize(const Tensor& x, const Tensor& scores, int64_t 
       "scores must have shape [B, N] or [B, N - P] of x, got ", shape_str(scores), " for x ", shape_str(x),
       " with P = ", num_prefix_tokens);
   check_same_device(scores, "scores", x, "x");
-  // Where every patch is kept there is nothing to fuse.
+  // If every patch is kept there is nothing to fuse.
   return {x.size(0), num_tokens, num_prefix_tokens, num_keep, x.size(2), fuse && num_keep < num_patches};
 }
 
@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> reorganize_tokens(const Tensor& x_any, const Tensor& 
                                              int64_t num_prefix_tokens, bool fuse) {
   const ReorganizeSizes sizes = check_reorganize(x_any, scores_any, num_keep, num_prefix_tokens, fuse);
   const Tensor x = with_dense_rows(x_any);
-  // float16 and bfloat16 scores are selected by their values in float32, which has them all.
+  // float16 and bfloat16 scores are selected as float32, which represents all their values.
   const Tensor scores = to_dtype(scores_any, accumulate_dtype(scores_any.scalar_type()));
   const int64_t skip = scores.size(1) - sizes.patches();
   Tensor out = empty(x, {sizes.batch, sizes.out_tokens(), sizes.channels}, x.scalar_type());

@@ -7,8 +7,8 @@
 namespace evit::adapter {
 namespace {
 
-// The sizes of the operator between in_tokens rows, as they are behind reorganize_tokens, and num_tokens rows
-// with every patch; `like` is the tensor of one of them. Raises where kept or a number does not fit.
+// The sizes of the operator between in_tokens rows, as reorganize_tokens returns them, and num_tokens rows
+// with every patch; `like` is the tensor of one of them. Raises if kept or a number does not fit.
 RestoreSizes check_restore(const Tensor& like, const char* name, const Tensor& kept, int64_t in_tokens,
                            int64_t num_tokens, int64_t num_prefix_tokens, bool fill_fused) {
   check_dim(kept, "kept", 2, "[B, K]");

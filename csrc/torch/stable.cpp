@@ -46,8 +46,8 @@ Stream current_stream(const Tensor& tensor) {
 #if defined(EVIT_CUDA_ON_HOST)
   stream.device = 0;
 #elif defined(USE_CUDA)
-  // Looked up in the library that torch has loaded for its CUDA tensors, not linked: so the module also loads
-  // beside a torch without CUDA.
+  // Looked up in the library that torch has loaded for its CUDA tensors instead of linked, so that the module
+  // also loads with a torch without CUDA.
   using GetStream = int32_t (*)(int32_t, void**);
   static const auto get_stream = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);

@@ -1,9 +1,9 @@
-// The one place that includes torch. Only LibTorch's stable ABI is used, as it was in torch 2.10, so that one
-// binary serves torch 2.10 and every newer one, whichever it was built with.
+// The only file that includes torch. It uses only LibTorch's stable ABI of torch 2.10, so that one binary
+// works with torch 2.10 and every newer version, whichever it was built with.
 #pragma once
 
-// Here and not as a compiler flag: the copy of pybind11 in torch 2.10 to 2.12 does not compile with it, and
-// the Python module is built with the same flags.
+// Defined here and not as a compiler flag, because the copy of pybind11 in torch 2.10 to 2.12 does not
+// compile with it, and the Python module is built with the same flags.
 #ifndef TORCH_TARGET_VERSION
 #define TORCH_TARGET_VERSION 0x020a000000000000
 #endif
@@ -29,8 +29,8 @@
 //
 //   EVIT_REGISTER(m) { m.impl("gather_tokens", TORCH_BOX(&gather_tokens)); }
 //
-// Which kernel runs is decided by the tensors, in `on_cuda`. EVIT_CUDA_ON_HOST makes the library of the tests
-// that runs the CUDA kernels on CPU tensors.
+// The tensors decide which kernel runs, in `on_cuda`. EVIT_CUDA_ON_HOST builds the test library that runs the
+// CUDA kernels on CPU tensors.
 #if defined(USE_CUDA) && !defined(EVIT_CUDA_ON_HOST)
 #define EVIT_REGISTER(m)                                                          \
   static void register_operators(StableLibrary&);                                 \
@@ -56,7 +56,7 @@ constexpr bool kHasCuda = true;
 constexpr bool kHasCuda = false;
 #endif
 
-// "[2, 197, 384]", for messages: STD_TORCH_CHECK cannot print sizes.
+// For messages, e.g. "[2, 197, 384]": STD_TORCH_CHECK cannot print sizes.
 std::string shape_str(const Tensor& tensor);
 
 // Raises unless the tensor has `dim` dimensions; `shape` says which, e.g. "[B, N, C]".
@@ -66,27 +66,27 @@ void check_same_device(const Tensor& a, const char* a_name, const Tensor& b, con
 // Raises unless both have one dtype.
 void check_same_dtype(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name);
 
-// Raises unless the dtype is one that the operators take.
+// Raises unless the operators support the dtype.
 void check_floating(const Tensor& tensor, const char* name);
 
-// Whether the CUDA kernels take this tensor.
+// Whether the CUDA kernels run on this tensor.
 bool on_cuda(const Tensor& tensor);
 // torch's threads.
 Executor executor();
 // The stream on which torch queues work for the tensor's device.
 Stream current_stream(const Tensor& tensor);
 
-// The tensor itself where neighbours in the last dimension are neighbours in memory, else a dense copy.
+// The tensor itself if its last dimension is dense, else a dense copy.
 Tensor with_dense_rows(const Tensor& tensor);
-// The dtype that sums over `dtype` values have: float64 for float64, else float32.
+// The dtype in which `dtype` values are summed: float64 for float64, else float32.
 ScalarType accumulate_dtype(ScalarType dtype);
-// The tensor in `dtype`; itself where it has that already.
+// The tensor in `dtype`; the tensor itself if it already is.
 Tensor to_dtype(const Tensor& tensor, ScalarType dtype);
 // An uninitialised dense tensor on `like`'s device.
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
 
-// Scratch memory of a CUDA kernel, null where it needs none. It may be freed as soon as the kernel is queued:
-// torch gives it to nothing but later work of the same stream.
+// Scratch memory of a CUDA kernel, null if it needs none. It may be freed as soon as the kernel is queued:
+// torch reuses it only for later work on the same stream.
 class Workspace {
  public:
   Workspace(const Tensor& like, int64_t bytes) {
@@ -98,7 +98,7 @@ class Workspace {
   std::optional<Tensor> memory_;
 };
 
-// Calls body(T{}) with the element type that belongs to `dtype`.
+// Calls body(T{}) with the element type for `dtype`.
 template <typename Body>
 void dispatch(ScalarType dtype, const char* op, const Body& body) {
   switch (dtype) {
@@ -126,7 +126,7 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// A view on x [B, N, C] or [B, N] for the kernels; `first` skips leading tokens.
+// A view of x [B, N, C] or [B, N] for the kernels; `first` skips leading tokens.
 template <typename T>
 Tokens<T> tokens(const Tensor& x, int64_t first = 0) {
   return {data<T>(x) + first * x.stride(1), x.stride(0), x.stride(1)};

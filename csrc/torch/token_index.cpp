@@ -11,9 +11,9 @@ GatherSizes check_index(const Tensor& x, const Tensor& index, int64_t tokens) {
   STD_TORCH_CHECK(index.size(0) == x.size(0), "index must have the batch size of x, got ", shape_str(index),
                   " and ", shape_str(x));
   const GatherSizes sizes = {x.size(0), tokens, index.size(1), x.size(2)};
-  // On a CUDA device the kernels themselves look: the host would have to wait for the index.
+  // On CUDA the kernels check the index themselves: the host would have to wait for it.
   if (!x.is_cpu()) return sizes;
-  // The Python functions raise an IndexError before this; compiled graphs come here directly.
+  // The Python functions raise an IndexError before this; compiled graphs get here directly.
   const TokenIndex view = token_index(index);
   const int64_t wrong = cpu::first_out_of_range(sizes, view);
   STD_TORCH_CHECK(wrong < 0, "index must be in [0, ", tokens, "), got ",

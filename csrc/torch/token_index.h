@@ -6,8 +6,8 @@
 
 namespace evit::adapter {
 
-// Sizes of an operator between x [B, rows, C] and index [B, K] into `tokens` tokens. Raises where shapes or
-// dtypes or devices do not fit or, on the CPU, an index is out of range.
+// Sizes of an operator between x [B, rows, C] and index [B, K] into `tokens` tokens. Raises if shapes, dtypes
+// or devices do not match or, on the CPU, an index is out of range.
 GatherSizes check_index(const Tensor& x, const Tensor& index, int64_t tokens);
 
 inline TokenIndex token_index(const Tensor& index) {

@@ -1,4 +1,4 @@
-"""Models side by side: inference and training steps, measured in turns."""
+"""Models side by side: inference and training steps, timed in turns."""
 
 from evit_ext.benchmark.apart import Apart, apart
 from evit_ext.benchmark.contestants import Contestant, contestants

@@ -1,4 +1,4 @@
-"""Calls that are made in a process of their own."""
+"""Calls in separate processes."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from typing import Any
 from evit_ext.benchmark.settings import apply_settings, read_settings
 from evit_ext.benchmark.timing import Here
 
-#: How processes are started: macOS' own libraries do not outlive a fork, and Windows has none.
+#: How processes are started: macOS's own libraries do not survive a fork, and Windows has no fork.
 METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 
 
 class Apart:
-    """A call that is made, and timed, in a process of its own, as in a program that does nothing else.
+    """A call that is made and timed in its own process, as in a program that does nothing else.
 
-    What other calls have left behind in malloc, in caches of libraries and in thread pools decides how fast a
-    call is: on Linux the same forward of a timm model had 50,000 page faults in a fresh process, and none
-    after larger tensors than its own had been freed in the same one.
+    The speed of a call depends on what earlier calls left behind in malloc, in caches of libraries and in
+    thread pools. On Linux, the same forward of a timm model had 50,000 page faults in a fresh process, and
+    none in a process that had freed larger tensors before.
 
-    The process is forked from one that has imported this package and computed nothing; elsewhere than on
-    Linux it is a new one. It ends with :meth:`close`, or with this process. It imports the program that is
-    run, which therefore does its work below ``if __name__ == "__main__":``.
+    On Linux the process is forked from one that has imported this package but computed nothing; on other
+    systems it is a new one. It ends with :meth:`close` or with this process. It imports the main program,
+    which must therefore do its work below ``if __name__ == "__main__":``.
 
-    It has these settings of this process, as they are when it is made: the numbers of threads, within
-    operators and between them; the default dtype and device; deterministic algorithms, with ``warn_only`` and
+    When created, it copies these settings of this process: the numbers of threads within and between
+    operators; the default dtype and device; deterministic algorithms, with ``warn_only`` and
     ``fill_uninitialized_memory``; the backends that ``scaled_dot_product_attention`` may choose; the
-    precision of float32 products, as of ``torch.set_float32_matmul_precision`` and of each backend; reduced
-    precision in CUDA's matrix products; whether oneDNN and cuDNN are enabled and deterministic, and whether
-    cuDNN tries algorithms; and ``evit_ext.ops.library.CUDA_ATTENTION``. It does not have: contexts such as
-    ``torch.no_grad()`` and autocast, which belong into the call; ``torch._dynamo.config`` and its like;
-    seeds; and ``torch.set_flush_denormal``, which cannot be read. Its environment variables are those of the
-    first such process.
+    precision of float32 products, as set by ``torch.set_float32_matmul_precision`` and for each backend;
+    reduced precision in CUDA's matrix products; whether oneDNN and cuDNN are enabled and deterministic, and
+    whether cuDNN tries algorithms; and ``evit_ext.ops.library.CUDA_ATTENTION``. It does not copy: contexts
+    such as ``torch.no_grad()`` and autocast, which belong inside the call; ``torch._dynamo.config`` and
+    similar; seeds; and ``torch.set_flush_denormal``, which cannot be read. Its environment variables are
+    those of the first such process.
 
     Args:
-        make: given `arguments`, returns the call. A function of a module.
-        arguments: pickled, so that the process has copies of its own.
+        make: called with `arguments`, returns the call. Must be a module-level function.
+        arguments: pickled, so that the process has its own copies.
 
     Raises:
         TypeError: `make` or `arguments` cannot be pickled.
-        RuntimeError: `make` has failed, or the process has ended; the message says how.
+        RuntimeError: `make` has failed or the process has ended; the message says how.
     """
 
     def __init__(self, make: Callable[..., Callable[[], object]], *arguments: Any) -> None:
         try:
-            # Not through the pipe's own pickler, with which tensors would be shared.
+            # Not with the pipe's own pickler, which would share the tensors.
             sent = pickle.dumps((read_settings(), make, arguments))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise TypeError(
@@ -72,21 +72,21 @@ class Apart:
             raise
 
     def seconds(self) -> float:
-        """Make the call; return how long it took."""
+        """Make the call and return the seconds it took."""
         taken: float = self._ask(b"seconds")
         return taken
 
     def memory(self) -> int | None:
-        """Make the call; return what :func:`evit_ext.benchmark.memory_added` says of it."""
+        """Make the call and return its :func:`evit_ext.benchmark.memory_added`."""
         added: int | None = self._ask(b"memory")
         return added
 
     def close(self) -> None:
-        """End the process, also in the midst of a call."""
+        """End the process, even in the middle of a call."""
         self._line.close()
         if self._process.pid is None:
             return
-        self._process.join(1)  # waiting for a command, it ends by itself
+        self._process.join(1)  # a process waiting for a command ends by itself
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
@@ -98,7 +98,7 @@ class Apart:
         except (EOFError, ConnectionError):
             self._process.join()
             status = self._process.exitcode
-            # What fails in a call is answered: with this status, it did not come so far.
+            # A failing call is answered with its error; status 1 means that the process did not get that far.
             why = '; does the program measure below `if __name__ == "__main__":`?' if status == 1 else ""
             raise RuntimeError(
                 f"a process that was measured has ended, with exit status {status}{why}"
@@ -112,7 +112,7 @@ class Apart:
 def apart(
     makes: Mapping[str, tuple[Callable[..., Callable[[], object]], tuple[Any, ...]]],
 ) -> Iterator[dict[str, Apart]]:
-    """Give, for each name, what ``Apart(make, *arguments)`` is; end all processes afterwards."""
+    """Provide ``Apart(make, *arguments)`` for each name, and end all processes afterwards."""
     with contextlib.ExitStack() as stack:
         calls = {}
         for name, (make, arguments) in makes.items():
@@ -122,10 +122,10 @@ def apart(
 
 
 def _start_fork_server() -> None:
-    """Start the process that others are forked from, unless it runs."""
+    """Start the process that others are forked from, unless it is running."""
     multiprocessing.set_forkserver_preload(["__main__", "evit_ext.benchmark"])
-    resource_tracker.ensure_running()  # first: it lets signals through again
-    # While it imports, Ctrl-C would print a traceback; it ends with this process.
+    resource_tracker.ensure_running()  # must come first, because it unblocks signals
+    # Ctrl-C during its imports would print a traceback; it ends with this process anyway.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
@@ -134,8 +134,8 @@ def _start_fork_server() -> None:
 
 
 def _answer(line: Connection) -> None:
-    """Be the process: make the call that is described, and then whenever asked."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends, and with it the line
+    """Main function of the process: prepare the call, then make it whenever asked."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process ends, which closes the line
     with contextlib.suppress(EOFError, ConnectionError):
         _answer_all(line)
 

@@ -1,4 +1,4 @@
-"""What takes part in a benchmark: a model's dense form, and what drops patches of it."""
+"""The models in a benchmark: a dense one and the same one dropping patches."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Contestant:
     Attributes:
         name: to be shown.
         model: in eval mode, in which it returns logits; on its device.
-        keep_rate: of its stages; 1 of a dense one.
-        gmacs: multiply-accumulates of an image in 10^9; None where they were not counted.
+        keep_rate: of its stages; 1 for a dense model.
+        gmacs: multiply-accumulates per image in 10^9; None if they were not counted.
     """
 
     name: str
@@ -36,15 +36,15 @@ def contestants(
     device: torch.device | str = "cpu",
     **arguments: Any,
 ) -> list[Contestant]:
-    """Return a model's dense form and, for each keep rate, one that drops patches, with the same weights.
+    """Return a model's dense form and, for each keep rate, a form that drops patches, with the same weights.
 
-    The dense form is the fastest ordinary way to have the model: timm's own modules, with
-    scaled_dot_product_attention. That of a DynamicViT keeps all patches, and its predictors.
+    The dense form is the fastest ordinary way to run the model: timm's own modules, with
+    scaled_dot_product_attention. A dense DynamicViT keeps all patches, and also its predictors.
 
     Args:
-        name: of :mod:`evit_ext.models`, or of timm's registry.
+        name: from :mod:`evit_ext.models` or timm's registry.
         keep_rates: each in (0, 1].
-        device: where the models are put.
+        device: where to put the models.
         arguments: of the model, such as ``img_size``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Inference and training steps of several models, in turns: eager, compiled, and under CUDA graphs."""
+"""Inference and training steps of several models, timed in turns: eager, compiled and with CUDA graphs."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ TASKS = ("inference", "training")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What was measured of a model.
+    """The measurements of a model.
 
     Attributes:
         model: its name in the benchmark.
-        keep_rate, gmacs: as of :class:`Contestant`.
+        keep_rate, gmacs: as in :class:`Contestant`.
         task, mode, precision, batch: what was run.
-        images_per_second: batch / the median time.
-        speedup: over the first model of the same task, mode, precision and batch.
+        images_per_second: batch / median time.
+        speedup: over the first model with the same task, mode, precision and batch.
         milliseconds: median time of a call.
-        milliseconds_90, milliseconds_99: percentiles of it; None where fewer than 10 or 100 calls were timed,
-            of which the percentile would be the slowest.
-        calls: that were timed.
-        peak_memory: most bytes in use during a call, beyond those before it, see :func:`memory_added`; None
-            where not measured, as of CUDA graphs, which set their memory aside when they are captured.
+        milliseconds_90, milliseconds_99: percentiles of the time; None if fewer than 10 or 100 calls were
+            timed, because the percentile would then be the slowest call.
+        calls: number of calls that were timed.
+        peak_memory: peak bytes in use during a call, beyond those before it, see :func:`memory_added`; None
+            if not measured, as for CUDA graphs, which reserve their memory when they are captured.
     """
 
     model: str
@@ -68,28 +68,28 @@ def measure(
     least: int = 5,
     apart: bool | None = None,
 ) -> list[Row]:
-    """Measure models on one batch, in all modes, taking turns call by call.
+    """Measure models on one batch in all modes, taking turns call by call.
 
-    On the CPU each is in a process of its own, see :class:`evit_ext.benchmark.Apart`.
+    On the CPU each runs in its own process, see :class:`evit_ext.benchmark.Apart`.
 
     Args:
-        models: the first is what the others are compared with. In training, their weights change.
+        models: the others are compared with the first. In training, their weights change.
         images: [B, 3, height, width], float32, on the models' device.
-        task: of :data:`TASKS`.
-        modes: of :data:`MODES`.
-        precision: float32 by default. In inference weights and images are cast to it, once, as whoever wants
-            to be fast does; in training it is that of autocast.
+        task: one of :data:`TASKS`.
+        modes: from :data:`MODES`.
+        precision: float32 by default. In inference, weights and images are cast to it once, which is the
+            fastest way; in training it is the dtype of autocast.
         seconds: for all models and modes together.
-        least: calls of each that are timed in any case.
-        apart: whether each model and mode has a process of its own, for which the model is pickled; default
-            on the CPU only. On a GPU, where PyTorch's allocator keeps what it has, they share this one.
+        least: minimum number of timed calls of each.
+        apart: whether each model and mode runs in its own process, for which the model is pickled; by default
+            only on the CPU. On a GPU, where PyTorch's allocator keeps its memory, they share this process.
 
     Returns:
         A row for each mode and model.
 
     Raises:
-        ValueError: an unknown task or mode, or CUDA graphs without a GPU or for training.
-        TypeError: a model that is to have a process of its own cannot be pickled.
+        ValueError: unknown task or mode, or CUDA graphs without a GPU or for training.
+        TypeError: a model cannot be pickled for its own process.
         RuntimeError: a call in another process failed.
     """
     if task not in TASKS:
@@ -144,7 +144,7 @@ def measure(
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a model in eval mode with its weights in `dtype`: itself, or a copy where they are not."""
+    """Return a model in eval mode with weights in `dtype`: itself if they already are, else a copy."""
     model.eval()
     if all(parameter.dtype == dtype for parameter in model.parameters()):
         return model
@@ -184,10 +184,10 @@ def _training_step(
 
 
 def _captured(call: Callable[[], object]) -> Callable[[], object]:
-    """Return what replays a call from a CUDA graph."""
+    """Return a function that replays a call from a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what is set up at the first calls must not be captured
+    with torch.cuda.stream(stream):  # the first calls set things up, which must not be captured
         call()
         call()
     torch.cuda.current_stream().wait_stream(stream)
@@ -203,7 +203,7 @@ def _captured(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def _percentile(ordered: list[float], percent: int) -> float | None:
-    """Return the smallest time, in ms, that so large a share of the calls did not exceed."""
+    """Return the smallest time, in ms, that this percentage of the calls did not exceed."""
     if len(ordered) * (100 - percent) < 100:
         return None
     return 1e3 * ordered[math.ceil(percent * len(ordered) / 100) - 1]

@@ -1,4 +1,4 @@
-"""How much memory a call needs beyond what is there before it."""
+"""How much memory a call needs beyond what was in use before it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from evit_ext.training.summary import peak_memory
 
 
 def memory_added(call: Callable[[], object], device: torch.device | str = "cpu") -> int | None:
-    """Make a call; return the most bytes in use during it, beyond those in use before it.
+    """Make a call and return the peak bytes in use during it, beyond those in use before it.
 
-    These are activations, and gradients in training: neither weights nor what other models in the process
-    hold. On the CPU they are resident pages, whoever allocates them, PyTorch or a library, so that the figure
-    is about a page per buffer too large, and too small by what a library kept of earlier calls for itself. On
-    a GPU they are what PyTorch's allocator gave away.
+    This counts activations, and gradients in training, but neither weights nor memory of other models in the
+    process. On the CPU it counts resident pages, whether PyTorch or a library allocated them. That is too
+    large by about a page per buffer, and too small by any memory that a library kept from earlier calls. On a
+    GPU it counts what PyTorch's allocator handed out.
 
     Args:
-        call: what is measured; its result is dropped.
-        device: what it computes on.
+        call: the call to measure; its result is dropped.
+        device: the device it computes on.
 
     Returns:
-        None on the CPU where the system does not let a process have its peak counted anew: only Linux does.
-        The call is made in any case.
+        The bytes; None on the CPU of systems other than Linux, which cannot reset a process's peak. The call
+        is made in any case.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -44,10 +44,10 @@ def memory_added(call: Callable[[], object], device: torch.device | str = "cpu")
 
 
 def _count_anew() -> int | None:
-    """Let the peak of this process begin at what is resident now, and return that, in bytes."""
+    """Reset the peak of this process to what is resident now, and return that in bytes."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
-        # What was freed but kept by malloc would be used again unseen.
+        # Otherwise memory that malloc has kept could be used again without being counted.
         ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""PyTorch's settings that decide how fast a call is, or what it computes, carried to another process."""
+"""Copies PyTorch settings that affect a call's speed or result to another process."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from evit_ext.ops import library
 
-#: Settings by name, each with what reads it and what sets it. General ones stand before those that can differ
-#: from them: of the precisions of float32, each is what the more general one says unless it was set itself.
+#: Settings by name, each with functions to read and set it. General settings come before specific ones: each
+#: float32 precision follows the more general one unless it was set itself.
 _FUNCTIONS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "threads": (torch.get_num_threads, torch.set_num_threads),
     "interop threads": (torch.get_num_interop_threads, torch.set_num_interop_threads),
@@ -66,10 +66,10 @@ _ATTRIBUTES = (
 
 
 def read_settings() -> dict[str, Any]:
-    """Return the settings of this process by their names, for :func:`apply_settings`; they can be pickled."""
+    """Return the settings of this process by name, for :func:`apply_settings`; they can be pickled."""
     found = {}
     for name, (read, _) in _FUNCTIONS.items():
-        # float32 products cannot be read where they were set backend by backend, which the attributes are.
+        # Reading the general float32 precision fails if it was set per backend; the attributes carry those.
         with contextlib.suppress(RuntimeError):
             found[name] = read()
     for name in _ATTRIBUTES:
@@ -79,7 +79,7 @@ def read_settings() -> dict[str, Any]:
 
 
 def apply_settings(settings: dict[str, Any]) -> None:
-    """Set what :func:`read_settings` returned in another process, where it is another value than here."""
+    """Apply settings that :func:`read_settings` returned in another process, where they differ from here."""
     for name, (read, write) in _FUNCTIONS.items():
         if name in settings and read() != settings[name]:
             write(settings[name])

@@ -1,4 +1,4 @@
-"""Timing calls that take turns, so that what else happens on the machine happens to all of them."""
+"""Timing calls in turns, so that other load on the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from evit_ext.benchmark.memory import memory_added
 
 
 class Timed(Protocol):
-    """A call that can be made again and again."""
+    """A call that can be made repeatedly."""
 
     def seconds(self) -> float:
-        """Make the call; return how long it took."""
+        """Make the call and return the seconds it took."""
 
     def memory(self) -> int | None:
-        """Make the call; return what :func:`evit_ext.benchmark.memory_added` says of it."""
+        """Make the call and return its :func:`evit_ext.benchmark.memory_added`."""
 
 
 class Here:
-    """A call that is made in this process.
+    """A call in this process.
 
     Args:
-        call: what is timed.
-        device: what it computes on; on a GPU a call ends when its work has.
+        call: the call to time.
+        device: the device it computes on; on a GPU, a call ends when its work is done.
     """
 
     def __init__(self, call: Callable[[], object], device: torch.device | str = "cpu") -> None:
@@ -35,7 +35,7 @@ class Here:
         self._device = torch.device(device)
 
     def seconds(self) -> float:
-        """Make the call; return how long it took."""
+        """Make the call and return the seconds it took."""
         self._synchronize()
         before = time.perf_counter()
         self._call()
@@ -43,7 +43,7 @@ class Here:
         return time.perf_counter() - before
 
     def memory(self) -> int | None:
-        """Make the call; return the most bytes in use during it, beyond those before it."""
+        """Make the call and return the peak bytes in use during it, beyond those before it."""
         return memory_added(self._call, self._device)
 
     def _synchronize(self) -> None:
@@ -54,22 +54,22 @@ class Here:
 def time_in_turns(
     calls: Mapping[str, Timed], seconds: float = 5.0, least: int = 5, warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Time calls, one after another, round after round.
+    """Time calls one after another, round after round.
 
-    Every call is made before, untimed. Each round has an order drawn at random, the same in every run, so
-    that no call follows the same other one more often than chance has it.
+    Untimed rounds come first. Each round has a random order, the same in every run, so that no call follows
+    another one more often than by chance.
 
     Args:
-        calls: by name: :class:`Here`, or :class:`evit_ext.benchmark.Apart`.
-        seconds: for all rounds together, but for the last one.
-        least: rounds that are made in any case.
-        warm_up: untimed rounds before them.
+        calls: by name: :class:`Here` or :class:`evit_ext.benchmark.Apart`.
+        seconds: for all rounds together, except the last one.
+        least: minimum number of rounds.
+        warm_up: number of untimed rounds before them.
 
     Returns:
-        For each name the seconds of its calls, in order; as many for each.
+        For each name the seconds of its calls in order; the same number for each.
 
     Raises:
-        ValueError: no call, or `least` is less than 1.
+        ValueError: there is no call, or `least` is less than 1.
     """
     if not calls or least < 1:
         raise ValueError(f"nothing to time: {len(calls)} calls, {least} rounds; each must be at least 1")

@@ -26,14 +26,14 @@ _EXAMPLES = """examples:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others of the command."""
+    """A parser whose errors are one line, like all errors of the command."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"evit: error: {message}; see {self.prog} --help\n")
 
 
 class _CommandParser(_Parser):
-    """A command's parser, which refuses what it does not know itself, so that its own help is pointed at."""
+    """A subcommand's parser, which rejects unknown arguments itself, so that the error points to its help."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         namespace, unknown = super().parse_known_args(args, namespace)
@@ -46,7 +46,7 @@ class _CommandParser(_Parser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command and of all that it can do."""
+    """Return the parser of the command and its subcommands."""
     parser = _Parser(
         prog="evit",
         description="EViT: vision transformers that keep the patches that matter.",
@@ -68,30 +68,30 @@ def parser() -> argparse.ArgumentParser:
     for command in (train, evaluate, visualize, benchmark, export, info):
         command.add_parser(commands)
     for subparser in commands.choices.values():
-        # Without a default, which would undo what is said before the command.
+        # No default: it would override a --verbose given before the subcommand.
         subparser.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help=help_text)
     return parser
 
 
 def _words(error: Exception) -> str:
-    """Return what an error says; of the operating system's, the file first and no number."""
+    """Return an error's message; for operating system errors, the file first and without the number."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status, 2 for bad input."""
+    """Run the command and return the exit status, 2 for bad input."""
     options = argparse.Namespace(verbose=False)
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started this, such as a cron job's >&-
+        if getattr(sys, name) is None:  # closed by the caller, such as a cron job with >&-
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # until Python ends
     try:
         options = parser().parse_args(arguments)
         status = options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever reads, such as head, wants no more; what is still buffered would raise again at the end.
+        # The reader, such as head, has closed the pipe; buffered output would raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:

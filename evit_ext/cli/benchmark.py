@@ -17,7 +17,7 @@ from evit_ext.cli.shared import aligned, check_writable
 from evit_ext.training.precision import PRECISIONS, choose_precision
 from evit_ext.training.progress import Progress
 
-#: Calls at batch 1, where latency is what matters: as few as have a 99th percentile.
+#: Calls at batch 1, where latency matters: the fewest that have a 99th percentile.
 LATENCY_CALLS = 100
 _BATCHES = {"cpu": [1, 4, 16], "cuda": [1, 8, 64, 256]}
 
@@ -140,7 +140,7 @@ def _benchmark(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise ValueError for numbers with which nothing could be measured."""
+    """Raise ValueError for options with which nothing could be measured."""
     numbers = {
         "--batch-size": min(options.batch_size or [1]),
         "--threads": options.threads,
@@ -155,7 +155,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """Return the rows in columns; a dash is what was not measured."""
+    """Return the rows as a table; a dash stands for what was not measured."""
     columns = (
         *("model", "task", "mode", "precision", "batch", "images/s", "speed-up"),
         *("ms", "90 %", "99 %", "calls", "MiB", "GMACs"),

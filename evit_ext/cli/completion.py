@@ -1,7 +1,7 @@
-"""``evit --completion``: a script with which a shell completes commands, options, models and files.
+"""``evit --completion``: a script that lets a shell complete commands, options, models and files.
 
-The script is static, made by shtab from the parser: pressing the tab key does not start Python, which takes
-seconds to import torch.
+The script is static, generated from the parser by shtab. So the tab key does not start Python, which would
+take seconds to import torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 _BOTH = "_evit_models_and_folders"
 
-#: A function of each shell that completes what `evit export` takes: a model's name, or the folder of a run.
+#: For each shell, a function that completes the argument of `evit export`: a model's name or a run's folder.
 _PREAMBLES = {
     "bash": '{both}() {{ compgen -W "{names}" -- "$1"; compgen -d -- "$1"; }}',
     "zsh": "{both}() {{ _alternative 'models:model:({names})' 'folders:folder:_files -/' }}",
@@ -26,7 +26,7 @@ _PREAMBLES = {
 
 
 class Completion(argparse.Action):
-    """Print the script for the shell that is named, and end."""
+    """Print the script for the named shell and exit."""
 
     def __call__(
         self,
@@ -43,10 +43,10 @@ class Completion(argparse.Action):
 
 
 def script(parser: argparse.ArgumentParser, shell: str) -> str:
-    """Return the script that completes a parser's command in a shell of :data:`SHELLS`.
+    """Return the completion script of a parser's command for one of :data:`SHELLS`.
 
     Raises:
-        ImportError: shtab is missing.
+        ImportError: shtab is not installed.
     """
     try:
         import shtab
@@ -71,7 +71,7 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Yield the arguments of a parser and of its commands."""
+    """Yield the arguments of a parser and of its subcommands."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():

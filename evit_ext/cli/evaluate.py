@@ -23,7 +23,7 @@ from evit_ext.training.precision import Precision, choose_precision
 from evit_ext.training.ranks import Ranks, join
 from evit_ext.training.throughput import measure_throughput
 
-#: The fields of a configuration that matter for an evaluation; the keep rate is an option of its own.
+#: The fields of a configuration that matter for an evaluation; the keep rate has its own option.
 _FIELDS = (
     "model",
     "model_args",
@@ -91,7 +91,7 @@ def add_parser(commands: Any) -> None:
 
 @dataclass(frozen=True)
 class _Row:
-    """The model at one keep rate; `alone` is the images per second of the model without loading data."""
+    """Results at one keep rate; `alone` is the model's images per second without loading data."""
 
     keep_rate: list[float]
     gmacs: float
@@ -142,7 +142,7 @@ def _eval(options: argparse.Namespace) -> None:
         precision = choose_precision(ranks.device, config.precision)
         shape = (options.at_once, *loaders.image["input_size"])
         images = loaders.val_images
-        # Of the first process, which has no smaller part than any other.
+        # Batches of the first process: no other process has more.
         batches = None if images is None else math.ceil(math.ceil(images / ranks.world_size) / shape[0])
         rows = []
         for rate in options.keep_rates or [None]:
@@ -164,8 +164,8 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _prepare(config: TrainConfig, ranks: Ranks, at_once: int) -> tuple[nn.Module, Any]:
-    """Return the model and the validation data, which knows the classes and is told the model's images."""
-    # Here, as importing them takes a while.
+    """Return the model, built for the data's classes, and the validation data, prepared for the model."""
+    # Imported here, because it takes a while.
     from evit_ext.training.building import build_model
     from evit_ext.training.loaders import Loaders
 
@@ -180,7 +180,7 @@ def _prepare(config: TrainConfig, ranks: Ranks, at_once: int) -> tuple[nn.Module
 def _speed(
     model: nn.Module, shape: tuple[int, ...], repeats: int, precision: Precision, ranks: Ranks
 ) -> float | None:
-    """Return the images a second of one process, while the others wait; None in these."""
+    """Return the images per second of the first process while the others wait; None in the others."""
     speed = None
     if ranks.is_first and repeats:
         images = torch.randn(shape, device=ranks.device)

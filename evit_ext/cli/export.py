@@ -23,7 +23,7 @@ from evit_ext.keep_rates import keep_rates, set_keep_rate
 from evit_ext.models.by_name import unknown_model
 from evit_ext.training.config import TrainConfig, load_config
 
-#: The fields of a configuration that make the model; the keep rate is an option of its own.
+#: The fields of a configuration that define the model; the keep rate has its own option.
 _FIELDS = ("model_args", "img_size", "num_classes", "drop_loc", "fuse_token", "pretrained", "crop_pct")
 
 _FORMATS = ("pt2", "onnx", "aoti", "hf")
@@ -88,10 +88,10 @@ def add_parser(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    # Here, as it imports more than other commands want to wait for.
+    # Imported here, because it takes longer than other commands should wait.
     from evit_ext.export import FORMATS, export_model
 
-    # So that a missing file is told before a model is built.
+    # Checked first, so that a mistake is reported before a model is built.
     if options.format == "hf" and options.max_batch is not None:
         raise ValueError("--max-batch is for files, and not for --format hf, whose model takes any number")
     if options.format != "onnx" and options.opset is not None:
@@ -152,7 +152,7 @@ def _write_folder(
     source: str,
     as_json: bool,
 ) -> None:
-    """Write the folder of a model for the hub, and say so."""
+    """Write a model's folder for the hub, and report it."""
     evit_ext.save_pretrained(model, folder, label_names=classes, pretrained_cfg=images)
     rates = keep_rates(model)
     if as_json:
@@ -165,7 +165,7 @@ def _write_folder(
 
 
 def _trained(options: argparse.Namespace) -> tuple[TrainConfig, nn.Module, str]:
-    """Return the configuration, the model with its weights, and which these are."""
+    """Return the configuration, the model with its weights, and a description of the weights."""
     # A folder may have a model's name without being a run.
     is_model = options.model in models.__all__ or timm.is_model(options.model)
     folder = Path(options.model)
@@ -197,7 +197,7 @@ def _trained(options: argparse.Namespace) -> tuple[TrainConfig, nn.Module, str]:
         state, _ = newest_weights(options.run_folder, ema=False)
     else:
         config = load_config(model=name, **given)
-    torch.manual_seed(config.seed)  # of random weights
+    torch.manual_seed(config.seed)  # for random weights
     model = build(config, state)
     if options.random_weights:
         return config, model, "random"
@@ -205,7 +205,7 @@ def _trained(options: argparse.Namespace) -> tuple[TrainConfig, nn.Module, str]:
 
 
 def _imagenet_classes(model: Any) -> list[str] | None:
-    """Return the names of ImageNet's classes where the model's logits are theirs."""
+    """Return the names of ImageNet's classes, or None if the model's logits are for other classes."""
     of_weights = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
     if of_weights != 1000 or model.num_classes != 1000:
         return None

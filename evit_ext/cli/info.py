@@ -1,4 +1,4 @@
-"""``evit info``: what models cost and where, what fits a budget, and what was built."""
+"""``evit info``: what models cost, layer by layer, what fits a budget, and how evit_ext was built."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _text(value: Any) -> str:
 def _facts(
     name: str, first: Sequence[float] | None, rates: Sequence[float], size: int | None
 ) -> dict[str, Any]:
-    """Return what is to be said of a model: its layers at the first rate of `first`, its cost at `rates`."""
+    """Return the facts to show about a model: its layers at `first[0]`, its cost at `rates`."""
     arguments: dict[str, Any] = {} if size is None else {"img_size": size}
     with torch.device("meta"):
         model: Any = create_evit(name, **arguments).eval()
@@ -165,7 +165,7 @@ def _facts(
 
 
 def _text_of_one(facts: dict[str, Any]) -> str:
-    """Return what :func:`_facts` found, to be read."""
+    """Return the result of :func:`_facts` as text."""
     height, width = facts["input_size"]
     prefix = facts["prefix_tokens"]
     heads = "" if facts["heads"] is None else f", {facts['heads']} heads"
@@ -188,7 +188,7 @@ def _text_of_one(facts: dict[str, Any]) -> str:
 
 
 def _layer_table(layers: Sequence[LayerCost]) -> str:
-    """Return a line for each part, and for blocks in a row that see the same tokens one for all."""
+    """Return a table with a line for each part; consecutive blocks with the same tokens share a line."""
     whole = sum(layer.macs for layer in layers)
     lines = [["part", "tokens in", "out", "patches kept", "fused", "parameters", "GMACs", "share"]]
     for _, group in groupby(enumerate(layers), _alike):
@@ -213,7 +213,7 @@ def _layer_table(layers: Sequence[LayerCost]) -> str:
 
 
 def _alike(numbered: tuple[int, LayerCost]) -> Any:
-    """Return what is the same for blocks that stand on one line of the table, and for nothing else."""
+    """Return a key that is equal exactly for blocks that share a line of the table."""
     number, layer = numbered
     if layer.tokens_in is None or layer.patches is not None:
         return number
@@ -248,7 +248,7 @@ def _side_by_side(found: Sequence[dict[str, Any]], rates: Sequence[float]) -> st
 
 
 def _fits(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return what of a model fits the budget."""
+    """Return which configurations of a model fit the budget."""
     tolerance = budget.TOLERANCE if options.tolerance is None else options.tolerance / 100
     if not 0 <= tolerance <= 1:
         raise ValueError(f"--tolerance must be from 0 to 100 percent, got {options.tolerance:g}")

@@ -1,4 +1,4 @@
-"""Options that several commands have: the fields of a configuration, weights, keep rates, the device."""
+"""Options shared by several commands: the fields of a configuration, weights, keep rates and the device."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from evit_ext.training.config import TrainConfig
 
 
 def add_weights(parser: Any, metavar: str = "FILE", more: str = "") -> None:
-    """Add ``--checkpoint`` and ``--ema``, which say where a model's weights come from.
+    """Add ``--checkpoint`` and ``--ema``, which choose a model's weights.
 
     Args:
-        parser: an ArgumentParser, or a group of one.
-        metavar: what ``--checkpoint`` takes.
-        more: what its help says besides.
+        parser: an ArgumentParser or one of its groups.
+        metavar: of ``--checkpoint``.
+        more: text added to the help of ``--checkpoint``.
     """
     parser.add_argument(
         "--checkpoint", metavar=metavar, help=f"weights: whatever evit_ext.load_checkpoint reads{more}"
@@ -35,7 +35,7 @@ def add_weights(parser: Any, metavar: str = "FILE", more: str = "") -> None:
 
 
 def add_keep_rates(parser: Any, text: str) -> None:
-    """Add ``--keep-rate``, whose numbers are ``keep_rates`` in the namespace, None where it is not given."""
+    """Add ``--keep-rate``, stored as ``keep_rates`` in the namespace: numbers, or None if not given."""
     parser.add_argument(
         "--keep-rate", dest="keep_rates", nargs="+", type=keep_rate, metavar="RATE", help=text
     )
@@ -47,10 +47,10 @@ def add_device(parser: Any) -> None:
 
 
 def chosen_device(options: argparse.Namespace) -> torch.device:
-    """Return the device of :func:`add_device`: for auto a GPU where there is one.
+    """Return the device chosen with :func:`add_device`; auto is a GPU if there is one.
 
     Raises:
-        ValueError: a GPU is asked for, and there is none.
+        ValueError: a GPU is asked for, but there is none.
     """
     if options.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,7 +60,7 @@ def chosen_device(options: argparse.Namespace) -> torch.device:
 
 
 def keep_rate(text: str) -> float:
-    """Return the number of an option that takes keep rates; who sets it refuses one out of range."""
+    """Return a keep rate as a number; its range is checked when it is set."""
     try:
         return float(text)
     except ValueError:
@@ -72,12 +72,12 @@ def keep_rate(text: str) -> float:
 def add_options(
     parser: Any, names: Iterable[str] | None = None, defaults: Mapping[str, str] | None = None
 ) -> None:
-    """Add ``--field VALUE`` for the fields of :class:`TrainConfig`; absent ones are not in the namespace.
+    """Add ``--field VALUE`` for fields of :class:`TrainConfig`; fields not given are not in the namespace.
 
     Args:
-        parser: an ArgumentParser, or a group of one.
-        names: of the fields; None is all.
-        defaults: what the help says of a field's default where the command has another one.
+        parser: an ArgumentParser or one of its groups.
+        names: of the fields; None adds all.
+        defaults: the default to show in the help, for fields where the command's differs.
     """
     hints = typing.get_type_hints(TrainConfig)
     for entry in fields(TrainConfig):
@@ -107,7 +107,7 @@ def overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Return the fields that were given on the command line, as :func:`load_config` takes them.
 
     Raises:
-        ValueError: an argument that is not name=value where one is wanted, or that is not readable.
+        ValueError: an argument is not in the form name=value where that is required, or cannot be parsed.
     """
     hints = typing.get_type_hints(TrainConfig)
     given = vars(options)
@@ -131,7 +131,7 @@ def _parse(name: str, value: Any, hint: Any) -> Any:
 
 
 def _scalar(text: str) -> Any:
-    """Return what YAML reads in `text`: a number, a boolean, a list of them; nothing is executed."""
+    """Parse `text` as YAML: a number, a boolean or a list of them; nothing is executed."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:

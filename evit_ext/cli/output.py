@@ -1,4 +1,4 @@
-"""Output of a command whose work matters more than who reads about it."""
+"""Output of a command that must go on even if nobody can read the output any more."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class _Lasting:
-    """A text stream that drops what it is given once it cannot be written any more."""
+    """A text stream that discards its input once writing has failed."""
 
     def __init__(self, stream: Any, lost: Callable[[OSError], None]) -> None:
         self._stream = stream
@@ -33,7 +33,7 @@ class _Lasting:
             self._lose(error)
 
     def _lose(self, error: OSError) -> None:
-        # What is still buffered would raise again, also when Python ends.
+        # Buffered output would raise again, at the latest when Python exits.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
@@ -42,13 +42,13 @@ class _Lasting:
 
 @contextlib.contextmanager
 def going_on_unread(where: str) -> Iterator[None]:
-    """Go on, in the block, where standard output or standard error can no longer be written.
+    """Keep the block running when standard output or standard error can no longer be written.
 
-    As when ``head``, which reads it, has enough, or a log's disk is full: a training must not end, or count
-    as failed, for that. The output that is left says it, once.
+    This happens when a reader such as ``head`` exits, or when a log's disk is full. A training must not stop
+    or count as failed because of that. It is reported once, on the output that still works.
 
     Args:
-        where: what is told of where the work goes on, such as "evit train: the run goes on in runs/a".
+        where: where the work goes on, for the report, such as "evit train: the run goes on in runs/a".
     """
     told = False
 

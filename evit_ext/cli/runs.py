@@ -15,11 +15,11 @@ from evit_ext.training.run_checkpoints import RunCheckpoints
 
 
 def run_config(folder: str, given: Mapping[str, Any]) -> TrainConfig:
-    """Return the configuration of a run, with the fields of `given` in the place of its own.
+    """Return the configuration of a run, with its fields replaced by those of `given`.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: it is not the folder of a run.
-        ValueError: a field that there is not, or out of its range.
+        FileNotFoundError, NotADirectoryError: `folder` is not the folder of a run.
+        ValueError: a field does not exist or is out of range.
     """
     file = Path(folder) / "config.yaml"
     if Path(folder).is_file():
@@ -29,20 +29,20 @@ def run_config(folder: str, given: Mapping[str, Any]) -> TrainConfig:
         )
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file}: {folder} is not the folder of a run")
-    # The run's own weights are loaded afterwards, whatever it started from.
+    # The run's own weights are loaded later, so the ones it started from are not needed.
     return replace(load_config(file, **given), pretrained=False, initial_checkpoint=None)
 
 
 def newest_weights(folder: str, ema: bool | None) -> tuple[Mapping[str, Any], str]:
-    """Return the newest weights of a run that can be read, and in words which these are.
+    """Return the newest readable weights of a run, and a description of them.
 
     Args:
         folder: of the run.
-        ema: the moving average of the weights; None takes it where the run has one.
+        ema: whether to take the moving average of the weights; None takes it if the run has one.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: `ema` is True and there is no moving average.
+        ValueError: `ema` is True but there is no moving average.
     """
     checkpoints = Path(folder) / "checkpoints"
     found = RunCheckpoints(checkpoints).load_latest()
@@ -57,11 +57,11 @@ def newest_weights(folder: str, ema: bool | None) -> tuple[Mapping[str, Any], st
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Any], folder: str) -> None:
-    """Load what :func:`newest_weights` returned; ValueError if it does not fit the model."""
+    """Load weights from :func:`newest_weights`; ValueError if they do not fit the model."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        # The first line names the class, each other one something that does not fit.
+        # The first line names the class; each further line names something that does not fit.
         said, *others = [" ".join(line.split()) for line in str(error).splitlines()[1:]] or [str(error)]
         more = f" (and {len(others)} more)" if others else ""
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What several commands need: tables, and whether a file can be written."""
+"""Helpers of several commands: tables, and a check that a file can be written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Return the cells in columns, the first aligned left and the others right."""
+    """Return the cells as a table, the first column aligned left and the others right."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
@@ -21,7 +21,7 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OSError where no file can be made at `path`, whose folders may be missing: before the work."""
+    """Raise OSError, before any work, if no file can be made at `path`; its folders may be missing."""
     folder = path.absolute().parent
     while not folder.exists():
         folder = folder.parent

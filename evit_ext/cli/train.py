@@ -1,4 +1,4 @@
-"""``evit train``: train an EViT, or go on with it."""
+"""``evit train``: train an EViT, or resume a training."""
 
 from __future__ import annotations
 
@@ -94,11 +94,11 @@ def _train(options: argparse.Namespace) -> int:
 
 
 class _Failed(Exception):
-    """Training failed, and it has been told why; leaving `join` with it waits for no other process."""
+    """Training failed and the reason has been printed; leaving `join` with it waits for no other process."""
 
 
 def _run(config: TrainConfig, output: Path, ranks: Ranks, options: argparse.Namespace) -> int:
-    # Here, as importing it takes a while.
+    # Imported here, because it takes a while.
     from evit_ext.training.run import Run
     from evit_ext.training.stopping import Stopped
     from evit_ext.training.unreadable import TooManyUnreadable
@@ -109,9 +109,9 @@ def _run(config: TrainConfig, output: Path, ranks: Ranks, options: argparse.Name
     except Stopped as stopped:
         if ranks.is_first:
             print(f"evit train: {stopped}", flush=True)
-        # As if the signal had ended it, so that a scheduler knows.
+        # The exit status of a process ended by the signal, for schedulers.
         return 128 + (stopped.signal or signal.SIGTERM)
-    except (FloatingPointError, TooManyUnreadable) as error:  # of all processes together
+    except (FloatingPointError, TooManyUnreadable) as error:  # raised in all processes
         if options.verbose:
             traceback.print_exc()
         if ranks.is_first:

@@ -1,4 +1,4 @@
-"""What the commands that take a trained model have in common: which model is meant, and its weights."""
+"""Shared by the commands that take a trained model: finding the model and its weights."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from evit_ext.training.config import TrainConfig, load_config
 
 
 def configuration(options: argparse.Namespace) -> TrainConfig:
-    """Return the configuration of the model that is asked for.
+    """Return the configuration of the requested model.
 
     Args:
         options: with run_folder and checkpoint, each a path or None, and fields of a configuration.
 
     Raises:
-        ValueError: not exactly one of a run, a checkpoint and pretrained weights is asked for, or a field is
-            out of range.
-        FileNotFoundError: there is no such run.
+        ValueError: the options do not name exactly one of a run, a checkpoint and pretrained weights, or a
+            field is out of range.
+        FileNotFoundError: the run does not exist.
     """
     given = overrides(options)
     if options.run_folder is not None:
@@ -37,15 +37,15 @@ def configuration(options: argparse.Namespace) -> TrainConfig:
 
 
 def load_weights(model: nn.Module, options: argparse.Namespace) -> str:
-    """Load the weights that are asked for; return in words which these are.
+    """Load the requested weights; return a description of them.
 
     Args:
-        model: is given them. Pretrained ones it has already.
+        model: receives the weights. Pretrained weights it already has.
         options: with run_folder and checkpoint, each a path or None, and ema, True, False or None.
 
     Raises:
-        ValueError: they do not fit, are damaged, or there is no moving average of them.
-        FileNotFoundError: there are none.
+        ValueError: the weights do not fit, are damaged, or have no moving average.
+        FileNotFoundError: there are no weights.
     """
     if options.checkpoint is not None:
         loaded = evit_ext.load_checkpoint(model, options.checkpoint, use_ema=options.ema, progress=False)
@@ -58,7 +58,7 @@ def load_weights(model: nn.Module, options: argparse.Namespace) -> str:
 
 
 def check_classes(config: TrainConfig, model: Any) -> None:
-    """Raise ValueError where pretrained weights are of other classes than the model, whose head is random."""
+    """Raise ValueError if the pretrained weights are for other classes, which makes the head random."""
     known = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes", model.num_classes)
     if config.pretrained and known != model.num_classes:
         raise ValueError(
@@ -72,11 +72,11 @@ def build(config: TrainConfig, state: Mapping[str, Any] | None = None) -> nn.Mod
 
     Args:
         config: as :func:`configuration` returns it.
-        state: weights of its run, whose head tells the number of classes where the configuration does not.
+        state: weights of its run. If the configuration has no number of classes, their head gives it.
 
     Raises:
-        TypeError, ValueError: as :func:`evit_ext.models.by_name.create_evit`; or the number of classes is not
-            known, or not that of the pretrained weights.
+        TypeError, ValueError: as :func:`evit_ext.models.by_name.create_evit`; or the number of classes is
+            unknown, or differs from that of the pretrained weights.
     """
     classes = config.num_classes
     if classes is None and state is not None:
@@ -104,7 +104,7 @@ def is_of_digits(config: TrainConfig) -> bool:
 
 
 def preparation(config: TrainConfig) -> dict[str, Any]:
-    """Return what is particular about how a model's images are prepared, by timm's names."""
+    """Return the settings, by timm's names, in which the preparation of a model's images differs."""
     image: dict[str, Any] = {}
     if is_of_digits(config):
         from evit_ext.data.digits import MEAN, STD

@@ -98,7 +98,7 @@ def add_parser(commands: Any) -> None:
 
 
 class _Model(NamedTuple):
-    """A model with its weights and what is known about it; `warning` is "" where its weights are trained."""
+    """A model with its weights and facts about it; `warning` is "" if its weights are trained."""
 
     model: Any
     name: str
@@ -109,10 +109,10 @@ class _Model(NamedTuple):
 
 
 def _visualize(options: argparse.Namespace) -> None:
-    # Here, as importing them takes a while.
+    # Imported here, because it takes a while.
     from evit_ext.visualize import gallery, page, photos, picture, views
 
-    # What would only fail after the model has run fails now.
+    # These checks come first, because the errors would otherwise appear only after the model has run.
     if options.most < 1:
         raise ValueError(f"expected --most of at least 1, got {options.most}")
     output = options.output
@@ -188,7 +188,7 @@ def _max_pixels(options: argparse.Namespace) -> int:
 
 
 def _rates(model: Any, options: argparse.Namespace) -> list[float]:
-    """Return the keep rates to show, highest first; all are tried before anything is computed."""
+    """Return the keep rates to show, highest first; all are checked before anything is computed."""
     rates = options.keep_rates or (list(_PAGE_RATES) if options.html is not None else keep_rates(model))
     rates = sorted(set(rates), reverse=True)
     for rate in rates:
@@ -197,7 +197,7 @@ def _rates(model: Any, options: argparse.Namespace) -> list[float]:
 
 
 def _build(options: argparse.Namespace) -> _Model:
-    """Return the model that is asked for, with its weights."""
+    """Return the requested model with its weights."""
     given = overrides(options)
     folder = options.checkpoint if options.checkpoint and Path(options.checkpoint).is_dir() else None
     if options.checkpoint is not None and given.get("pretrained"):
@@ -228,7 +228,7 @@ def _build(options: argparse.Namespace) -> _Model:
 
 
 def _image(model: Any, config: TrainConfig) -> dict[str, Any]:
-    """Return how images are shown to the model, as of `timm.data.resolve_model_data_config`."""
+    """Return how the model's images are prepared, as `timm.data.resolve_model_data_config` does."""
     size = model.patch_embed.img_size
     image: dict[str, Any] = timm.data.resolve_model_data_config(
         model, {"img_size": size[0]} if size and size[0] == size[1] else {}

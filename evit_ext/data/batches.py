@@ -1,4 +1,4 @@
-"""Batches, made of what the orders name: by torch's DataLoader, in its workers or without any."""
+"""Datasets that build whole batches for torch's DataLoader, from the samples that an order lists."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from evit_ext.data.token_label_maps import patch_labels, read_label_map
 from evit_ext.data.transforms import CropWithLabels, Transform
 from evit_ext.randomness import derive_seed, seeded
 
-#: Names the random numbers that augment, apart from those that shuffle.
+#: Key of the random numbers for augmentation, which must differ from those for shuffling.
 AUGMENTATION = 2
-#: So many images in a row that cannot be read are no longer single bad files.
+#: This many unreadable images in a row mean a broken data set, not a few bad files.
 MAX_IN_A_ROW = 100
 
 
@@ -34,10 +34,10 @@ class Batch(NamedTuple):
     Attributes:
         images: float32 [b, 3, S, S], normalized.
         labels: int64 [b].
-        token_labels: probabilities of the patches' classes, float32 [b, patches, classes], row by row; None
-            without token labels.
-        unreadable: images that could not be read while the batch was made. In training, others have taken
-            their places; in evaluation they are missing from the batch, so that b is smaller, even 0.
+        token_labels: class probabilities of the patches, float32 [b, patches, classes], patches row by row;
+            None without token labels.
+        unreadable: images that could not be read for this batch. In training they are replaced by others; in
+            evaluation they are left out, so b is smaller and can be 0.
     """
 
     images: Tensor
@@ -47,8 +47,8 @@ class Batch(NamedTuple):
 
 
 class TokenLabels(NamedTuple):
-    """Where the token labels lie, `<class>/<name>.pt` for an image `<class>/<name>.<ending>`, and how a patch
-    gets its own; see `token_label_maps`."""
+    """Where the token labels are, `<class>/<name>.pt` for an image `<class>/<name>.<ending>`, and how to read
+    them; see `token_label_maps`."""
 
     folder: Path
     patch_grid: tuple[int, int]
@@ -62,9 +62,9 @@ class ImageBatches(Dataset[Batch]):
         files: the images.
         num_classes: labels must be in [0, num_classes).
         image_size: S.
-        transform: from an image in RGB to float32 [3, S, S]; :class:`CropWithLabels` with `token_labels`.
-        seed: of the run; with the epoch and the position it makes the random numbers of the transform.
-        replace: whether the next readable image takes the place of one that is not.
+        transform: from an RGB image to float32 [3, S, S]; :class:`CropWithLabels` with `token_labels`.
+        seed: of the run; together with epoch and position it seeds the transform.
+        replace: whether an unreadable image is replaced by the next readable one.
         token_labels: None for none.
     """
 
@@ -90,8 +90,8 @@ class ImageBatches(Dataset[Batch]):
         """Return the batch of these places.
 
         Raises:
-            RuntimeError: too many images in a row cannot be read.
-            ValueError: a label out of range, or bad token labels.
+            RuntimeError: too many images in a row are unreadable.
+            ValueError: a label is out of range, or token labels are malformed.
             FileNotFoundError: an image has no token labels.
         """
         made: list[tuple[Tensor, Tensor | None, int]] = []
@@ -107,7 +107,7 @@ class ImageBatches(Dataset[Batch]):
         return collate(made, self.image_size, unreadable)
 
     def _read(self, index: int, unreadable: list[Unreadable]) -> tuple[int, tuple[Image.Image, int] | None]:
-        """Return the first image that can be read from `index` on, only looking there without `replace`."""
+        """Return the first readable image from `index` on; without `replace`, only `index` is tried."""
         for _ in range(min(MAX_IN_A_ROW, len(self.files)) if self.replace else 1):
             found = self.files.read(index)
             if not isinstance(found, Unreadable):
@@ -128,11 +128,11 @@ class ImageBatches(Dataset[Batch]):
 
 
 class DigitBatches(Dataset[Batch]):
-    """Batches of digits, plain or cluttered; those of cluttered digits are new in each epoch.
+    """Batches of digits, plain or cluttered. Cluttered digits get new canvases in each epoch.
 
     Args:
         digits: the data set.
-        fixed: whether the canvases stay those of epoch 0.
+        fixed: keep the canvases of epoch 0 in all epochs.
     """
 
     def __init__(self, digits: Digits | ClutteredDigits, fixed: bool) -> None:
@@ -155,7 +155,7 @@ def collate(
     image_size: tuple[int, int],
     unreadable: Sequence[Unreadable],
 ) -> Batch:
-    """Return a batch of images with their token labels, all or none, and labels; there may be no images."""
+    """Return a batch of images, labels and, for all or none of them, token labels; it may be empty."""
     images = torch.stack([image for image, _, _ in made]) if made else torch.empty(0, 3, *image_size)
     token_labels = [labels for _, labels, _ in made if labels is not None]
     labels = torch.tensor([label for _, _, label in made], dtype=torch.int64)
@@ -169,7 +169,7 @@ def check_label(label: int, num_classes: int, path: str) -> None:
 
 
 def too_many(last: Unreadable) -> RuntimeError:
-    """Return the error for a data set that is broken as a whole."""
+    """Return the error for a broken data set."""
     return RuntimeError(
         f"too many images in a row cannot be read (at most {MAX_IN_A_ROW}), the last of them "
         f"{last.path}: {last.reason}"
@@ -177,16 +177,16 @@ def too_many(last: Unreadable) -> RuntimeError:
 
 
 def as_it_is(batch: Any) -> Any:
-    """Return the batch: the data sets make whole ones, DataLoader has nothing to put together."""
+    """Return the batch unchanged: the data sets make whole batches, so DataLoader has nothing to collate."""
     return batch
 
 
 def start_worker(worker: int) -> None:
-    """Have a worker of a DataLoader outlive signals that are meant for the run, which wants to end in order.
+    """Make a DataLoader worker ignore signals that are meant for the run, so that the run can end in order.
 
-    A terminal's Ctrl-C and a scheduler's SIGTERM reach all processes of the run. A worker only leaves on a
-    SIGTERM of the process that it works for, by which torch ends workers that do not listen; and, as torch's
-    workers do by themselves, within seconds after that process has gone.
+    Ctrl-C in a terminal and SIGTERM from a scheduler reach all processes of the run. A worker exits only on a
+    SIGTERM from its own main process, which torch sends to workers that do not respond, or, as all torch
+    workers do, within seconds after that process has ended.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

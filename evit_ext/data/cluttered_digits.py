@@ -1,8 +1,8 @@
 """`cluttered-digits`: one whole handwritten digit among pieces of other digits, generated from a seed.
 
 The task that token reorganisation is made for, small enough for a laptop: most of the canvas is background or
-distraction, and where the object lies is known exactly, so that "does the network keep the object's patches?"
-has a numeric answer. After "Cluttered MNIST" (Mnih et al., "Recurrent Models of Visual Attention", 2014,
+clutter, and the object's exact place is known, so that "does the network keep the object's patches?" has a
+numeric answer. Modelled on "Cluttered MNIST" (Mnih et al., "Recurrent Models of Visual Attention", 2014,
 arXiv 1406.6247), with scikit-learn's scans instead of MNIST.
 """
 
@@ -32,8 +32,8 @@ from evit_ext.data.digits import (
 )
 
 # Brightness is a multiple of 1 / BRIGHTNESS_ONE. A drawn digit then stays below
-# INK_MAX * WEIGHT_ONE**2 * BRIGHTNESS_ONE = 2**20, and MAX_DISTRACTORS of them, all on one pixel, at 2**24:
-# within the integers that float32 represents exactly.
+# INK_MAX * WEIGHT_ONE**2 * BRIGHTNESS_ONE = 2**20, and MAX_DISTRACTORS of them on one pixel reach 2**24:
+# float32 represents all these integers exactly.
 BRIGHTNESS_ONE = 16
 MAX_DISTRACTORS = 16
 _FULL = INK_MAX * WEIGHT_ONE**2 * BRIGHTNESS_ONE
@@ -41,18 +41,18 @@ _FULL = INK_MAX * WEIGHT_ONE**2 * BRIGHTNESS_ONE
 
 @dataclass(frozen=True)
 class Difficulty:
-    """What a canvas looks like. Ranges are inclusive; sizes are fractions of the canvas' side.
+    """What a canvas looks like. Ranges are inclusive; sizes are fractions of the canvas's side.
 
     Attributes:
         digit_size: side of the digit's box.
         digit_brightness: 1 is white.
-        num_distractors: how many pieces of other digits, at most 16.
-        distractor_size: side that the whole digit would have, of which the distractor is a piece.
+        num_distractors: number of pieces of other digits, at most 16.
+        distractor_size: side of the whole digit that a distractor is a piece of.
         distractor_brightness: as `digit_brightness`.
         piece: side of a piece in pixels of the 8x8 scan.
 
     Raises:
-        ValueError: a range that is empty or outside of its limits.
+        ValueError: a range is empty or outside its limits.
     """
 
     digit_size: tuple[float, float] = (0.375, 0.5)
@@ -105,8 +105,8 @@ class CanvasBatch(NamedTuple):
 class _Random:
     """Random numbers of item i, property j, as a pure function of the keys: SplitMix64 used as a hash.
 
-    Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014. A generator with a
-    state would tie an image to those drawn before it, and so to the batch size and the number of workers.
+    Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014. With a stateful
+    generator, an image would depend on those drawn before it, and so on batch size and number of workers.
     """
 
     def __init__(self, keys: Sequence[int], index: IntArray) -> None:
@@ -124,7 +124,7 @@ class _Random:
         return x ^ (x >> np.uint64(31))
 
     def integers(self, low: npt.ArrayLike, high: npt.ArrayLike, count: int) -> IntArray:
-        """Uniform in [low, high], both included and each of a shape that broadcasts: int64 [items, count]."""
+        """Uniform in [low, high], both inclusive and broadcast: int64 [items, count]."""
         slot = np.arange(self._drawn, self._drawn + count, dtype=np.uint64)
         self._drawn += count
         bits = self._mix(self._state[:, None] ^ (slot * np.uint64(0xD1342543DE82EF95))) >> np.uint64(40)
@@ -137,22 +137,22 @@ class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
     """A handwritten digit at a random place, size and brightness among pieces of other digits.
 
     Item i of (seed, split, epoch) is always the same image, bit for bit, whatever the batch size, the number
-    of workers or the order of access. Digit and distractors of a split come from its own scans alone.
+    of workers or the order of access. Digits and distractors of a split come only from its own scans.
 
     Args:
         split: "train" or "test".
-        canvas_size: side of the canvas in pixels; the smallest digit must have room for 8 pixels.
-        size: number of items; by default ten times the split's scans. Item i shows scan i modulo their
+        canvas_size: side of the canvas in pixels; the smallest digit must be at least 8 pixels wide.
+        size: number of items; by default ten times the number of scans. Item i shows scan i modulo that
             number.
-        seed: any int; those equal modulo 2**64 are the same.
-        epoch: a further key, for fresh canvases in every epoch; see `set_epoch`.
+        seed: any int, taken modulo 2**64.
+        epoch: a further key that gives every epoch new canvases; see `set_epoch`.
         difficulty: "easy", "hard", or a `Difficulty`.
 
     Items are `(image, label)`: float32 [3, S, S], normalized, and an int from 0 to 9. `render` makes a whole
-    batch at once, with the digit's mask, and much faster.
+    batch at once, with masks of the digits, and is much faster.
 
     Raises:
-        ValueError: unknown split or difficulty, a canvas too small, a size below one.
+        ValueError: unknown split or difficulty, canvas too small, or size below 1.
         ModuleNotFoundError: scikit-learn is not installed.
     """
 
@@ -192,7 +192,7 @@ class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
         self.difficulty = difficulty
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the canvases of another epoch (workers of a running DataLoader do not see it)."""
+        """Switch to the canvases of another epoch; running DataLoader workers do not notice."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -214,7 +214,7 @@ class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
         """The items of `indices`, int [B], as one batch (B may be 0).
 
         Raises:
-            IndexError: an index outside of [-size, size).
+            IndexError: an index is outside [-size, size).
         """
         index = np.asarray(indices, dtype=np.int64).reshape(-1)
         if len(index) and not (-self.size <= index.min() and index.max() < self.size):
@@ -227,7 +227,7 @@ class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
     def batches(
         self, batch_size: int, shuffle: bool = False, drop_last: bool = False
     ) -> Iterator[CanvasBatch]:
-        """All items of this epoch, `batch_size` at a time; the shuffled order follows from seed and epoch."""
+        """All items of this epoch, `batch_size` at a time; seed and epoch determine the shuffled order."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         order = np.arange(self.size)
@@ -238,7 +238,7 @@ class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
             yield self.render(order[start : start + batch_size])
 
     def with_difficulty(self, difficulty: Difficulty) -> ClutteredDigits:
-        """The same items under another difficulty, for a curriculum."""
+        """The same items at another difficulty, for a curriculum."""
         return ClutteredDigits(self.split, self.canvas_size, self.size, self.seed, self.epoch, difficulty)
 
     def _draw(self, index: IntArray) -> tuple[ByteArray, npt.NDArray[np.bool_]]:
@@ -252,7 +252,7 @@ class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
         def levels(fractions: tuple[float, float]) -> tuple[int, int]:
             return round(fractions[0] * BRIGHTNESS_ONE), round(fractions[1] * BRIGHTNESS_ONE)
 
-        # The digit. One column a property; the order of the draws is part of the data set's definition.
+        # The digit. One column per property; the order of the draws is part of the data set's definition.
         extent = random.integers(*pixels(d.digit_size), 1)
         top = random.integers(0, side - extent, 1)
         left = random.integers(0, side - extent, 1)
@@ -261,8 +261,8 @@ class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
         zero = np.zeros_like(extent)
         digit = _paste(ink * _column(digit_brightness), side, top, left, extent, zero, zero)
 
-        # The distractors. All are always drawn, and those beyond an item's number are black: the properties
-        # of one do not depend on how many there are.
+        # The distractors. The maximum number is always drawn, with the surplus ones black, so that a
+        # distractor's properties do not depend on how many there are.
         n = d.num_distractors[1]
         number = random.integers(*d.num_distractors, 1)
         chosen = random.integers(0, len(self.scans) - 1, n)
@@ -271,7 +271,7 @@ class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
         row = random.integers(0, SCAN_SIZE - piece, n)
         column = random.integers(0, SCAN_SIZE - piece, n)
         drawn = piece * extent // SCAN_SIZE
-        # Half a piece may lie outside of the canvas.
+        # Up to half of a piece may lie outside the canvas.
         top = random.integers(-(drawn // 2), side - drawn + drawn // 2, n)
         left = random.integers(-(drawn // 2), side - drawn + drawn // 2, n)
         brightness = random.integers(*levels(d.distractor_brightness), n)
@@ -282,7 +282,7 @@ class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
         cut = self.scans[chosen] * (in_row[..., :, None] & in_column[..., None, :])
         clutter = _paste(cut * _column(brightness), side, top, left, extent, row, column)
 
-        # The digit is drawn over the clutter; its ink is what has at least a quarter of its full brightness.
+        # The digit is drawn over the clutter; its mask has all pixels from a quarter of its brightness on.
         canvas = np.minimum(np.maximum(digit, clutter), np.float32(_FULL))
         full = _column(digit_brightness)[:, 0] * np.float32(INK_MAX * WEIGHT_ONE**2)
         mask = (4 * digit >= full) & (digit > 0)
@@ -307,7 +307,7 @@ def _paste(
     rows = interpolation_weights(side, top, extent, row) @ glyphs  # [B, G, S, 8]
     columns = interpolation_weights(side, left, extent, column)  # [B, G, S, 8]
     batch, num, _, _ = rows.shape
-    # One product a canvas: over all glyphs' columns at once.
+    # One matrix product per canvas, over the columns of all glyphs.
     rows = rows.transpose(0, 2, 1, 3).reshape(batch, side, num * SCAN_SIZE)
     columns = columns.transpose(0, 2, 1, 3).reshape(batch, side, num * SCAN_SIZE)
     return rows @ columns.transpose(0, 2, 1)
@@ -320,13 +320,13 @@ def object_patches(masks: torch.Tensor, patch_size: int, min_coverage: float = 0
         masks: bool [B, S, S].
         patch_size: side of a patch in pixels; divides S.
         min_coverage: share of a patch's pixels that must belong to the object. The patch with the largest
-            share always counts, unless it is 0.
+            share always counts, unless that share is 0.
 
     Returns:
         bool [B, (S / patch_size)²], patches in row-major order, as in a vision transformer.
 
     Raises:
-        ValueError: masks of another shape, or a patch size that does not divide S.
+        ValueError: the masks have another shape, or the patch size does not divide S.
     """
     if masks.dim() != 3 or masks.shape[1] != masks.shape[2]:
         raise ValueError(f"masks must have shape [B, S, S], got {list(masks.shape)}")

@@ -1,4 +1,4 @@
-"""Real handwritten digits that need no download: the 1,797 scans that scikit-learn carries.
+"""Real handwritten digits without a download: the 1,797 scans that come with scikit-learn.
 
 Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
 Repository; 8x8 pixels with ink from 0 to 16. One fifth of every class is the test split; no scan is in both.
@@ -18,14 +18,14 @@ SCAN_SIZE = 8
 INK_MAX = 16
 SPLITS = ("train", "test")
 
-# What every image is normalized with: about the mean and standard deviation of the hard cluttered digits
-# (0.14 and 0.24; the easy ones have 0.08 and 0.17, the plain digits 0.30 and 0.32). One pair for all, so that
-# a network trained on one data set can be shown another.
+# Every image is normalized with these, roughly the mean and standard deviation of the hard cluttered digits
+# (0.14 and 0.24; the easy ones have 0.08 and 0.17, the plain digits 0.30 and 0.32). All data sets share them,
+# so that a network trained on one can be evaluated on another.
 MEAN = 0.15
 STD = 0.25
 
-# Interpolation weights are multiples of 1 / WEIGHT_ONE: a canvas is then a sum of small integers, exact in
-# float32 whatever the order of summation, and an image has the same bits on every machine and in every batch.
+# Interpolation weights are multiples of 1 / WEIGHT_ONE. A canvas is then a sum of small integers, exact in
+# float32 in any order of summation, so an image has the same bits on every machine and in every batch.
 WEIGHT_ONE = 64
 
 IntArray = npt.NDArray[np.int64]
@@ -62,7 +62,7 @@ def load_scans(split: str) -> tuple[FloatArray, IntArray]:
             'the digits data sets need scikit-learn: pip install "evit_ext[demo]"'
         ) from error
     ink, labels = load_digits(return_X_y=True)
-    # Every fifth scan of a class, in the published order: balanced, and independent of any random generator.
+    # Every fifth scan of a class, in the published order: balanced and free of any random generator.
     rank = np.empty(len(labels), dtype=np.int64)
     for digit in range(10):
         members = np.flatnonzero(labels == digit)
@@ -101,13 +101,13 @@ def interpolation_weights(
 
 
 def normalize(canvas: ByteArray) -> torch.Tensor:
-    """uint8 [..., S, S] -> float32 [..., 3, S, S]: to [0, 1], minus `MEAN`, over `STD`; gray thrice."""
+    """uint8 [..., S, S] -> float32 [..., 3, S, S]: to [0, 1], minus `MEAN`, over `STD`; gray repeated."""
     gray = torch.from_numpy(canvas).float().div_(255).sub_(MEAN).div_(STD)
     return gray.unsqueeze(-3).expand(*gray.shape[:-2], 3, *gray.shape[-2:]).contiguous()
 
 
 def denormalize(image: torch.Tensor) -> torch.Tensor:
-    """float [..., 3, S, S] -> [..., S, S] in [0, 1]: what `normalize` was given, for pictures."""
+    """float [..., 3, S, S] -> [..., S, S] in [0, 1]: undo `normalize`, to show pictures."""
     return image.select(-3, 0).mul(STD).add(MEAN).clamp(0, 1)
 
 
@@ -121,7 +121,7 @@ class Digits(Dataset[tuple[torch.Tensor, int]]):
     Items are `(image, label)`: float32 [3, image_size, image_size], normalized, and an int from 0 to 9.
 
     Raises:
-        ValueError: unknown split, or an image smaller than a scan.
+        ValueError: unknown split, or `image_size` below 8.
         ModuleNotFoundError: scikit-learn is not installed.
     """
 

@@ -1,7 +1,7 @@
-"""Images from files, read so that a bad one is a report and not the end of the run.
+"""Images from files, read so that a bad image is reported instead of ending the run.
 
-timm's readers say which images there are and open them; decoding is ours, because theirs skips what it cannot
-read with no more than a line in the log, and has no limit on an image's size.
+timm's readers list and open the images. We decode them ourselves, because timm's decoding skips unreadable
+images with only a line in the log and has no limit on image size.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from timm.data.readers import create_reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
-# Folders that timm's scripts take for a split, too.
+# Other folder names that timm's scripts accept for a split.
 _SYNONYMS = (
     ("train", "training"),
     ("val", "valid", "validation", "eval", "evaluation"),
 )
-# What Pillow opens but has another program run, Ghostscript, on what may be anyone's file.
+# Formats for which Pillow runs another program, Ghostscript, on an untrusted file.
 _NOT_OPENED = {"EPS"}
 _LAYOUT = "<class>/<image> in it, or a .tar of these"
-# Errors of the machine: no fault of the image, and there for the next one as well.
+# Errors of the machine, not of the image: the next image would fail as well.
 _MACHINE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 class Unreadable(NamedTuple):
-    """An image that could not be read: where it lies, and what was wrong."""
+    """An image that could not be read: its path and what was wrong."""
 
     path: str
     reason: str
@@ -45,20 +45,20 @@ class ImageFiles:
     """The images of a split, by index.
 
     Args:
-        reader: of timm.
-        source: what the images are of, for messages.
-        max_pixels: a larger image counts as unreadable; the size in its header is looked at before anything
-            is decoded.
+        reader: one of timm's readers.
+        source: where the images come from, for messages.
+        max_pixels: a larger image counts as unreadable; the size in its header is checked before anything is
+            decoded.
 
     Attributes:
-        classes: the name and number of every class; empty where the data set does not say.
+        classes: the number of every class by name; empty if the data set does not list them.
     """
 
     def __init__(self, reader: Any, source: str, max_pixels: int) -> None:
         self.reader = reader
         self.source = source
         self.max_pixels = max_pixels
-        # Readers of tar files have another name for it.
+        # Readers of tar files use another name.
         classes = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
         self.classes: Mapping[str, int] = classes or {}
         self._names = {label: name for name, label in self.classes.items()}
@@ -67,7 +67,7 @@ class ImageFiles:
         return len(self.reader)
 
     def path(self, index: int) -> str:
-        """Return where an image lies: its file, or its name inside of a tar file or data set."""
+        """Return an image's path: its file, or its name inside a tar file or data set."""
         name = self.reader.filename(index, absolute=True)
         if isinstance(self.reader, ReaderImageInTar):
             parent = self.reader.samples[index][1]
@@ -84,10 +84,10 @@ class ImageFiles:
         return f"{self._names[label]}/{Path(name).stem}"
 
     def read(self, index: int) -> tuple[Image.Image, int] | Unreadable:
-        """Return an image in RGB and its label, or why there is none.
+        """Return an RGB image and its label, or the reason why it is unreadable.
 
         Raises:
-            MemoryError, OSError: the machine has run out of memory or of open files.
+            MemoryError, OSError: the machine has run out of memory or open files.
         """
         label = -1
 
@@ -105,29 +105,29 @@ def read_image(open_file: Callable[[], IO[bytes]], path: str, max_pixels: int) -
     """Decode an image.
 
     Args:
-        open_file: returns the file; what it raises counts against the image, too.
+        open_file: returns the file; if it raises, the image counts as unreadable.
         path: for the report.
-        max_pixels: a larger image counts as unreadable, and is not decoded.
+        max_pixels: a larger image counts as unreadable and is not decoded.
 
     Returns:
-        The image in RGB, or the report.
+        The RGB image, or a report of why it is unreadable.
 
     Raises:
-        MemoryError, OSError: the machine has run out of memory or of open files.
+        MemoryError, OSError: the machine has run out of memory or open files.
     """
     try:
         with open_file() as file, _pixel_limit(None), Image.open(file, formats=_formats()) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise ValueError(f"{width}x{height} pixels, more than max_image_pixels {max_pixels}")
-            # Some formats hold an image of another size than the header's: Pillow checks again.
+            # In some formats the image's size can differ from the header's, so Pillow checks again.
             with _pixel_limit(max_pixels):
                 return image.convert("RGB")
     except MemoryError:
         raise
     except UnidentifiedImageError:
         return Unreadable(path, "not an image that Pillow knows")
-    # Pillow's decoders raise nearly anything on damaged data, from SyntaxError to struct.error.
+    # On damaged data, Pillow's decoders raise nearly anything, from SyntaxError to struct.error.
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
             raise
@@ -142,7 +142,7 @@ def _formats() -> tuple[str, ...]:
 
 @contextmanager
 def _pixel_limit(limit: int | None) -> Iterator[None]:
-    """Have Pillow refuse images with more pixels than `limit`, and not warn from its own limit on."""
+    """Make Pillow refuse images with more pixels than `limit`, without warnings at its own limit."""
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = limit
     try:
@@ -157,17 +157,16 @@ def open_images(dataset: str, data: str | None, split: str, max_pixels: int) -> 
     """Open a split of a data set whose images can be read in any order.
 
     Args:
-        dataset: "" for a folder or tar files, or "hfds/NAME" for an Arrow data set of Hugging Face's: on
-            their hub, or a folder here that holds, say, Parquet files. Code that comes with a data set is
-            never run.
-        data: the folder that has the splits, each a folder `split` (or a usual synonym) with a folder for
-            each class, a file `split`.tar, or a folder of tar files; of "hfds/NAME", the cache.
-        split: its name.
+        dataset: "" for a folder or tar files, or "hfds/NAME" for a Hugging Face Arrow data set, from the hub
+            or a local folder of, say, Parquet files. Code that comes with a data set is never run.
+        data: the folder with the splits. Each split is a folder `split` (or a common synonym) with a folder
+            for each class, a file `split`.tar, or a folder of tar files. For "hfds/NAME": the cache folder.
+        split: name of the split.
         max_pixels: see :class:`ImageFiles`.
 
     Raises:
-        ValueError: `data` is not given, or there are no images, or none in folders of classes.
-        FileNotFoundError: there is no such folder or split.
+        ValueError: `data` is not given, or there are no images, or none in class folders.
+        FileNotFoundError: the folder or split does not exist.
         ModuleNotFoundError: "hfds" needs `datasets`.
     """
     if dataset:
@@ -176,7 +175,7 @@ def open_images(dataset: str, data: str | None, split: str, max_pixels: int) -> 
     root = find_split(data, split)
     try:
         if root.suffix == ".tar" or any(root.glob("*.tar")):
-            # No cache: it would be a pickle in the data's folder, which whoever can write there controls.
+            # No cache: timm would store a pickle in the data folder, where others may be able to write.
             reader = ReaderImageInTar(str(root), cache_tarinfo=False)
         else:
             reader = create_reader("", root=str(root))
@@ -189,14 +188,14 @@ def open_images(dataset: str, data: str | None, split: str, max_pixels: int) -> 
 
 
 def find_split(data: str | None, split: str) -> Path:
-    """Return the folder or the tar file of a split.
+    """Return the folder or tar file of a split.
 
-    Unlike timm's search it does not fall back to the whole folder: without one for validation, a run would
-    silently be evaluated on its training images.
+    Unlike timm's search, this does not fall back to the whole folder: a run without a validation split would
+    then silently be evaluated on its training images.
 
     Raises:
         ValueError: `data` is not given.
-        FileNotFoundError: it is not a folder, or does not have the split.
+        FileNotFoundError: `data` is not a folder, or does not have the split.
     """
     folder = find_folder(data)
     names = [split, *(name for group in _SYNONYMS if split in group for name in group)]
@@ -215,7 +214,7 @@ def find_folder(data: str | None) -> Path:
 
     Raises:
         ValueError: `data` is not given.
-        FileNotFoundError: it is not a folder.
+        FileNotFoundError: `data` is not a folder.
     """
     if data is None:
         raise ValueError("data must be the folder that has the data set's splits, got none")
@@ -226,6 +225,6 @@ def find_folder(data: str | None) -> Path:
 
 
 def need(package: str, dataset: str) -> None:
-    """Raise ModuleNotFoundError with advice unless a package is there."""
+    """Raise ModuleNotFoundError with advice unless a package is installed."""
     if importlib.util.find_spec(package) is None:
         raise ModuleNotFoundError(f'data set {dataset!r} needs {package}: pip install "evit_ext[data]"')

@@ -1,9 +1,9 @@
-"""Which image comes when: an order that follows from seed and epoch alone, dealt out to all processes.
+"""The order of the images, determined by seed and epoch alone, and how it is split between processes.
 
-A sample is known by its position in the epoch's order. Position p belongs to optimizer step p // G, where G
-is the batch size, and within it to micro-batch (p % G) % M, where M is the number of micro-batches of a step
-over all processes. Process r of w computes the micro-batches r, r + w, r + 2w, … of a step. So the same M
-gives the same micro-batches whatever the number of processes.
+A sample is identified by its position in the epoch's order. Position p belongs to optimizer step p // G,
+where G is the batch size, and within it to micro-batch (p % G) % M, where M is the number of micro-batches of
+a step over all processes. Process r of w computes the micro-batches r, r + w, r + 2w, … of a step. The same M
+thus gives the same micro-batches for any number of processes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch.utils.data import Sampler
 
 from evit_ext.randomness import derive_seed
 
-# Names the random numbers that shuffle, apart from those that augment.
+# Key of the random numbers for shuffling, which must differ from those for augmentation.
 _ORDER = 1
 
 
 class Place(NamedTuple):
-    """A sample: the epoch, its position in the epoch's order, and the number of its image in the data set."""
+    """A sample: the epoch, its position in the epoch's order, and its image's index in the data set."""
 
     epoch: int
     position: int
@@ -30,14 +30,14 @@ class Place(NamedTuple):
 
 
 def epoch_order(num_images: int, seed: int, epoch: int, repeats: int = 1) -> Tensor:
-    """Return the images of an epoch in their order: indices, int64 [num_images].
+    """Return the order of an epoch's images: indices, int64 [num_images].
 
     Args:
         num_images: of the data set.
         seed: of the run.
-        epoch: from 0; each has another order.
-        repeats: repeated augmentation: every image comes this often in a row, until the epoch is full, as in
-            DeiT's RASampler; later images of the shuffled order are left out.
+        epoch: counted from 0; each has its own order.
+        repeats: repeated augmentation, as in DeiT's RASampler: every image comes this often in a row until
+            the epoch is full; the remaining images of the shuffled order are left out.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, epoch, _ORDER))
     order = torch.randperm(num_images, generator=generator)
@@ -45,22 +45,22 @@ def epoch_order(num_images: int, seed: int, epoch: int, repeats: int = 1) -> Ten
 
 
 class TrainOrder(Sampler[list[Place]]):
-    """The micro-batches of one process, epoch by epoch; a batch sampler of torch's DataLoader.
+    """The micro-batches of one process, epoch by epoch; a batch sampler for torch's DataLoader.
 
-    The last images that do not fill a batch are dropped: others in each epoch, whose orders differ. ``start``
-    chooses the epoch and the step to begin with; what lies before is not touched.
+    The last images of an epoch that do not fill a batch are dropped; these differ between epochs. ``start``
+    chooses the epoch and step to begin with; earlier images are not read.
 
     Args:
         num_images: of the data set.
-        micro_batch: images of a micro-batch.
-        accumulation: micro-batches that a process computes for an optimizer step.
+        micro_batch: images per micro-batch.
+        accumulation: micro-batches that a process computes per optimizer step.
         rank: of this process.
         world_size: number of processes.
         seed: of the run.
         repeats: see :func:`epoch_order`.
 
     Raises:
-        ValueError: the data set does not fill one batch.
+        ValueError: the data set is smaller than one batch.
     """
 
     def __init__(
@@ -105,9 +105,9 @@ class TrainOrder(Sampler[list[Place]]):
 
 
 class EvaluationOrder(Sampler[list[Place]]):
-    """Every image once over all processes: process r has the indices r, r + w, …; its last batch is smaller.
+    """Every image once over all processes: process r has indices r, r + w, …; its last batch can be smaller.
 
-    Processes can have different numbers of images, and of batches.
+    The numbers of images and batches can differ between processes.
 
     Args:
         num_images: of the data set.
@@ -129,10 +129,10 @@ class EvaluationOrder(Sampler[list[Place]]):
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
-    """Return how many full batches an epoch has.
+    """Return the number of full batches in an epoch.
 
     Raises:
-        ValueError: not one.
+        ValueError: there is none.
     """
     if num_images < batch_size:
         raise ValueError(

@@ -1,12 +1,12 @@
-"""Data sets that are read from front to back: WebDataset's shards, and Hugging Face's in streaming mode.
+"""Data sets that are read from front to back: WebDataset shards, and streamed Hugging Face data sets.
 
-timm's readers say which shards there are and how many images; reading is ours. Theirs log what they cannot
-read and go on, hold decoded images to shuffle them, and over several processes evaluate some images twice and
-others never.
+timm's readers list the shards and count the images. We read them ourselves, because timm's readers only log
+unreadable images, keep decoded images in memory to shuffle them, and with several processes evaluate some
+images twice and others never.
 
-What a stream cannot do: its order depends on the number of processes and workers; an epoch goes through each
-worker's own shards until the epoch is full, so that with shards of different sizes some images come more
-often than others; and the middle of an epoch is only reached by reading all that lies before.
+Streams have limits. Their order depends on the number of processes and workers. In an epoch, each worker
+repeats its own shards until the epoch is full, so with shards of different sizes some images come more often
+than others. And the middle of an epoch can only be reached by reading everything before it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from evit_ext.data.images import Unreadable, find_folder, need, read_image
 from evit_ext.data.transforms import Transform
 from evit_ext.randomness import derive_seed, seeded
 
-#: Images, not yet decoded, among which the next one of a shuffled stream is drawn.
+#: Number of encoded images from which a shuffled stream draws the next one.
 SHUFFLE_BUFFER = 2048
-# Names the random numbers that shuffle a stream.
+# Key of the random numbers that shuffle a stream.
 _STREAM = 3
 
 
 class Encoded(NamedTuple):
-    """An image as it is stored, where, and its label."""
+    """An image as stored, its label and its path."""
 
     data: bytes
     label: int
@@ -52,7 +52,7 @@ class Encoded(NamedTuple):
 
 
 class Share(NamedTuple):
-    """The part of a stream that a worker reads: that of number `worker` among `workers`, of all processes."""
+    """A worker's part of a stream: number `worker` of the `workers` in all processes."""
 
     worker: int
     workers: int
@@ -65,37 +65,37 @@ class Source(Protocol):
     """Where a stream comes from.
 
     Attributes:
-        num_images: None where it is not known.
-        classes: the name and number of every class; empty where they are not known.
+        num_images: None if not known.
+        classes: the number of every class by name; empty if not known.
     """
 
     num_images: int | None
     classes: Mapping[str, int]
 
     def most_workers(self, world_size: int) -> int:
-        """Return how many workers a process can have that all get something to read."""
+        """Return how many workers a process can have without any of them having nothing to read."""
 
     def read(self, share: Share, seed: int | None) -> Iterator[Encoded | Unreadable]:
-        """Read a share once; shuffled with a seed. All shares together are every image once."""
+        """Read a share once, shuffled if a seed is given. All shares together hold every image once."""
 
 
 class WebDataset:
-    """Shards of WebDataset in a folder: tar files in which the files of a sample share their name.
+    """WebDataset shards in a folder: tar files in which the files of a sample share their name.
 
-    A sample has an image, .jpg, .jpeg, .png or .webp, and a file .cls with its label as a number. Where there
-    are at least as many shards as workers in all processes, each has its own; otherwise all workers read all
-    shards and each takes its part of the samples.
+    A sample has an image (.jpg, .jpeg, .png or .webp) and a .cls file with its label as a number. With at
+    least as many shards as workers in all processes, each worker has its own shards; otherwise all workers
+    read all shards and each takes its part of the samples.
 
     Args:
-        data: the folder. Only files in it are read: webdataset's addresses, some of which are commands to
-            run, are not for files of settings.
-        split: a split of the folder's _info.json as timm writes it, or shards such as
+        data: the folder. Only files in it are read, not webdataset's other addresses: some of these are
+            commands to run, which a settings file must not contain.
+        split: a split in the folder's _info.json as timm writes it, or shards such as
             "train-{0000..0127}.tar", with the number of their images after a "|".
-        num_images: None takes what the split says.
+        num_images: None uses the split's own number.
 
     Raises:
-        ValueError: `data` is not given, it has no such split, or a shard lies outside of it.
-        FileNotFoundError: a folder or a shard is missing.
+        ValueError: `data` is not given, it has no such split, or a shard is outside the folder.
+        FileNotFoundError: the folder or a shard is missing.
         ModuleNotFoundError: webdataset is not installed.
     """
 
@@ -136,16 +136,16 @@ class WebDataset:
 
 
 class HuggingFaceStream:
-    """A data set of Hugging Face's that is streamed, with its images in "image" and their labels in "label".
+    """A streamed Hugging Face data set with images in "image" and labels in "label".
 
-    Code that comes with a data set is never run. The library deals out whole files to workers, so there are
-    at most as many as files.
+    Code that comes with a data set is never run. The library assigns whole files to workers, so there can be
+    at most as many workers as files.
 
     Args:
-        name: "hfids/" and a name on their hub, or a folder here that holds, say, Parquet files.
-        data: the cache.
-        split: its name.
-        num_images: None takes what the data set says.
+        name: "hfids/" and a name on the hub, or a local folder of, say, Parquet files.
+        data: the cache folder.
+        split: name of the split.
+        num_images: None uses the data set's own number.
 
     Raises:
         ValueError: the number of images is not known.
@@ -156,7 +156,7 @@ class HuggingFaceStream:
         need("datasets", name)
         from datasets import Image as ImageFeature
 
-        # timm's reader wants a number, also where none is needed: to evaluate.
+        # timm's reader requires a number even for evaluation, which does not need it.
         reader = create_reader(name, root=data, split=split, num_samples=num_images or 1)
         splits = reader.builder.info.splits or {}
         known = splits[split].num_examples if split in splits else None
@@ -175,15 +175,15 @@ class HuggingFaceStream:
 
         stream = self.stream
         if seed is not None:
-            # The order of the files only: StreamBatches shuffles images. Recent versions would read several
-            # files at once for it, and count them as one that cannot be dealt out.
+            # This shuffles only the files: StreamBatches shuffles images. Recent versions would otherwise
+            # read several files at once, and count them as one that cannot be split between workers.
             one_file = "max_buffer_input_shards"
             more = {one_file: 1} if one_file in signature(stream.shuffle).parameters else {}
             stream = stream.shuffle(seed=seed, buffer_size=1, **more)
         return split_dataset_by_node(stream, rank=rank, world_size=world_size)
 
     def read(self, share: Share, seed: int | None) -> Iterator[Encoded | Unreadable]:
-        # The library itself deals out a process' part to torch's workers.
+        # The library itself splits a process's part between torch's workers.
         for number, item in enumerate(self._part(share.rank, share.world_size, seed)):
             image = item["image"]
             path = f"{self.name}: {image['path'] or f'image {number} of worker {share.worker}'}"
@@ -200,7 +200,7 @@ class HuggingFaceStream:
 
 
 def read_tar(shard: Path) -> Iterator[Encoded | Unreadable]:
-    """Read the samples of a shard; a damaged shard is reported and given up where it is damaged."""
+    """Read the samples of a shard; if it is damaged, report that and stop at the damage."""
     sample: dict[str, bytes] = {}
     key = None
     try:
@@ -218,7 +218,7 @@ def read_tar(shard: Path) -> Iterator[Encoded | Unreadable]:
                 sample[ending.lower()] = file.read()
             end = tar.offset
         yield from _sample(shard, key, sample)
-        # tarfile takes a file that breaks off between two members for a whole one.
+        # tarfile does not notice when a file is cut off between two members.
         if shard.suffix == ".tar" and not _has_end_mark(shard, end):
             yield Unreadable(str(shard), "ReadError: the file breaks off, without the end mark of a tar file")
     except (OSError, EOFError, tarfile.TarError) as error:
@@ -247,20 +247,20 @@ def _sample(
 
 
 class StreamBatches(IterableDataset[Batch]):
-    """Batches of a stream: in training without end, otherwise every image once over all processes.
+    """Batches of a stream: endless in training, otherwise every image once over all processes.
 
-    An image that cannot be read is reported and left out. With DataLoader's workers each one makes batches of
-    its own, and the loader takes turns.
+    Unreadable images are reported and left out. Each DataLoader worker makes its own batches, and the loader
+    takes turns.
 
     Args:
         source: see :class:`Source`.
-        batch_size: of one process; the last one of a worker is smaller.
+        batch_size: of one process; a worker's last batch can be smaller.
         num_classes: labels must be in [0, num_classes).
         image_size: S.
-        transform: from an image in RGB to float32 [3, S, S].
-        max_pixels: a larger image counts as unreadable, and is not decoded.
+        transform: from an RGB image to float32 [3, S, S].
+        max_pixels: a larger image counts as unreadable and is not decoded.
         seed: of the run.
-        training: shuffled, and over and over.
+        training: shuffle the stream and repeat it without end.
         rank: of this process.
         world_size: number of processes.
     """
@@ -290,15 +290,15 @@ class StreamBatches(IterableDataset[Batch]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration (workers that run already do not see it)."""
+        """Choose the order of the next iteration; running workers do not notice."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of this worker.
 
         Raises:
-            RuntimeError: too many images in a row cannot be read, or in training there is none to read.
-            ValueError: a label out of range.
+            RuntimeError: too many images in a row are unreadable, or in training there is none to read.
+            ValueError: a label is out of range.
         """
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
@@ -354,7 +354,7 @@ class StreamBatches(IterableDataset[Batch]):
 def shuffled(
     samples: Iterable[Encoded | Unreadable], seed: int, size: int = SHUFFLE_BUFFER
 ) -> Iterator[Encoded | Unreadable]:
-    """Yield the samples in another order: each drawn from the next `size` that have not been yet."""
+    """Yield the samples shuffled: each is drawn from a buffer of the next `size` samples."""
     generator = random.Random(seed)
     waiting: list[Encoded | Unreadable] = []
     for sample in samples:

@@ -1,4 +1,4 @@
-"""timm's training transforms, together with which part of the image they show."""
+"""timm's training transforms, optionally reporting which part of the image they show."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Matrix = npt.NDArray[np.float64]
 
 
 def train_transform(**arguments: Any) -> Transform:
-    """Return timm's training transform: from an image in RGB to float32 [3, S, S].
+    """Return timm's training transform: from an RGB image to float32 [3, S, S].
 
     Args:
         arguments: of `timm.data.create_transform`.
 
     Raises:
-        ValueError: auto_augment is not a policy of timm's.
+        ValueError: auto_augment is not one of timm's policies.
     """
     transform = _create(arguments)
     _mend(transform.transforms)
@@ -37,22 +37,22 @@ def train_transform(**arguments: Any) -> Transform:
 
 
 class CropWithLabels:
-    """timm's training transform that also says which part of the image is seen.
+    """timm's training transform that also returns which part of the image is shown.
 
-    Given the same random numbers, the image is that of :func:`train_transform`, bit for bit. What
-    auto_augment rotates, shears or translates is part of the answer.
+    With the same random numbers, the image equals that of :func:`train_transform`, bit for bit. Rotations,
+    shears and translations by auto_augment are included in the returned crop.
 
     Args:
         arguments: of `timm.data.create_transform`.
 
     Raises:
-        ValueError: auto_augment is not a policy of timm's, or is AugMix, which shows several places in one.
+        ValueError: auto_augment is not one of timm's policies, or is AugMix, which blends several views.
     """
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         if (arguments.get("auto_augment") or "").startswith("augmix"):
             raise ValueError("token labels cannot follow auto_augment augmix: it blends several views")
-        # In three parts: crop and flip, auto_augment or colour jitter, what makes a tensor.
+        # In three parts: crop and flip, auto_augment or colour jitter, conversion to a tensor.
         first, colours, last = _create({**arguments, "separate": True})
         _mend(colours.transforms)
         for op in _ops(colours.transforms):
@@ -91,11 +91,11 @@ class CropWithLabels:
 
 
 def view_matrix(function: Callable[..., Image.Image], amount: float, size: tuple[int, int]) -> Matrix:
-    """Return where the places of a moved view lie in the view before, both in shares of width and height.
+    """Return the map from points of a moved view to the original one, both in fractions of width and height.
 
     Args:
         function: of `timm.data.auto_augment`, one of `MOVES`.
-        amount: its argument.
+        amount: the argument of `function`.
         size: width and height in pixels.
 
     Returns:
@@ -115,7 +115,7 @@ def _rotation(degrees: float, width: int, height: int) -> Matrix:
     return np.linalg.inv(to_middle) @ _affine(cosine, -sine, 0, sine, cosine, 0) @ to_middle
 
 
-#: What timm's functions do to places in pixels, given their argument and the image's width and height.
+#: The maps of timm's functions in pixel coordinates, given their argument and the image's width and height.
 MOVES: dict[Callable[..., Image.Image], Callable[[float, int, int], Matrix]] = {
     auto_augment.rotate: _rotation,
     auto_augment.shear_x: lambda factor, width, height: _affine(1, factor, 0, 0, 1, 0),
@@ -131,7 +131,7 @@ def _create(arguments: Mapping[str, Any]) -> Any:
     policy: str | None = arguments.get("auto_augment")
     if policy:
         name, *sections = policy.split("-")
-        # timm leaves out sections that have no number; those of RandAugment with a t name its operations.
+        # timm ignores sections without a number, except RandAugment's t sections, which name its operations.
         known = all(re.search(r"\d", part) or (name == "rand" and part[:1] == "t") for part in sections)
         problem = (
             f"auto_augment must be timm's name of a policy, such as rand-m9-mstd0.5-inc1, got {policy!r}"
@@ -140,17 +140,17 @@ def _create(arguments: Mapping[str, Any]) -> Any:
             raise ValueError(problem)
         try:
             create_transform(arguments["input_size"], is_training=True, auto_augment=policy)
-        # timm's answers to an unknown one, the first often without a word.
+        # What timm raises for an unknown policy, the first often without a message.
         except (AssertionError, KeyError, ValueError) as error:
             raise ValueError(problem) from error
     return create_transform(is_training=True, **arguments)
 
 
 def _mend(transforms: list[Any]) -> None:
-    """Have posterizing to 0 bits give a black image, as with the Pillow that timm was written for.
+    """Make posterizing to 0 bits give a black image, as in the Pillow versions that timm was written for.
 
-    timm's increasing policies draw it now and then (rand-m9-mstd0.5-inc1 in 2 % of cases); from Pillow 13 on
-    it is a ValueError, which would end the run.
+    timm's increasing policies sometimes draw 0 bits (rand-m9-mstd0.5-inc1 in 2 % of cases). From Pillow 13 on
+    that is a ValueError, which would end the run.
     """
     for op in _ops(transforms):
         if op.aug_fn is auto_augment.posterize:

@@ -1,7 +1,7 @@
-"""The model families that :func:`evit_ext.apply` knows, and what is particular about each.
+"""The model families that :func:`evit_ext.apply` supports.
 
-A family is a module of this package: which block classes can be replaced, by what, and how positions reach
-the blocks. To support other models, add a module and its family to ``FAMILIES``.
+Each family is a module of this package. It defines which block classes can be replaced, by what, and how
+positions reach the blocks. To support other models, add a module and its family to ``FAMILIES``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _REASONS = {
 
 
 def family_of(vit: nn.Module) -> Family:
-    """Return the family of `vit`; ValueError that says why if it belongs to none."""
+    """Return the family of `vit`; a ValueError explains why it belongs to none."""
     if _is_of_transformers(vit):
         return _huggingface().family_of(vit)
     name = type(vit).__name__
@@ -78,7 +78,7 @@ def family_of(vit: nn.Module) -> Family:
         if replaced & set(family.blocks):
             break
     else:
-        family = vision_transformer.FAMILY  # whose check of the blocks says what is expected
+        family = vision_transformer.FAMILY  # its check of the blocks reports what is expected
     if family.model is not None:
         raise ValueError(f"{name} is not supported: it has the blocks of {family.name}, but is none")
     if not hasattr(vit, "num_prefix_tokens"):
@@ -89,13 +89,13 @@ def family_of(vit: nn.Module) -> Family:
 
 
 def _is_of_transformers(vit: Any) -> bool:
-    """Return whether `vit` is a model of transformers, without importing it, which takes seconds."""
+    """Return whether `vit` is a transformers model, without importing transformers, which takes seconds."""
     transformers = sys.modules.get("transformers")
     return transformers is not None and isinstance(vit, transformers.PreTrainedModel)
 
 
 def _huggingface() -> Any:
-    """Return the module for transformers' models; ValueError if transformers is too old for it."""
+    """Return the module for transformers models; ValueError if transformers is too old."""
     version = importlib.metadata.version("transformers")
     release = re.match(r"(\d+)\.(\d+)", version)
     if release is None or tuple(map(int, release.groups())) < MINIMUM_TRANSFORMERS:
@@ -114,7 +114,7 @@ def _hint_of_wrapper(vit: nn.Module) -> str:
 
 
 def check_block(family: Family, block: nn.Module, location: int) -> None:
-    """Raise ValueError unless `block` is one that a reorganising block of `family` can replace."""
+    """Raise ValueError unless a reorganising block of `family` can replace `block`."""
     if "forward" in block.__dict__:
         raise ValueError(
             f"block {location} has a forward of its own, in the place of its class's, as accelerate's hooks "
@@ -140,7 +140,7 @@ def _full_name(cls: type) -> str:
 
 
 def find_blocks(vit: Any) -> Blocks | None:
-    """Return the blocks of `vit`; None where it has none that are known."""
+    """Return the blocks of `vit`, or None if it has no supported blocks."""
     if _is_of_transformers(vit):
         return _huggingface().find_blocks(vit)
     blocks = getattr(vit, "blocks", None)
@@ -148,19 +148,19 @@ def find_blocks(vit: Any) -> Blocks | None:
 
 
 def cpu_forwards(vit: Any) -> Mapping[type[nn.Module], type[CpuForward]]:
-    """Return, for classes of modules in the blocks of `vit`, what takes the place of their forward."""
+    """Return, by module class, the CPU replacements for forwards inside the blocks of `vit`."""
     if _is_of_transformers(vit):
         return _huggingface().CPU_FORWARDS
     return _CPU_FORWARDS
 
 
 def vision_tower(vit: Any) -> Any:
-    """Return the vision model in a model of transformers; of others, `vit` itself."""
+    """Return the vision model inside a transformers model, or `vit` itself for any other model."""
     return _huggingface().vision_tower(vit) if _is_of_transformers(vit) else vit
 
 
 def reorganizing_blocks(vit: nn.Module) -> list[ReorganizingBlock]:
-    """Return the reorganising blocks of `vit`, in order; empty where `apply` was not called."""
+    """Return the reorganising blocks of `vit` in order; empty if `apply` was not called."""
     return [block for block in find_blocks(vit) or () if isinstance(block, ReorganizingBlock)]
 
 

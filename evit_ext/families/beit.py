@@ -1,11 +1,11 @@
-"""timm's Beit: BEiT, BEiT v2 and data2vec, whose attention has a bias for every pair of places.
+"""timm's Beit: BEiT, BEiT v2 and data2vec, whose attention has a bias for every pair of positions.
 
-Once patches are dropped, every block needs the biases between the tokens that are left. As with rotary
-embeddings (:mod:`evit_ext.families.eva`), the model hands its blocks a :class:`TokenTrail`, and every block
-gathers rows and columns of its bias along. The bias then differs from image to image: [B, H, N, N] for the N
-tokens that are left, where the unchanged model has [1, H, N, N] for all.
+Once patches are dropped, every block needs the biases between the remaining tokens. As with rotary embeddings
+(:mod:`evit_ext.families.eva`), the model passes its blocks a :class:`TokenTrail`, and each block uses it to
+gather the rows and columns of its bias. The bias then differs between images: [B, H, N, N] for the N
+remaining tokens, where the unchanged model shares one [1, H, N, N].
 
-A fused token has no place on the grid. Its biases are those of the class token, which has none either.
+A fused token has no position on the grid, nor has the class token, whose biases it uses.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from evit_ext.trail import TokenTrail
 
 
 class BiasTrail(TokenTrail):
-    """A trail that is handed to the blocks in the place of the bias they share.
+    """A trail that the blocks receive instead of their shared bias.
 
     Args:
-        positions: the bias that all blocks share, [H, N, N], or None.
+        positions: the bias shared by all blocks, [H, N, N], or None.
     """
 
     def bias(self, attention: Any, stage: int) -> Tensor | None:
-        """Return what `attention` adds to its products at stage `stage`: [B or 1, H, N, N], or None."""
+        """Return the bias that `attention` adds to its logits at `stage`: [B or 1, H, N, N], or None."""
         own = attention.relative_position_bias_table is not None
         bias: Tensor | None = attention._get_rel_pos_bias() if own else None  # [1, H, N, N]
         if self.positions is not None:
@@ -40,16 +40,16 @@ class BiasTrail(TokenTrail):
         patches = self.patches(stage)
         if bias is None or patches is None:
             return bias
-        # The class token is token 0, patch i is token i + 1, and a fused token, -1, is taken for the former.
+        # The class token is token 0, patch i is token i + 1, and a fused token (-1) maps to the class token.
         tokens = nn.functional.pad(patches + 1, (1, 0))
         return bias[0, :, tokens[:, :, None], tokens[:, None, :]].transpose(0, 1)
 
 
 class _BeitBlock(GammaBranches, AdoptedBlock):
-    """What the blocks of a Beit that reorganises tokens have in common."""
+    """Shared by all blocks of a Beit that reorganises tokens."""
 
     def follow(self, x: Tensor, trail: BiasTrail) -> Tensor:
-        """Return what the replaced block computes, of the tokens that are left."""
+        """Return the replaced block's result for the remaining tokens."""
         if trail.patches(self.stage) is None:
             return self.as_before(x, shared_rel_pos_bias=trail.positions)
         x = x + self.attention_branch(x, _no_score, trail)[0]
@@ -63,21 +63,21 @@ class _BeitBlock(GammaBranches, AdoptedBlock):
 
 
 def _trail(shared_rel_pos_bias: Any) -> BiasTrail:
-    """Return what a block is handed as a trail: a block that is called by itself is handed a bias."""
+    """Return a block's argument as a trail: a block that is called directly receives a bias."""
     given = shared_rel_pos_bias
     return given if isinstance(given, BiasTrail) else BiasTrail(given)
 
 
 def _no_score(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """Return anything, where nobody wants scores."""
+    """Return a placeholder where the scores are not used."""
     return q
 
 
 class FollowingBeitBlock(_BeitBlock):
-    """A Beit block with the biases between the tokens that are left where it stands."""
+    """A Beit block that does not drop tokens but uses the biases of those that reach it."""
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Any = None) -> Tensor:
-        """Return what the replaced block computes, of the tokens that are left."""
+        """Return the replaced block's result for the remaining tokens."""
         return self.follow(x, _trail(shared_rel_pos_bias))
 
 
@@ -91,10 +91,10 @@ class ReorganizingBeitBlock(_BeitBlock, ReorganizingBlock):
 
 
 class StartTrail(nn.Module):
-    """Where a Beit has no bias that its blocks share: hands out a new trail with every forward."""
+    """Stands in for the shared bias of a Beit that has none; returns a new trail in every forward."""
 
     def set_window_size(self, window_size: tuple[int, int]) -> None:
-        """Change nothing: there is no bias whose size it would be."""
+        """Do nothing: there is no bias to resize."""
 
     def forward(self) -> BiasTrail:
         """Return a new trail."""
@@ -102,20 +102,20 @@ class StartTrail(nn.Module):
 
 
 def _start_trail(module: nn.Module, arguments: tuple[()], bias: Tensor) -> BiasTrail:
-    """As a forward hook, make the module of the shared bias hand out a trail with every forward."""
+    """Forward hook that makes the shared-bias module return a new trail in every forward."""
     return BiasTrail(bias)
 
 
 def _has_positions(vit: Any) -> bool:
-    """Return whether the blocks of a Beit have biases, or are told them."""
-    # Asked before the blocks are checked, which may be anything.
+    """Return whether the blocks of a Beit have biases of their own or share one."""
+    # The blocks have not been checked yet, so they can be of any class.
     attentions = (getattr(block, "attn", None) for block in vit.blocks)
     own = any(getattr(attn, "relative_position_bias_table", None) is not None for attn in attentions)
     return own or vit.rel_pos_bias is not None
 
 
 def _install(vit: Any) -> None:
-    """Make a Beit hand trails to its blocks."""
+    """Make a Beit pass trails to its blocks."""
     if vit.rel_pos_bias is None:
         vit.rel_pos_bias = StartTrail()
     else:
@@ -126,7 +126,7 @@ def _uninstall(vit: Any) -> None:
     """Undo :func:`_install`."""
     shared = vit.rel_pos_bias
     if isinstance(shared, StartTrail):
-        # Assigned at once, None would stay among the submodules, and be seen when the model is printed.
+        # Assigning None without deleting would leave an entry among the submodules, visible in print(model).
         del vit.rel_pos_bias
         vit.rel_pos_bias = None
     elif shared is not None:

@@ -1,12 +1,11 @@
 """timm's Eva: EVA, EVA-02, DINOv3, Perception Encoder and other ViTs with rotary position embeddings.
 
-The blocks of these models are told the rotary embeddings of all patches with every call. Once patches are
-dropped, every block needs those of the tokens that are left; so the model is made to hand its blocks a
-:class:`TokenTrail` instead, which the reorganising blocks add their stages to, and of which every block takes
-what belongs to its tokens. The trail goes from block to block as an argument, hence also to a block that
-gradient checkpointing computes again.
+These models pass the rotary embeddings of all patches to every block. Once patches are dropped, each block
+needs those of the remaining tokens. The model is therefore made to pass a :class:`TokenTrail` instead:
+reorganising blocks add their stages to it, and every block reads the embeddings of its own tokens from it.
+The trail travels as an argument, so it also reaches a block that gradient checkpointing computes again.
 
-A fused token has no place on the grid. Like a class token, it is not rotated.
+A fused token has no position on the grid. Like a class token, it is not rotated.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ else:
 
 
 class RotaryTrail(TokenTrail):
-    """A trail that is handed to the blocks in the place of rotary embeddings.
+    """A trail that the blocks receive instead of rotary embeddings.
 
     Args:
-        positions: timm's rotary embeddings of all patches, [N - P, 2 D] with the sines in the first half, or
-            with batch or heads or both in front; for models that have their own in each block, with the depth
-            before all that, to be indexed by it.
+        positions: timm's rotary embeddings of all patches, [N - P, 2 D] with the sines in the first half,
+            optionally with batch or head dimensions or both in front. Models with separate embeddings for
+            each block have the depth as the first dimension, and index it by block.
     """
 
     def __getitem__(self, block: int) -> RotaryTrail:
@@ -58,7 +57,7 @@ class RotaryTrail(TokenTrail):
         # [B or 1, H or 1, N - P, 2 D]
         rope = rope.reshape((1,) * (4 - rope.dim()) + tuple(rope.shape))
         sines, cosines = rope.chunk(2, dim=-1)
-        # A row for fused tokens, which -1 finds: the rotation by nothing.
+        # The last row, which index -1 selects, is for fused tokens: no rotation.
         rope = torch.cat(
             [
                 rope,
@@ -76,12 +75,12 @@ def _rope(rope: Any, stage: int) -> Tensor | None:
 
 
 class FollowingEvaBlock(AdoptedBlock):
-    """An Eva block that is told the rotary embeddings of the tokens that are left where it stands."""
+    """An Eva block that does not drop tokens but uses the rotary embeddings of those that reach it."""
 
     def forward(
         self, x: Tensor, rope: Any = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """Return what the replaced block computes."""
+        """Return the replaced block's result."""
         masks = mask_arguments(attn_mask, is_causal)
         return self.as_before(x, rope=_rope(rope, self.stage), **masks)
 
@@ -92,7 +91,7 @@ class ReorganizingEvaBlock(GammaBranches, ReorganizingBlock):
     def forward(
         self, x: Tensor, rope: Any = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """Return the reorganised tokens of `x`; masks only where all patches are kept."""
+        """Return the reorganised tokens of `x`; masks are allowed only if all patches are kept."""
         trail = rope if isinstance(rope, RotaryTrail) else None
         rope = _rope(rope, self.stage)
         masks = mask_arguments(attn_mask, is_causal)
@@ -124,7 +123,7 @@ class ReorganizingEvaBlockPostNorm(ReorganizingEvaBlock):
 
 
 class StartTrail(Override):
-    """In the place of Eva's ``_pos_embed``: hands out a new trail with every forward."""
+    """Overrides Eva's ``_pos_embed`` to return a new trail in every forward."""
 
     def __call__(self, x: Tensor) -> tuple[Tensor, RotaryTrail | None]:
         """Return the tokens with their position embedding, and a trail of the rotary embeddings."""
@@ -133,12 +132,12 @@ class StartTrail(Override):
 
 
 def _has_positions(vit: Any) -> bool:
-    """Return whether the blocks of an Eva are told positions."""
+    """Return whether an Eva passes positions to its blocks."""
     return vit.rope is not None
 
 
 def _install(vit: Any) -> None:
-    """Make an Eva hand trails to its blocks."""
+    """Make an Eva pass trails to its blocks."""
     StartTrail(vit, "_pos_embed").install()
 
 

@@ -1,4 +1,4 @@
-"""What :func:`evit_ext.apply` has to know of a family of models."""
+"""What :func:`evit_ext.apply` needs to know about a family of models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _prefix_tokens_of_timm(vit: Any) -> int:
 
 
 def _class_token_of_timm(vit: Any) -> bool:
-    # timm counts register tokens as prefix tokens too, so their number does not tell about a class token.
+    # The number of prefix tokens does not answer this: timm counts register tokens among them.
     return getattr(vit, "cls_token", None) is not None
 
 
@@ -37,18 +37,18 @@ class Family:
 
     Attributes:
         name: for messages.
-        model: the class of the models, subclasses included; None for any that has such blocks.
-        blocks: for each block class that can be replaced, by what.
-        attentions: the attentions that such a block may hold.
-        attention: the attribute of a block that holds it.
-        following: what takes the place of the blocks that do not reorganise, where `has_positions`.
-        has_positions: whether the model tells its blocks the positions of the tokens.
-        install: prepares the model beyond its blocks, where `has_positions`.
+        model: the class of the models, subclasses included; None accepts any model with these blocks.
+        blocks: the replacement for each block class that can be replaced.
+        attentions: the attention classes that such a block may hold.
+        attention: the attribute of a block that holds its attention.
+        following: the replacement for blocks that do not reorganise, used if `has_positions`.
+        has_positions: returns whether the model passes positions of the tokens to its blocks.
+        install: prepares the rest of the model, if `has_positions`.
         uninstall: undoes `install`.
         find_blocks: returns the blocks of a model.
-        num_prefix_tokens: returns how many tokens stand before the patches.
-        has_class_token: returns whether the first of them is a class token.
-        cpu_forwards: for classes of modules in a block, what takes the place of their forward.
+        num_prefix_tokens: returns the number of tokens before the patches.
+        has_class_token: returns whether the first token is a class token.
+        cpu_forwards: the CPU replacement of the forward, by module class.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What the blocks of timm's Eva and Beit have in common: branches scaled by the block's own parameters."""
+"""Shared by the blocks of timm's Eva and Beit: branches scaled by parameters of the block."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class GammaBranches(nn.Module):
-    """Branches of attention and MLP, scaled by ``gamma_1`` and ``gamma_2`` where these are not None."""
+    """Attention and MLP branches, scaled by ``gamma_1`` and ``gamma_2`` where these are not None."""
 
     norm1: nn.Module
     attn: nn.Module
@@ -18,7 +18,7 @@ class GammaBranches(nn.Module):
     drop_path2: nn.Module
 
     def scaled_attention(self, attended: Tensor) -> Tensor:
-        """Return what is added to the tokens, of what the attention returned."""
+        """Return the attention branch: the attention's output, scaled, ready to add to the tokens."""
         return self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
 
     def mlp_norm(self) -> nn.Module | None:

@@ -1,9 +1,9 @@
 """Hugging Face transformers: ViT, DeiT, DINOv2 with and without registers, CLIP's and SigLIP's vision models.
 
-Imported only when such a model is given, as transformers is not needed for anything else.
+Imported only when such a model is given: transformers is an optional dependency.
 
-A reorganising layer is also an instance of the layer class that it replaces: transformers finds layers by
-their class to record hidden states, and that class brings gradient checkpointing.
+A reorganising layer is also an instance of the layer class that it replaces, because transformers finds
+layers by class to record hidden states, and because that class implements gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from evit_ext.families.family import Blocks, Family
 
 @dataclass(frozen=True)
 class Layout:
-    """The names that a layer class has for its parts.
+    """The names of a layer class's parts.
 
     Attributes:
-        norm1, attention, norm2: submodules; the MLP is ``mlp`` everywhere.
-        after_attention, after_mlp: submodules that what these return goes through, in order.
+        norm1, attention, norm2: submodules; the MLP is always ``mlp``.
+        after_attention, after_mlp: submodules applied to the output of attention and MLP, in order.
         out: the attention's projection of its output.
         dropout: the attention's dropout probability.
     """
@@ -57,7 +57,7 @@ _CLIP = Layout("layer_norm1", "self_attn", "layer_norm2", out="out_proj", dropou
 
 
 def attend(attention: Any, layout: Layout, x: Tensor, score: Score) -> tuple[Tensor, Tensor]:
-    """Run one of transformers' attentions on `x` [B, N, C]; as :func:`evit_ext.attention.attend`.
+    """Run one of transformers' attentions on `x` [B, N, C], like :func:`evit_ext.attention.attend`.
 
     Returns:
         The attention's output [B, N, C] and the scores [B, N].
@@ -75,34 +75,34 @@ def attend(attention: Any, layout: Layout, x: Tensor, score: Score) -> tuple[Ten
         scaling, usual = _scaling(attention), attention.head_dim**-0.5
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
         out = out.transpose(1, 2).flatten(2)
-        # Scores scale by themselves as is usual.
+        # `score` applies the default scale; q corrects for any other.
         scores = score(q if scaling == usual else q * (scaling / usual), k, None)
     return linear(getattr(attention, layout.out), out, None), scores
 
 
 def _may_attend(attention: Any, x: Tensor) -> bool:
-    """Return whether an attention without mask may attend with our kernel, which scales as is usual."""
+    """Return whether an unmasked attention may use our kernel, which applies the default scale."""
     usual = _scaling(attention) == attention.head_dim**-0.5
     return usual and cpu_forward.may_replace(attention, x, with_gradient=True) and cpu_forward.attends(x)
 
 
 def _scaling(attention: Any) -> float:
-    """Return the factor of an attention's dot products, which somebody may have changed."""
+    """Return the factor of an attention's dot products, which users can change."""
     usual = attention.head_dim**-0.5
     return float(getattr(attention, "scaling", getattr(attention, "scale", usual)))
 
 
 class CpuAttention(CpuForward):
-    """In the place of the ``forward`` of an attention; subclasses say of which layout."""
+    """Overrides the ``forward`` of an attention; subclasses set its layout."""
 
     LAYOUT: Layout
 
     def __call__(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **named: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what the attention does: its output, and its map, which only "eager" attention gives."""
+        """Return the attention's output and its map; only "eager" attention returns a map."""
         attention: Any = self.module
-        # Another implementation was asked for by name, for its map or its bits.
+        # Only the default implementation is replaced: users choose another one for its map or its exact bits.
         plain = attention_mask is None and attention.config._attn_implementation == "sdpa"
         asked = [value for name, value in named.items() if name not in _RECORDING]
         plain = plain and all(value is None or value is False for value in asked)
@@ -114,30 +114,30 @@ class CpuAttention(CpuForward):
         return out
 
 
-#: What transformers hands on to attentions that asks nothing of them.
+#: Arguments that transformers passes to attentions but that do not change what they compute.
 _RECORDING = frozenset({"output_hidden_states", "return_dict"})
 
 
 class CpuViTAttention(CpuAttention):
-    """In the place of ``ViTAttention``'s and ``DeiTAttention``'s forward."""
+    """Overrides the forward of ``ViTAttention`` and ``DeiTAttention``."""
 
     LAYOUT = _VIT
 
 
 class CpuDinov2Attention(CpuAttention):
-    """In the place of the forward of DINOv2's attentions."""
+    """Overrides the forward of DINOv2's attentions."""
 
     LAYOUT = _DINOV2
 
 
 class CpuCLIPAttention(CpuAttention):
-    """In the place of ``CLIPAttention``'s and ``SiglipAttention``'s forward."""
+    """Overrides the forward of ``CLIPAttention`` and ``SiglipAttention``."""
 
     LAYOUT = _CLIP
 
 
 class CpuMlp(CpuForward):
-    """In the place of the ``forward`` of an MLP of two linear layers."""
+    """Overrides the ``forward`` of an MLP of two linear layers."""
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Return the MLP of `hidden_states` [B, N, C]."""
@@ -150,12 +150,12 @@ class CpuMlp(CpuForward):
 
 
 def _gelu(activation: Any) -> str | None:
-    """Return the `approximate` of the GELU that an activation computes; None for others, and watched ones."""
+    """Return the `approximate` argument of a GELU; None for other activations and those with hooks."""
     if cpu_forward.as_written(activation, nn.GELU):
         return str(activation.approximate)
     if not any(cpu_forward.as_written(activation, kind) for kind in _GELUS):
         return None
-    # What these call, which may be a formula in Python.
+    # The function that these modules call; it can also be a formula in Python.
     function = activation.act
     if function is F.gelu:
         return "none"
@@ -185,12 +185,12 @@ cpu_forward.remember(*CPU_FORWARDS, *_GELUS)
 
 
 class ReorganizingLayer(ReorganizingBlock):
-    """A layer of transformers with token reorganisation; subclasses say of which class."""
+    """A transformers layer with token reorganisation; there is a subclass for each layer class."""
 
     LAYOUT: Layout
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Return the reorganised tokens; a mask only where all patches are kept."""
+        """Return the reorganised tokens; a mask is allowed only if all patches are kept."""
         return self.reorganize(
             hidden_states,
             lambda: self.as_before(hidden_states, attention_mask, **kwargs),
@@ -256,16 +256,16 @@ class ReorganizingSiglipEncoderLayer(ReorganizingLayer, siglip.SiglipEncoderLaye
 
 @dataclass(frozen=True)
 class Tower:
-    """Where in a model of transformers the layers are.
+    """Where a transformers model keeps its vision layers.
 
     Attributes:
         base: the class that all models of the architecture derive from.
         model: the class of the module that holds the layers.
-        layers: returns them.
-        layer, attention: their classes.
-        reorganizing: what takes the place of a layer.
+        layers: returns the layers of that module.
+        layer, attention: the classes of a layer and its attention.
+        reorganizing: the class that replaces a layer.
         num_prefix_tokens: returns the number of tokens before the patches.
-        class_token: whether the first of them is a class token.
+        class_token: whether the first token is a class token.
     """
 
     base: type[nn.Module]
@@ -345,19 +345,19 @@ def _find_tower(model: nn.Module) -> tuple[Tower, nn.Module] | None:
 
 
 def find_blocks(model: nn.Module) -> Blocks | None:
-    """Return the layers of the vision model in `model`; None where there is none that is known."""
+    """Return the layers of the vision model in `model`, or None if it has no supported one."""
     found = _find_tower(model)
     return None if found is None else found[0].layers(found[1])
 
 
 def vision_tower(model: nn.Module) -> nn.Module:
-    """Return the vision model in `model`; `model` itself where there is none that is known."""
+    """Return the vision model in `model`, or `model` itself if it has no supported one."""
     found = _find_tower(model)
     return model if found is None else found[1]
 
 
 def family_of(model: nn.Module) -> Family:
-    """Return the family of a model of transformers; ValueError that says why if it cannot be supported."""
+    """Return the family of a transformers model; a ValueError explains why it is not supported."""
     name = type(model).__name__
     if name.endswith(("ForMaskedImageModeling", "Backbone")):
         raise ValueError(f"{name} is not supported: it needs a token for every patch at the end")

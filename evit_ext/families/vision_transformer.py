@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Not from timm.layers, where its oldest versions do not have Attention.
+# Attention is not imported from timm.layers: the oldest supported versions do not have it there.
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from evit_ext.families.family import Family
 
 
 def mask_arguments(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
-    """Return the masks as arguments; none where there is no mask, as older versions of timm know none."""
+    """Return the masks as arguments; empty without a mask, because older versions of timm do not take any."""
     masked = attn_mask is not None or is_causal
     return {"attn_mask": attn_mask, "is_causal": is_causal} if masked else {}
 
@@ -41,7 +41,7 @@ class ReorganizingViTBlock(ReorganizingBlock):
         is_causal: bool = False,
         kept: list[Tensor] | None = None,
     ) -> Tensor:
-        """Return the reorganised tokens of `x`; masks only where all patches are kept."""
+        """Return the reorganised tokens of `x`; masks are allowed only if all patches are kept."""
         masks = mask_arguments(attn_mask, is_causal)
         return self.reorganize(x, lambda: self.as_before(x, **masks), masked=bool(masks), kept=kept)
 
@@ -79,7 +79,7 @@ class ReorganizingResPostBlock(ReorganizingViTBlock):
 
 FAMILY = Family(
     name="timm's VisionTransformer",
-    model=None,  # other models with such blocks and a class token work, too
+    model=None,  # other models with these blocks and a class token work too
     blocks={Block: ReorganizingViTBlock, ResPostBlock: ReorganizingResPostBlock},
     attentions=(Attention,),
     cpu_forwards={Attention: CpuAttention, Mlp: CpuMlp},

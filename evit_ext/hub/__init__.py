@@ -1,4 +1,4 @@
-"""Models in folders and on the Hugging Face hub, which carry their keep rate: to be read by timm, too."""
+"""Models with their keep rate, saved to folders and the Hugging Face hub in a format that timm reads too."""
 
 from evit_ext.hub.loading import from_pretrained
 from evit_ext.hub.saving import push_to_hub, save_pretrained

@@ -1,4 +1,4 @@
-"""The card of a model: README.md of its repository on the Hugging Face hub."""
+"""A model's card: the README.md of its repository on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _DENSE = """Without evit_ext, the same model with all patches is
 def model_card(
     model: nn.Module, config: dict[str, Any], repo_id: str, license: str | None, description: str
 ) -> str:
-    """Return the card's Markdown, with the metadata that the hub reads in front.
+    """Return the card's Markdown, which begins with the metadata that the hub reads.
 
     Args:
         model: in any mode.
-        config: what config.json says of it.
+        config: the contents of its config.json.
         repo_id: "owner/name".
         license: of the weights; None leaves it open.
-        description: a text of one's own.
+        description: the author's own text.
     """
     cfg, evit = config["pretrained_cfg"], config["evit"]
     rate = evit["keep_rate"]
@@ -50,7 +50,7 @@ def model_card(
     rates = ", ".join(f"{value:g}" for value in (rate if isinstance(rate, list) else [rate]))
     blocks = ", ".join(map(str, evit["drop_loc"]))
     dropped = "dropped" if not evit.get("fuse_token") else "fused into one token"
-    # With timm's defaults where the configuration says nothing.
+    # timm's defaults fill in what the configuration leaves out.
     image = timm.data.resolve_data_config(pretrained_cfg=cfg)
     height, width = cfg["input_size"][1:]
     facts = {

@@ -20,10 +20,10 @@ from evit_ext.models.by_name import create, is_ours
 #: The files of a model, as timm names them.
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
-#: What config.json has about token reorganisation, of which timm knows nothing.
+#: The entry of config.json about token reorganisation, which timm ignores.
 ENTRY = "evit"
 
-#: Arguments of timm.create_model that say where weights come from: these are in the folder.
+#: Arguments of timm.create_model for where weights come from; here they are in the folder.
 _NOT_OF_A_MODEL = frozenset(
     {"model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 )
@@ -34,23 +34,22 @@ def from_pretrained(
 ) -> nn.Module:
     """Return the model that :func:`evit_ext.save_pretrained` or :func:`evit_ext.push_to_hub` wrote.
 
-    Nothing in the files is executed: the model is built by its name, of :mod:`evit_ext.models` or timm, and
+    Nothing in the files is executed: the model is built by its name in :mod:`evit_ext.models` or timm, and
     the weights are safetensors.
 
     Args:
         source: a folder, or ``hf-hub:owner/name`` with or without ``@revision``.
-        keep_rate: another one than it was saved with: one number, or one for each stage.
+        keep_rate: replaces the saved keep rate: one number, or one for each stage.
 
     Returns:
-        The model, with the same blocks that reorganise, weights and dtype as it was saved: in eval mode, on
-        the CPU.
+        The model in eval mode on the CPU, with the reorganising blocks, weights and dtype that were saved.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: there is no such folder, or a file is missing in it.
-        ValueError: config.json is damaged, or names a model or arguments that are not known; or the weights
-            do not fit; or `keep_rate` is out of range, or not one for each stage.
-        TypeError: `keep_rate` is no number, nor a list of them.
-        RuntimeError: it could not be fetched from the hub.
+        FileNotFoundError, NotADirectoryError: the folder does not exist, or lacks a file.
+        ValueError: config.json is damaged, or names an unknown model or unknown arguments; the weights do not
+            fit; or `keep_rate` is out of range or does not have one number for each stage.
+        TypeError: `keep_rate` is neither a number nor a list of numbers.
+        RuntimeError: the model could not be fetched from the hub.
 
     Example:
         >>> model = evit_ext.from_pretrained("hf-hub:owner/name")
@@ -63,13 +62,13 @@ def from_pretrained(
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_file} names a model that cannot be built: {error}") from error
     if keep_rate is not None:
-        set_keep_rate(model, keep_rate)  # which may be refused: before the weights are fetched
+        set_keep_rate(model, keep_rate)  # raises for bad keep rates, so it runs before weights are fetched
     load_checkpoint(model, _find(source, WEIGHTS))
     return model.eval()
 
 
 def _find(source: str | os.PathLike[str], name: str) -> Path:
-    """Return a file of a model, fetched where it is not here."""
+    """Return a file of a model, fetched from the hub if `source` is there."""
     if isinstance(source, str) and source.startswith(HUB_PREFIXES):
         return hub_file(source, (name,))
     folder = Path(source).expanduser()
@@ -85,7 +84,7 @@ def _find(source: str | os.PathLike[str], name: str) -> Path:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Return what config.json says, with the entries that are needed."""
+    """Return the contents of config.json, checked for the required entries."""
     try:
         config = json.loads(file.read_text("utf-8"))
     except ValueError as error:
@@ -102,13 +101,13 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _build(config: dict[str, Any]) -> nn.Module:
-    """Return the model of a config.json without its weights; TypeError or ValueError if it cannot be."""
+    """Build the model of a config.json, without its weights; TypeError or ValueError if that fails."""
     name, evit = config["architecture"], config[ENTRY]
     arguments = dict(config.get("model_args") or {})
     refused = sorted(_NOT_OF_A_MODEL & arguments.keys())
     if refused:
         raise ValueError(f"model_args must be arguments of the model, got {', '.join(refused)}")
-    # JSON knows no tuples, which timm has for the image's size and its normalisation.
+    # JSON has no tuples, but timm uses them for the image size and normalisation.
     cfg = {key: tuple(v) if isinstance(v, list) else v for key, v in config["pretrained_cfg"].items()}
     for entry in ("num_classes", "label_names", "label_descriptions"):  # as timm does
         if entry in config:

@@ -1,4 +1,4 @@
-"""Models to a folder, and to a repository of the Hugging Face hub."""
+"""Saving models to a folder or to a repository on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from evit_ext.models.by_name import is_ours
 
 _CARD = "README.md"
 
-#: Recorded arguments that say how weights begin, not what the model is.
+#: Recorded arguments that concern the initial weights, not the model itself.
 _OF_BEGINNINGS = ("weight_init", "pretrained_strict")
 
 
@@ -41,37 +41,37 @@ def save_pretrained(
     description: str = "",
     repo_id: str | None = None,
 ) -> Path:
-    """Write a model with its keep rate to a folder: config.json, model.safetensors, and a card, README.md.
+    """Write a model with its keep rate to a folder: config.json, model.safetensors and a card, README.md.
 
-    The files are in timm's format. :func:`evit_ext.from_pretrained` returns the model as it is.
-    ``timm.create_model("local-dir:folder", pretrained=True)`` returns it, too, where it is one of
-    :mod:`evit_ext.models` and evit_ext is imported; of a model that :func:`evit_ext.apply` changed, it is the
-    one without token reorganisation, even where evit_ext is not installed.
+    The files are in timm's format. :func:`evit_ext.from_pretrained` returns the same model.
+    ``timm.create_model("local-dir:folder", pretrained=True)`` also does for models of :mod:`evit_ext.models`,
+    if evit_ext is imported. For a model that :func:`evit_ext.apply` changed, it returns the one without token
+    reorganisation, even where evit_ext is not installed.
 
-    Before they take the place of what the folder has, the files are loaded and an image goes through both
-    models, so that nothing is left that cannot be loaded again.
+    Before the files replace those in the folder, they are loaded and an image goes through both models, so
+    that the folder never ends up with files that cannot be loaded again.
 
     Args:
-        model: of :mod:`evit_ext.models`, or of timm and changed by :func:`evit_ext.apply`; wrapped
+        model: one of :mod:`evit_ext.models`, or a timm model that :func:`evit_ext.apply` changed; wrapped
             (DistributedDataParallel, torch.compile) or not.
-        folder: is made where it is not there; other files in it stay, as does a README.md.
+        folder: created if missing; other files in it stay, and so does a README.md.
         label_names: a name for each class.
-        pretrained_cfg: of timm's entries those that are others than the model's, such as ``mean``, ``std``
-            and ``crop_pct`` of its images.
+        pretrained_cfg: timm's entries that differ from the model's own, such as ``mean``, ``std`` and
+            ``crop_pct`` of its images.
         model_args: arguments that the model was built with. Newer versions of timm (1.0.31) remember those of
-            ``timm.create_model``; with older ones, what is not known by the model's name has to be said, but
-            for the image's size and what drops patches.
+            ``timm.create_model``. With older ones, pass whatever the model's name does not imply, except the
+            image size and the token reorganisation.
         license: of the weights, for the card, such as "apache-2.0".
         description: text for the card.
-        repo_id: of the hub, for the card's title and example; default "owner/" and the folder's name.
+        repo_id: on the hub, for the card's title and example; default "owner/" and the folder's name.
 
     Returns:
         The folder.
 
     Raises:
-        TypeError: `model` is no module, or an entry is not known to timm.
-        ValueError: the model cannot be built again from a name and arguments, the files would hold another
-            model, or `label_names` are not as many as the classes.
+        TypeError: `model` is not a module, or timm does not know an entry.
+        ValueError: the model cannot be built again from a name and arguments, the files would hold a
+            different model, or `label_names` does not have one name for each class.
         OSError: the folder cannot be written.
     """
     vit = _savable(model, label_names)
@@ -79,7 +79,7 @@ def save_pretrained(
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file: give a folder")
     target.mkdir(parents=True, exist_ok=True)
-    # Beside what is there, so that files that cannot be loaded never take its place.
+    # A temporary folder, so that files that cannot be loaded never replace existing ones.
     with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as name:
         new = Path(name)
         config = _write_config(vit, new / CONFIG, label_names, pretrained_cfg, model_args)
@@ -105,16 +105,16 @@ def push_to_hub(
     commit_message: str = "Add model",
     **settings: Any,
 ) -> str:
-    """Write a model to a repository of the Hugging Face hub, which is made where it is not there.
+    """Write a model to a repository on the Hugging Face hub, which is created if missing.
 
-    What is written is what :func:`save_pretrained` writes. A README.md of the repository stays. The tests put
-    a stand-in in the place of the hub; with the hub itself it has not been tried.
+    The files are those of :func:`save_pretrained`. An existing README.md stays. The tests use a stand-in for
+    the hub; this has not been tried with the hub itself.
 
     Args:
-        model: as of :func:`save_pretrained`.
+        model: as in :func:`save_pretrained`.
         repo_id: "owner/name".
-        private: make a private repository; of one that is there, nothing changes.
-        token: to the hub; default that of ``hf auth login`` or the variable HF_TOKEN.
+        private: make a new repository private; an existing one does not change.
+        token: for the hub; default that of ``hf auth login`` or the variable HF_TOKEN.
         revision: branch to write to; default main.
         create_pr: open a pull request instead.
         commit_message: of the commit.
@@ -122,18 +122,18 @@ def push_to_hub(
             ``license``, ``description``.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
         TypeError, ValueError: as :func:`save_pretrained`; or `repo_id` is not "owner/name".
-        RuntimeError: the hub could not be reached, or refused.
+        RuntimeError: the hub could not be reached, or refused the request.
     """
     if not isinstance(repo_id, str) or repo_id.count("/") != 1 or not all(repo_id.split("/")):
         raise ValueError(f"repo_id must be 'owner/name', got {repo_id!r}")
     import huggingface_hub  # takes a while
 
     with tempfile.TemporaryDirectory() as folder:
-        # Before anything is asked of the hub: a model that cannot be saved makes no repository.
+        # Before any request to the hub, so that a model that cannot be saved does not leave a repository.
         save_pretrained(model, folder, repo_id=repo_id, **settings)
         api = huggingface_hub.HfApi(
             token=token, library_name="evit_ext", library_version=evit_ext.__version__
@@ -161,7 +161,7 @@ def push_to_hub(
 
 
 def _savable(model: nn.Module, label_names: Sequence[str] | None) -> Any:
-    """Return the model inside the wrappers, if it can be saved."""
+    """Return the model inside its wrappers; raise if it cannot be saved."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, got {type(model).__name__}")
     vit: Any = unwrap_model(model)
@@ -194,7 +194,7 @@ def _write_config(
     pretrained_cfg: Mapping[str, Any] | None,
     model_args: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Write config.json, and return what it says."""
+    """Write config.json and return its contents."""
     rates = keep_rates(vit)
     evit: dict[str, Any] = {"keep_rate": rates[0] if len(rates) == 1 else rates}
     if hasattr(vit, "score_predictor"):
@@ -206,13 +206,13 @@ def _write_config(
     channels, size = input_size(vit, None)
     arguments = dict(model_args or {})
     if is_ours(vit.pretrained_cfg["architecture"]):
-        arguments.update(evit)  # by which timm builds it, too
+        arguments.update(evit)  # so that timm builds it with them too
     if getattr(getattr(vit, "patch_embed", None), "img_size", None):
         arguments.setdefault("img_size", list(size))
     settings: dict[str, Any] = {"pretrained_cfg": {"input_size": (channels, *size), **(pretrained_cfg or {})}}
     if label_names is not None:
         settings["label_names"] = list(label_names)
-    path: Any = file  # older versions of timm take nothing but a Path, newer ones declare text
+    path: Any = file  # older versions of timm take only a Path, newer ones declare a str
     save_config_for_hf(vit, path, settings, arguments)
     config: dict[str, Any] = json.loads(file.read_text("utf-8"))
     for name in _OF_BEGINNINGS:
@@ -224,7 +224,7 @@ def _write_config(
 
 
 def _compare(vit: nn.Module, folder: Path) -> None:
-    """Raise ValueError unless the files hold `vit`: an image must get the same logits from both."""
+    """Raise ValueError unless the saved model and `vit` give the same logits for an image."""
     reason = "its config.json does not have all that the model was built with; say it in model_args"
     try:
         loaded = from_pretrained(folder)

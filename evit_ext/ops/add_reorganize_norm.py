@@ -21,41 +21,42 @@ def add_reorganize_norm(
     num_prefix_tokens: int = 1,
     fuse: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Add a residual branch, keep the best patch tokens, fuse the others and normalise what is left.
+    """Add a residual branch, keep the best patch tokens, fuse the others and normalise the result.
 
-    What an EViT block does between its attention and its MLP (Liang et al., ICLR 2022, section 3.2)::
+    This is what an EViT block does between its attention and its MLP (Liang et al., ICLR 2022, section 3.2)::
 
         tokens, kept = reorganize_tokens(x + branch, scores, num_keep, num_prefix_tokens, fuse)
         normed = layer_norm(tokens, weight, bias, eps)
 
-    without a pass over memory for each step: rows that are not kept are never written. Where a gradient is
+    It avoids a pass over memory for each step: rows that are not kept are never written. If a gradient is
     needed, these steps run instead of the kernel.
 
     Args:
         x: tokens [B, N, C] with C at least 1, float32, float16, bfloat16 or float64, any strides; the first
             P = `num_prefix_tokens` are prefix tokens, always kept.
-        branch: what is added to `x`, such as the output of attention; shape and dtype of `x`, any strides.
+        branch: added to `x`, such as the output of attention; shape and dtype of `x`, any strides.
         scores: [B, N] or [B, N − P], as for :func:`reorganize_tokens`.
         num_keep: K, number of patch tokens to keep, in [1, N − P]; with K = N − P all tokens stay, and there
             is no fused token.
-        weight: of the LayerNorm (Ba et al., 2016), [C] in the dtype of `x`; None is 1.
-        bias: of the LayerNorm, [C] in the dtype of `x`; None is 0.
-        eps: added to the variance, not negative.
+        weight: of the LayerNorm (Ba et al., 2016), [C] in the dtype of `x`; None means 1.
+        bias: of the LayerNorm, [C] in the dtype of `x`; None means 0.
+        eps: added to the variance, at least 0.
         num_prefix_tokens: P, in [0, N).
         fuse: append the fused token; without it the other patch tokens are dropped.
 
     Returns:
-        tokens [B, P + K + 1, C] ([B, P + K, C] without `fuse`), dtype of `x`: equal to the bit to what
-        :func:`reorganize_tokens` makes of ``x + branch``; normed, of the same shape and dtype: mean and
-        variance are formed in float32 (float64 for float64 `x`) from the rounded tokens; and kept [B, K],
-        int64, ascending.
+        tokens [B, P + K + 1, C] ([B, P + K, C] without `fuse`), dtype of `x`: bit-identical to
+        :func:`reorganize_tokens` of ``x + branch``; normed, of the same shape and dtype: mean and variance
+        are computed in float32 (float64 for float64 `x`) from the rounded tokens; and kept [B, K], int64,
+        ascending.
 
-    Autocast changes nothing: the results come in the dtype of `x` and `branch`, whereas PyTorch's LayerNorm
-    would return float32. Differentiable once, in all floating tensors (of `scores` those that are fused). The
-    kernel is deterministic, whatever the number of threads; the gradient of `weight` and `bias` is PyTorch's.
+    Autocast changes nothing: the results have the dtype of `x` and `branch`, whereas PyTorch's LayerNorm
+    would return float32. Differentiable once in all floating tensors (in `scores`, those that are fused). The
+    kernel is deterministic for any number of threads; the gradient of `weight` and `bias` is PyTorch's.
 
     Raises:
-        TypeError: a dtype is not supported or not that of `x`, a number is not one, or `fuse` not a bool.
+        TypeError: a dtype is not supported or differs from that of `x`, a number has another type, or `fuse`
+            is not a bool.
         ValueError: shapes or devices do not fit, a number is out of range, or C is 0.
     """
     eps = checks.add_reorganize_norm(x, branch, scores, num_keep, weight, bias, eps, num_prefix_tokens, fuse)
@@ -66,7 +67,7 @@ def add_reorganize_norm(
         )
     if library.needs_gradient(*tensors):
         tokens, kept = reorganize_tokens(x + branch, scores, num_keep, num_prefix_tokens, fuse)
-        # Autocast may make a float32 LayerNorm of it.
+        # Under autocast, layer_norm may return float32.
         normed = F.layer_norm(tokens, (tokens.shape[2],), weight, bias, eps).to(x.dtype)
         return tokens, normed, kept
     return torch.ops.evit.add_reorganize_norm(

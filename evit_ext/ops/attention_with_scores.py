@@ -16,36 +16,36 @@ from evit_ext.ops.class_attention import class_attention
 def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """Return the attention of all tokens to all, and how much the class token attends to each.
 
-    What an EViT block does with its projection (Liang et al., ICLR 2022, section 3.2)::
+    This is what an EViT block computes from its projection (Liang et al., ICLR 2022, section 3.2)::
 
         q, k, v = qkv.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         out = scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
         scores = class_attention(q[:, :, 0], k, scale)
 
-    with kernels for the CPU, forward and backward, that read the projection in place and take no memory of
-    N × N: the backward pass computes the probabilities again. On other devices these steps run instead. There
-    is a kernel for CUDA too, for float16 and bfloat16 with 32, 64 or 128 channels a head and without
-    gradient, but it has not been measured and is not used unless
-    ``evit_ext.ops.library.CUDA_ATTENTION`` is set. A model that does something to queries
-    or keys between the projection and the attention (norms, rotary embeddings) cannot use it.
+    The CPU has forward and backward kernels that read the projection in place and never store an N × N map:
+    the backward pass computes the probabilities again. On other devices these steps run instead. There is
+    also a CUDA kernel without gradient, for float16 and bfloat16 with 32, 64 or 128 channels per head, but it
+    has not been measured and is used only if ``evit_ext.ops.library.CUDA_ATTENTION`` is set. Models that
+    change queries or keys between the projection and the attention (norms, rotary embeddings) cannot use this
+    operator.
 
     Args:
-        qkv: the packed projection [B, N, 3 * C] of tokens, the class token first, as timm's ``qkv`` gives it:
-            queries, keys and values, each ordered (H, D). float32, float16, bfloat16 or float64; any strides
-            (only a tensor whose last dimension is strided is copied first); N may be 0.
+        qkv: the packed projection [B, N, 3 * C] of tokens, the class token first, as timm's ``qkv`` layer
+            returns it: queries, keys and values, each ordered (H, D). float32, float16, bfloat16 or float64;
+            any strides (only a tensor with a strided last dimension is copied first); N may be 0.
         num_heads: H, a divisor of C.
         scale: factor of the dot products; default ``D ** -0.5``.
 
     Returns:
         out [B, N, C], dtype of `qkv`, heads one after the other; and scores [B, N], float32 (float64 for
-        float64 `qkv`), which sum to 1 over N and are equal to the bit to :func:`class_attention`'s.
+        float64 `qkv`), which sum to 1 over N and are bit-identical to those of :func:`class_attention`.
 
-    Products are summed in float32 (float64 for float64). In bfloat16, on processors that multiply it
-    (``avx512_bf16``), the probabilities are rounded to bfloat16 before they weigh the values, as PyTorch's
-    scaled_dot_product_attention does, and so are the gradients of the logits; `scores` are not. The kernel
-    for CUDA always rounds them, and its `scores` agree with `class_attention`'s to rounding in float32. Under
-    autocast `qkv` is cast to the autocast dtype, as scaled_dot_product_attention casts. Differentiable once.
-    The kernels are deterministic, whatever the number of threads.
+    Products are summed in float32 (float64 for float64). In bfloat16, on processors with bfloat16 products
+    (``avx512_bf16``), the probabilities are rounded to bfloat16 before they are multiplied with the values,
+    as in PyTorch's scaled_dot_product_attention, and so are the gradients of the logits; `scores` are not
+    rounded. The CUDA kernel always rounds them, and its `scores` agree with those of `class_attention` up to
+    float32 rounding. Under autocast `qkv` is cast as scaled_dot_product_attention casts its inputs.
+    Differentiable once. The kernels are deterministic for any number of threads.
 
     Raises:
         TypeError: the dtype is not supported, `num_heads` is not an int or `scale` not a number.
@@ -113,7 +113,7 @@ library.refuse_double_backward("attention_with_scores")
 
 @register_flop_formula(torch.ops.evit.attention_with_scores)
 def _flops(qkv_shape: Any, *arguments: Any, out_shape: Any = None, **named: Any) -> int:
-    """Return the floating-point operations of both products, as PyTorch counts its own attention's."""
+    """Return the floating-point operations of both products, counted as PyTorch does for its attention."""
     batch, num_tokens, width = qkv_shape
     return 4 * batch * num_tokens**2 * (width // 3)
 
@@ -122,6 +122,6 @@ def _flops(qkv_shape: Any, *arguments: Any, out_shape: Any = None, **named: Any)
 def _backward_flops(
     grad_out_shape: Any, grad_scores_shape: Any, qkv_shape: Any, *arguments: Any, **named: Any
 ) -> int:
-    """Return those of five products, as PyTorch counts its own attention's backward."""
+    """Return those of five products, counted as PyTorch does for its attention's backward."""
     batch, num_tokens, width = qkv_shape
     return 10 * batch * num_tokens**2 * (width // 3)

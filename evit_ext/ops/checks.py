@@ -1,7 +1,7 @@
 """Argument checks shared by the operators and their reference.
 
-Each function raises the error that its operator documents, naming what was expected and what came. They are
-Python because the errors are typed (ValueError, TypeError, IndexError), which an exception from C++ is not.
+Each function raises the error that its operator documents, naming what was expected and what was given. They
+are in Python because C++ exceptions cannot be raised as ValueError, TypeError or IndexError.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-#: Device types with autocast. Asked once: for others (meta) torch raises, and 2.10 cannot trace the question.
+#: Device types with autocast. Computed once: torch raises for others (meta), and 2.10 cannot trace the call.
 AUTOCAST_DEVICES = frozenset(t for t in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(t))
 
 
 def autocast_enabled(device_type: str) -> bool:
-    """Return whether autocast is on for a device type; False for those that have none."""
+    """Return whether autocast is on for a device type; False for those without autocast."""
     return device_type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Return a context without autocast, in which products of what is cast to float32 are formed in it."""
+    """Return a context without autocast, so that products of tensors cast to float32 stay in float32."""
     return torch.autocast(device_type, enabled=False) if device_type in AUTOCAST_DEVICES else nullcontext()
 
 
 def autocast(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Cast queries and keys as autocast casts those of scaled_dot_product_attention, where it is on."""
+    """If autocast is on, cast queries and keys as it does for scaled_dot_product_attention."""
     if not isinstance(q, Tensor) or not isinstance(k, Tensor):
-        return q, k  # the checks say what is wrong
+        return q, k  # the checks report the error
     return autocast_one(q), autocast_one(k)
 
 
@@ -64,10 +64,10 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
 
 
 def _readable(numbers: Tensor) -> bool:
-    """Return whether `numbers` has values that can be looked at where that costs nothing.
+    """Return whether the values of `numbers` can be checked without cost.
 
-    That is on the CPU (elsewhere it would wait for the device) and outside of tracing. The kernels check
-    again and never leave the tensor's bounds.
+    They can on the CPU (elsewhere a check would wait for the device) and outside of tracing. The kernels
+    check again and never access memory out of bounds.
     """
     if numbers.device.type != "cpu" or not numbers.numel() or torch.compiler.is_compiling():
         return False
@@ -100,7 +100,7 @@ def _integer(name: str, value: object) -> None:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which sums over `dtype` values are formed: float64 for float64, else float32."""
+    """Return the dtype in which `dtype` values are summed: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -322,7 +322,7 @@ def add_reorganize_norm(
     num_prefix_tokens: int,
     fuse: bool,
 ) -> float:
-    """Check what `reorganize_tokens` checks, `branch` [B, N, C], `weight` and `bias` [C]; return `eps`."""
+    """Check like `reorganize_tokens`, and `branch` [B, N, C], `weight` and `bias` [C]; return `eps`."""
     reorganize_tokens(x, scores, num_keep, num_prefix_tokens, fuse)
     _tensor("branch", branch, 3, "[B, N, C]")
     if branch.dtype != x.dtype:

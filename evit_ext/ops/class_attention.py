@@ -15,33 +15,34 @@ def class_attention(
 ) -> Tensor:
     """Return the attention of one query to all tokens, averaged over heads.
 
-    ``scores[b, n] = mean_h softmax_n(q[b, h] · k[b, h, n] * scale)``: with the class token's query, how much
-    it attends to each token, by which EViT (Liang et al., ICLR 2022, section 3.2) ranks the patches. The
-    N × N attention map is never formed, and the backward pass computes the softmax again from `q` and `k`.
+    ``scores[b, n] = mean_h softmax_n(q[b, h] · k[b, h, n] * scale)``. With the class token's query, this is
+    how much it attends to each token; EViT (Liang et al., ICLR 2022, section 3.2) ranks the patches by it.
+    The N × N attention map is never formed, and the backward pass computes the softmax again from `q` and
+    `k`.
 
     Args:
         q: the class token's query, [B, H, D], float32, float16, bfloat16 or float64, any strides.
         k: the keys of all tokens, [B, H, N, D], dtype and device of `q`, any strides. A slice of a packed
-            qkv projection is read in place; only a tensor whose last dimension is strided is copied first.
+            qkv projection is read in place; only a tensor with a strided last dimension is copied first.
         scale: factor of the dot products; default ``D ** -0.5``.
         logsumexp: [B, H], float32 (float64 for float64 inputs), any strides:
-            ``log Σ_n exp(q[b, h] · k[b, h, n] * scale)``, natural logarithm, as attention kernels leave it
-            for the class token's query. The softmax is then ``exp(q · k * scale - logsumexp)``: neither its
-            maximum nor its sum is looked for. The value is trusted: another one gives scores that do not
-            sum to 1. To autograd it is a constant, and no gradient is lost by that: the result is
-            differentiated as if it had been computed from `q` and `k` alone.
+            ``log Σ_n exp(q[b, h] · k[b, h, n] * scale)``, natural logarithm, as attention kernels return it
+            for the class token's query. The softmax is then ``exp(q · k * scale - logsumexp)``, without
+            computing its maximum or sum. The value is trusted: a wrong one gives scores that do not sum
+            to 1. Autograd treats it as a constant, but no gradient is lost: the result is differentiated as
+            if it had been computed from `q` and `k` alone.
 
     Returns:
         scores [B, N], float32 (float64 for float64 inputs). They sum to 1 over N.
 
     Under autocast `q` and `k` are cast to the autocast dtype, as scaled_dot_product_attention casts them.
-    Differentiable once, in `q` and `k` (the reference any number of times). Deterministic, whatever the
-    number of threads.
+    Differentiable once, in `q` and `k` (the reference any number of times). Deterministic for any number of
+    threads.
 
     Raises:
-        TypeError: a dtype is not supported, `q` and `k` differ in dtype, or `logsumexp` is not of the dtype
-            that belongs to theirs.
-        ValueError: shapes or devices do not fit.
+        TypeError: a dtype is not supported, `q` and `k` differ in dtype, or `logsumexp` does not have the
+            dtype that theirs requires.
+        ValueError: shapes or devices do not match.
     """
     q, k = checks.autocast(q, k)
     scale = checks.class_attention(q, k, scale, logsumexp)

@@ -19,16 +19,16 @@ def fuse_tokens(x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
     Args:
         x: tokens [B, N, C], float32, float16, bfloat16 or float64, any strides.
         weights: [B, N], one for each token of `x`, any of these dtypes.
-        index: token numbers [B, K], int64, each in [0, N); a repeated token counts as often as it is named.
+        index: token numbers [B, K], int64, each in [0, N); a repeated token counts once per repetition.
 
     Returns:
-        [B, C], dtype of `x`; zeros where K is 0. Accumulated in float32 (float64 for float64 `x`).
+        [B, C], dtype of `x`; zeros if K is 0. Accumulated in float32 (float64 for float64 `x`).
 
-    Differentiable once, in `x` and `weights`. Deterministic, whatever the number of threads.
+    Differentiable once, in `x` and `weights`. Deterministic for any number of threads.
 
     Raises:
         TypeError: a dtype is not supported, or `index` is not int64.
-        ValueError: shapes or devices do not fit.
+        ValueError: shapes or devices do not match.
         IndexError: an index is out of range (CPU tensors, outside of tracing).
     """
     checks.fuse_tokens(x, weights, index)

@@ -11,7 +11,7 @@ from evit_ext.ops import checks, library, reference
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Return the tokens of `x` that `index` names: ``out[b, i] = x[b, index[b, i]]``.
+    """Return the tokens of `x` at `index`: ``out[b, i] = x[b, index[b, i]]``.
 
     Args:
         x: tokens [B, N, C], float32, float16, bfloat16 or float64, any strides.
@@ -24,8 +24,8 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     repeated token add up, deterministically.
 
     Raises:
-        TypeError: `x` is not of a supported dtype, or `index` is not int64.
-        ValueError: shapes or devices do not fit.
+        TypeError: the dtype of `x` is not supported, or `index` is not int64.
+        ValueError: shapes or devices do not match.
         IndexError: an index is out of range (CPU tensors, outside of tracing).
     """
     checks.gather_tokens(x, index)

@@ -1,4 +1,4 @@
-"""What every operator module needs from the compiled library: its operators, and when they can be called."""
+"""Shared by the operator modules: access to the compiled library, and when its kernels can run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from evit_ext.ops import checks
 #: Device types that have compiled kernels. Meta tensors go through the operators' shape inference.
 KERNEL_DEVICES = frozenset({"cpu", "meta"} | ({"cuda"} if _C.build_info()["cuda_operators"] else set()))
 
-#: Whether `attention_with_scores` runs its own kernel on CUDA tensors that it takes. That kernel has been
-#: tested on the CPU alone and its speed was never measured: until it is known to be faster than PyTorch's
-#: attention next to `class_attention`, those run instead. Set it to try the kernel.
+#: Whether `attention_with_scores` runs its own CUDA kernel where that supports the tensors. The kernel has
+#: only been tested on the CPU, and its speed was never measured. Until it is known to be faster than
+#: PyTorch's attention plus `class_attention`, those run instead. Set this to True to try the kernel.
 CUDA_ATTENTION = False
 
 _CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
@@ -32,10 +32,10 @@ if _wanted and _wanted not in _CAPABILITIES:
 
 
 def runs_kernel(*tensors: Tensor) -> bool:
-    """Return whether the operator runs its kernel on `tensors`; where not, the reference runs.
+    """Return whether the operator runs its kernel on `tensors`; if not, the reference runs.
 
-    The reference runs on devices without kernels, and for what the operators' gradients do not offer: the
-    transforms of torch.func and forward-mode differentiation.
+    The reference runs on devices without kernels, and where the operators' gradients are not enough: under
+    transforms of torch.func and in forward-mode differentiation.
     """
     if tensors[0].device.type not in KERNEL_DEVICES or checks.in_function_transform():
         return False
@@ -46,12 +46,12 @@ def runs_kernel(*tensors: Tensor) -> bool:
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Return whether autograd will want a gradient of one of `tensors`."""
+    """Return whether autograd needs a gradient of one of `tensors`."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def refuse_gradient(operator: str, message: str) -> None:
-    """Make an operator raise when it is differentiated, which would otherwise give zeros or nothing."""
+    """Make an operator raise when it is differentiated, instead of giving zeros or no gradient."""
 
     def refuse(ctx: Any, *grads: Tensor) -> NoReturn:
         raise RuntimeError(message)

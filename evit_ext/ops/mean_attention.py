@@ -9,19 +9,19 @@ from torch import Tensor
 
 from evit_ext.ops import checks, reference
 
-#: Queries whose attention is formed at a time.
+#: Number of queries whose attention is computed at a time.
 BLOCK = 128
 
 
 def mean_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     """Return the attention that every token receives, averaged over queries and heads.
 
-    ``scores[b, n] = mean_h mean_m softmax_n(q[b, h, m] · k[b, h, n] * scale)``. Where a model has no class
-    token, this ranks its patches in the place of :func:`class_attention`.
+    ``scores[b, n] = mean_h mean_m softmax_n(q[b, h, m] · k[b, h, n] * scale)``. This ranks the patches of
+    models without a class token, instead of :func:`class_attention`.
 
-    It is computed in PyTorch's operators, a block of 128 queries at a time, in the backward too: the N × N
-    map is never in memory, but unlike with :func:`class_attention` all of it is computed, for a second time
-    besides the attention itself.
+    It is computed with PyTorch's operators for blocks of 128 queries, in the backward pass too, so the N × N
+    map is never in memory. But unlike with :func:`class_attention`, the whole map is computed, in addition to
+    the attention itself.
 
     Args:
         q: the queries of all tokens, [B, H, M, D], float32, float16, bfloat16 or float64, any strides.
@@ -36,7 +36,7 @@ def mean_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
 
     Raises:
         TypeError: a dtype is not supported, or `q` and `k` differ in dtype.
-        ValueError: shapes or devices do not fit.
+        ValueError: shapes or devices do not match.
     """
     q, k = checks.autocast(q, k)
     scale = checks.mean_attention(q, k, scale)
@@ -47,7 +47,7 @@ def mean_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Return the softmax [B, H, m, N] of a block of queries; in float32 at least, as `q` and `k` are."""
+    """Return the softmax [B, H, m, N] of a block of queries; `q` and `k` are float32 or float64."""
     return (q @ k.transpose(2, 3) * scale).softmax(dim=-1)
 
 
@@ -57,7 +57,7 @@ class _MeanAttention(torch.autograd.Function):
         dtype = checks.accumulation_dtype(k.dtype)
         scores = torch.zeros(k.shape[0], k.shape[2], dtype=dtype, device=k.device)
         with checks.without_autocast(k.device.type):
-            # Cast before the products, which in float16 may be beyond its largest number.
+            # Cast before the products: in float16 they could overflow.
             keys = k.to(dtype)
             for block in q.split(BLOCK, dim=2):
                 scores = scores + _probabilities(block.to(dtype), keys, scale).sum(dim=(1, 2))

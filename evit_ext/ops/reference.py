@@ -1,11 +1,10 @@
 """Every operator of :mod:`evit_ext.ops` in plain PyTorch, with the same names and signatures.
 
-The reference is three things at once: the definition of what each operator computes, the oracle its tests
-compare with, and the code that runs on devices for which no kernel is built. It is differentiable through
-ordinary autograd, accumulates in float32 (float64 for float64 inputs) and checks its arguments as the
-operators do.
+The reference serves three purposes: it defines what each operator computes, the tests compare against it, and
+it runs on devices for which no kernel is built. It is differentiable through ordinary autograd, accumulates
+in float32 (float64 for float64 inputs) and checks its arguments as the operators do.
 
-Notation: B batch, H heads, N tokens, P prefix tokens, K kept patches, C channels, D channels a head.
+Notation: B batch, H heads, N tokens, P prefix tokens, K kept patches, C channels, D channels per head.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ def class_attention(
     """Mean over heads of softmax(q · kᵀ · scale). See :func:`evit_ext.ops.class_attention`."""
     scale = checks.class_attention(q, k, scale, logsumexp)
     accumulate = accumulation_dtype(q.dtype)
-    # Autocast would form the products in low precision again.
+    # Autocast would compute the products in low precision again.
     with torch.autocast(q.device.type, enabled=False) if _has_autocast(q.device) else nullcontext():
         logits = torch.einsum("bhd,bhnd->bhn", q.to(accumulate), k.to(accumulate)) * scale
         if logsumexp is None:
             return logits.softmax(dim=-1).mean(dim=1)
-        # The value of `logsumexp` with the gradient of what it stands for: 0, differentiated as the latter.
+        # `zero` has the value 0 but the gradient of the computed logsumexp: the given one is a constant.
         own = logits.logsumexp(dim=-1)
         zero = torch.nan_to_num(own - own.detach())
         return (logits - (logsumexp.detach() + zero).unsqueeze(-1)).exp().mean(dim=1)
@@ -51,7 +50,7 @@ def mean_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
 
 
 def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """Attention, and that of the first token. See :func:`evit_ext.ops.attention_with_scores`."""
+    """Attention and the first token's scores. See :func:`evit_ext.ops.attention_with_scores`."""
     scale = checks.attention_with_scores(qkv, num_heads, scale)
     q, k, v = unpacked(qkv.to(accumulation_dtype(qkv.dtype)), num_heads)
     with torch.autocast(qkv.device.type, enabled=False) if _has_autocast(qkv.device) else nullcontext():
@@ -117,14 +116,14 @@ def restore_tokens(
     num_prefix_tokens: int = 1,
     fill: str | Tensor = "fused",
 ) -> Tensor:
-    """Every patch at its place again. See :func:`evit_ext.ops.restore_tokens`."""
+    """Put every patch back in its place. See :func:`evit_ext.ops.restore_tokens`."""
     checks.restore_tokens(tokens, kept, num_patches, num_prefix_tokens, fill)
     num_kept = kept.shape[1]
     prefix, patches = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
     if isinstance(fill, Tensor):
         filling = fill[:, num_prefix_tokens:]
     elif fill == "fused" and num_kept != num_patches:
-        # Copied in the type that the gradients of the copies are then summed in.
+        # Copied in the accumulation dtype, so that the gradients of the copies are summed in it.
         fused = patches[:, num_kept:].to(accumulation_dtype(tokens.dtype))
         filling = fused.expand(-1, num_patches, -1).to(tokens.dtype)
     else:

@@ -15,14 +15,14 @@ def reorganize_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Keep the `num_keep` patch tokens with the highest scores and fuse the others into one token.
 
-    The step between attention and MLP of an EViT block (Liang et al., ICLR 2022, section 3.2). The fused
-    token is ``Σ scores[b, j] * x[b, j]`` over the patch tokens j that are not kept.
+    This is the step between attention and MLP in an EViT block (Liang et al., ICLR 2022, section 3.2). The
+    fused token is ``Σ scores[b, j] * x[b, j]`` over the patch tokens j that are not kept.
 
     Args:
         x: tokens [B, N, C], float32, float16, bfloat16 or float64, any strides; the first
             P = `num_prefix_tokens` are prefix tokens (class, distillation, registers), always kept.
-        scores: [B, N], a score for each token (those of prefix tokens are ignored), or [B, N − P], for the
-            patch tokens only; any of these dtypes. Ties go to the lower index; NaN counts as the largest.
+        scores: [B, N], for all tokens (those of prefix tokens are ignored), or [B, N − P], for the patch
+            tokens only; any of these dtypes. Ties go to the lower index; NaN counts as the largest.
         num_keep: K, number of patch tokens to keep, in [1, N − P]. With K = N − P there is nothing to
             reorganise: the tokens come back unchanged, without a fused token.
         num_prefix_tokens: P, in [0, N).
@@ -34,12 +34,12 @@ def reorganize_tokens(
         `x`); and kept [B, K], int64, ascending: the numbers of the kept tokens among the patch tokens, so
         that ``x[b, P + kept[b, i]] == tokens[b, P + i]``.
 
-    Differentiable once, in `x` and, where a token is fused, in `scores`. Deterministic, whatever the number
-    of threads.
+    Differentiable once, in `x` and, if a token is fused, in `scores`. Deterministic for any number of
+    threads.
 
     Raises:
-        TypeError: a dtype is not supported, a number is not an int, or `fuse` not a bool.
-        ValueError: shapes or devices do not fit, or `num_keep` or `num_prefix_tokens` is out of range.
+        TypeError: a dtype is not supported, a number is not an int, or `fuse` is not a bool.
+        ValueError: shapes or devices do not match, or `num_keep` or `num_prefix_tokens` is out of range.
     """
     checks.reorganize_tokens(x, scores, num_keep, num_prefix_tokens, fuse)
     if not library.runs_kernel(x, scores):

@@ -1,4 +1,4 @@
-"""`restore_tokens`: every patch at its place again, for dense tasks."""
+"""`restore_tokens`: every patch back in its place, for dense tasks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def restore_tokens(
     num_prefix_tokens: int = 1,
     fill: str | Tensor = "fused",
 ) -> Tensor:
-    """Put the tokens that :func:`reorganize_tokens` has kept back on the grid, and fill the gaps.
+    """Put the tokens that :func:`reorganize_tokens` kept back on the grid, and fill the gaps.
 
-    What a dense task needs of a network that has dropped tokens: prefix tokens, then a token for every patch,
-    ``tokens[b, P + i]`` for patch ``kept[b, i]`` and the filling for those that were dropped.
+    Dense tasks need this after a network has dropped tokens. The result has the prefix tokens, then a token
+    for every patch: ``tokens[b, P + i]`` for patch ``kept[b, i]``, and the filling for dropped patches.
 
     Args:
         tokens: [B, P + K, C], or [B, P + K + 1, C] with a fused token last; float32, float16, bfloat16 or
@@ -29,23 +29,23 @@ def restore_tokens(
             among the patches, as :func:`reorganize_tokens` returns them. K may be 0.
         num_patches: number of patches before any was dropped, at least K.
         num_prefix_tokens: P, at least 0.
-        fill: what stands for a dropped patch. "fused": the fused token, which then must be there, unless
-            K = `num_patches`, where it must not. "zero": zeros. A tensor [B, P + `num_patches`, C], dtype of
-            `tokens`, any strides: its own token, such as the one before dropping. A fused token that does
-            not fill is ignored; its gradient is zero.
+        fill: the value for dropped patches. "fused": the fused token, which must be present, or absent if
+            K = `num_patches`. "zero": zeros. A tensor [B, P + `num_patches`, C], dtype of `tokens`, any
+            strides: the tensor's token for that patch, such as the one before dropping. With these two, a
+            fused token is ignored and its gradient is zero.
 
     Returns:
         [B, P + `num_patches`, C], contiguous, dtype of `tokens`.
 
-    Differentiable in `tokens` and in a tensor `fill`, any number of times. The gradient of a fused token that
-    fills is the sum over the dropped patches, formed in float32 (float64 for float64). Deterministic,
-    whatever the number of threads.
+    Differentiable in `tokens` and in a tensor `fill`, any number of times. With "fused", the gradient of the
+    fused token is the sum over the dropped patches, computed in float32 (float64 for float64). Deterministic
+    for any number of threads.
 
     Raises:
-        TypeError: a dtype is not supported, `kept` is not int64, a number is not an int, `fill` is of
-            another type or its dtype not that of `tokens`.
-        ValueError: shapes or devices do not fit, a number is out of range, `fill` is another word, there is
-            no fused token to fill with, or `kept` does not ascend (CPU tensors, outside of tracing).
+        TypeError: a dtype is not supported, `kept` is not int64, a number is not an int, or `fill` has
+            another type or a dtype different from that of `tokens`.
+        ValueError: shapes or devices do not match, a number is out of range, `fill` is another string, there
+            is no fused token to fill with, or `kept` does not ascend (CPU tensors, outside of tracing).
         IndexError: a number in `kept` is out of range (CPU tensors, outside of tracing).
     """
     checks.restore_tokens(tokens, kept, num_patches, num_prefix_tokens, fill)
@@ -93,7 +93,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, 
             grad, kept, ctx.num_tokens, ctx.num_prefix_tokens, ctx.fill_fused
         )
     if ctx.has_fill and ctx.needs_input_grad[5]:
-        # The gradient, with zeros for the tokens that came from elsewhere: one row of them, many times.
+        # The gradient, with zeros for the tokens that did not come from `fill`: one row of zeros, expanded.
         num_kept = ctx.num_prefix_tokens + kept.shape[1]
         zeros = grad.new_zeros((1, 1, grad.shape[2])).expand(grad.shape[0], num_kept, -1)
         num_patches = grad.shape[1] - ctx.num_prefix_tokens

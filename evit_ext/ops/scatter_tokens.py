@@ -1,4 +1,4 @@
-"""`scatter_tokens`: put rows at their places in a token tensor."""
+"""`scatter_tokens`: put rows in their places in a token tensor."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def scatter_tokens(x: Tensor, index: Tensor, num_tokens: int) -> Tensor:
     Differentiable in `x`, any number of times: its gradient is :func:`gather_tokens`.
 
     Raises:
-        TypeError: `x` is not of a supported dtype, `index` is not int64 or `num_tokens` not an int.
-        ValueError: shapes or devices do not fit, or `num_tokens` is negative.
+        TypeError: the dtype of `x` is not supported, `index` is not int64 or `num_tokens` is not an int.
+        ValueError: shapes or devices do not match, or `num_tokens` is negative.
         IndexError: an index is out of range (CPU tensors, outside of tracing).
     """
     checks.scatter_tokens(x, index, num_tokens)

@@ -9,7 +9,7 @@
 namespace evit::cpu {
 namespace {
 
-// The parameter in the accumulation type, or `missing` throughout.
+// The parameter in the accumulation type; all elements are `missing` if it is null.
 template <typename T>
 std::unique_ptr<accumulate_t<T>[]> widened(const RowKernels<T>& kernels, const T* parameter, int64_t channels,
                                            accumulate_t<T> missing) {
@@ -42,9 +42,8 @@ void add_reorganize_norm(const ReorganizeSizes& sizes, const Tokens<T>& x, const
 
   const std::unique_ptr<int64_t[]> others = select_patches(sizes, scores, kept, executor);
 
-  // Every task of a batch entry takes as many of the rows that stay as the next one, and as many columns of
-  // the fused token: rows, because a row is normalised as a whole; columns, because their sums have one
-  // order.
+  // The tasks of a batch entry share its remaining rows and the columns of the fused token evenly: rows,
+  // because a row is normalised as a whole; columns, because the order of their sums is fixed.
   const int64_t tasks = tasks_per_entry(sizes.batch, executor);
   const int64_t rows = (prefix + keep + tasks - 1) / tasks, columns = columns_per_task(channels, tasks);
   const int64_t work = 2 * (sizes.tokens * channels + tasks - 1) / tasks;

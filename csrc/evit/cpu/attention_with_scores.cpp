@@ -12,7 +12,7 @@ namespace {
 
 constexpr std::align_val_t kCacheLine{64};
 
-// Asks for rows of one head, which lie apart, so that the processor does not foresee them.
+// Prefetches rows of one head: they lie apart, so the processor's own prefetching misses them.
 template <typename T>
 void prefetch(const T* rows, int64_t stride, int64_t count, int64_t channels) {
   for (int64_t n = 0; n < count; ++n)
@@ -38,8 +38,8 @@ void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T
   const ClassAttentionInput<T> class_input = {qkv.data,     qkv.stride_b, channels,    qkv.data + width,
                                               qkv.stride_b, channels,     qkv.stride_n};
   const std::unique_ptr<A[]> probabilities(new A[buffer_size(batch, heads, row)]);
-  // Some queries of a head are an item, so that even a batch of one feeds several threads. A thread gets
-  // neighbouring items and packs the keys and values of a head once for all that it has of it.
+  // An item is a block of queries of one head, so that even a batch of one keeps several threads busy. A
+  // thread gets neighbouring items, and packs a head's keys and values once for all its items of that head.
   const int64_t blocks = (tokens + attention_queries - 1) / attention_queries;
   executor.for_range(
       batch * heads * blocks, std::min(tokens, attention_queries) * tokens * channels,
@@ -63,7 +63,7 @@ void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T
             head_products(rows, class_sizes, class_input, b, h, query.get(), p);
             rows.softmax(p, tokens, static_cast<A>(scale));
           }
-          // What the next head will read comes into the second-level cache while this one is computed.
+          // Brings the next head's data into the second-level cache while this head is computed.
           if (head + 1 < batch * heads)
             for (int64_t part = 0; part < 3; ++part)
               prefetch(qkv.row((head + 1) / heads, first) + part * width + (head + 1) % heads * channels,
@@ -90,7 +90,7 @@ void attention_with_scores_backward(const AttentionWithScoresSizes& sizes, const
   executor.for_range(batch * heads, 3 * tokens * tokens * channels, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<void, Free> scratch(
         ::operator new(kernels.backward_scratch_bytes(tokens, channels), kCacheLine));
-    // Scores are means over the heads.
+    // Scores are means over heads, so every head gets 1 / H of their gradient.
     const std::unique_ptr<A[]> grad_probabilities(new A[tokens]);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / heads, h = i % heads;

@@ -12,7 +12,7 @@ void class_attention(const ClassAttentionSizes& sizes, const ClassAttentionInput
   const auto& kernels = row_kernels<T>();
   const int64_t heads = sizes.heads, tokens = sizes.tokens, row = padded(tokens);
   const A scale = static_cast<A>(sizes.scale);
-  // Heads are independent, so that even a batch of one feeds several threads; their mean is formed
+  // Heads run in parallel, so that even a batch of one keeps several threads busy; their mean is computed
   // afterwards, in the order of heads.
   const std::unique_ptr<A[]> probabilities(new A[buffer_size(sizes.batch, heads, row)]);
   executor.for_range(sizes.batch * heads, tokens * sizes.channels, [&](int64_t begin, int64_t end) {

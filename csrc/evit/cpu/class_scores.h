@@ -1,5 +1,4 @@
-// What class_attention and attention_with_scores have in common, so that their scores are the same to the
-// bit.
+// Shared by class_attention and attention_with_scores, so that their scores are bit-identical.
 #pragma once
 
 #include "../class_attention.h"
@@ -17,7 +16,7 @@ void head_products(const RowKernels<T>& kernels, const ClassAttentionSizes& size
                    products);
 }
 
-// scores[n] = mean_h of rows of `stride` values, one for each head, in the order of heads.
+// scores[n] = mean over heads, in their order; each head has a row of `stride` values.
 template <typename A>
 void mean_of_heads(const A* rows, int64_t stride, int64_t heads, int64_t tokens, A* scores) {
   for (int64_t n = 0; n < tokens; ++n) scores[n] = rows[n];

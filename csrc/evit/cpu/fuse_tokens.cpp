@@ -39,13 +39,13 @@ void fuse_tokens_backward(const GatherSizes& sizes, const T* grad, int64_t grad_
   const int64_t tokens = sizes.tokens, channels = sizes.channels;
   executor.for_range(sizes.batch, 3 * tokens * channels, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<A[]> buffer(new A[padded(channels) + tokens]);
-    const std::unique_ptr<int64_t[]> times(new int64_t[tokens]);  // how often an index names the token
+    const std::unique_ptr<int64_t[]> times(new int64_t[tokens]);  // how often the token is in the index
     A* g = buffer.get();
     A* factors = g + padded(channels);
     for (int64_t b = begin; b < end; ++b) {
       std::fill_n(times.get(), tokens, int64_t{0});
       for (int64_t i = 0; i < sizes.indices; ++i) ++times[index.at(b, i)];
-      // A token that is not named gets exact zeros, also where its weight is not finite.
+      // A token that is not in the index gets exact zeros, even if its weight is not finite.
       for (int64_t n = 0; n < tokens; ++n)
         factors[n] = times[n] > 0 ? static_cast<A>(times[n]) * *weights.row(b, n) : A{0};
       kernels.load_row(grad + b * grad_stride_b, channels, g);
@@ -58,7 +58,7 @@ void fuse_tokens_backward(const GatherSizes& sizes, const T* grad, int64_t grad_
           dots[n] *= static_cast<A>(times[n]);
         } else {
           dots[n] = 0;
-          std::fill_n(rows + n * channels, channels, T{});  // 0 * Inf in the gradient is no zero
+          std::fill_n(rows + n * channels, channels, T{});  // 0 * Inf would not be zero
         }
       }
     }

@@ -16,7 +16,7 @@ void restore_tokens(const RestoreSizes& sizes, const Tokens<T>& tokens, const in
   if (channels == 0) return;  // a tensor without elements may have no memory to copy from
   executor.for_range(sizes.batch * sizes.tokens, channels, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end;) {
-      // The rows of one sequence, along with its kept tokens from the first that may be among them.
+      // The rows of one sequence, and its kept tokens from the first one that can be among these rows.
       const int64_t b = row / sizes.tokens, last = std::min(end, (b + 1) * sizes.tokens);
       const int64_t* of_sequence = kept + b * keep;
       int64_t n = row - b * sizes.tokens;

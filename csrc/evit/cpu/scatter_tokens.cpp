@@ -15,8 +15,8 @@ void scatter_tokens(const GatherSizes& sizes, const Tokens<T>& x, const TokenInd
   const int64_t tokens = sizes.tokens, channels = sizes.channels;
   if (channels == 0) return;
   executor.for_range(sizes.batch, (tokens + sizes.indices) * channels, [&](int64_t begin, int64_t end) {
-    // The rows that go to one place, as a list in ascending order, so that every output row is written once,
-    // whatever the repetitions: first[n], then next[i], -1 at the end.
+    // Linked lists of the rows that go to each place, in ascending order, so that every output row is written
+    // once despite repetitions: first[n], then next[i], -1 at the end.
     const std::unique_ptr<int64_t[]> lists(new int64_t[tokens + sizes.indices]);
     const std::unique_ptr<A[]> sum(new A[padded(channels)]);
     int64_t* first = lists.get();

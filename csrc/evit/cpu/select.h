@@ -1,4 +1,4 @@
-// The K best of a row of scores, by radix selection: linear in N, whatever the values.
+// The K best of a row of scores by radix selection, which is linear in N for any values.
 #pragma once
 
 #include <cstdint>
@@ -9,12 +9,12 @@ namespace evit::cpu {
 
 template <typename Key>
 struct Threshold {
-  Key key;       // keys above it are selected,
-  int64_t ties;  // and so many equal ones, the first ones
+  Key key;       // all keys above it are selected,
+  int64_t ties;  // and this many equal ones, from the first on
 };
 
-// The threshold that selects `keep` of the `count` keys, 1 <= keep <= count. Byte by byte from the top, the
-// byte that the keep-th largest key has is found from a histogram of the keys that agree so far.
+// The threshold that selects `keep` of the `count` keys, 1 <= keep <= count. It finds the keep-th largest key
+// byte by byte from the top, each from a histogram of the keys that agree in the bytes before.
 template <typename Key>
 Threshold<Key> select_threshold(const Key* keys, int64_t count, int64_t keep) {
   Key prefix = 0, mask = 0;
@@ -31,7 +31,7 @@ Threshold<Key> select_threshold(const Key* keys, int64_t count, int64_t keep) {
   return {prefix, wanted};
 }
 
-// Writes the numbers of the `keep` best scores to kept and of the others to others (may be null), both
+// Writes the numbers of the `keep` best scores to kept and those of the rest to others (may be null), both
 // ascending. Ties go to the lower number. keys is scratch for `count` keys.
 template <typename S, typename Key>
 void select(const S* scores, int64_t stride, int64_t count, int64_t keep, Key* keys, int64_t* kept,

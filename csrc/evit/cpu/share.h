@@ -1,5 +1,5 @@
-// What reorganize_tokens and add_reorganize_norm have in common: the selection, and how a batch smaller than
-// the number of threads still feeds them all.
+// Shared by reorganize_tokens and add_reorganize_norm: the selection, and how a batch smaller than the number
+// of threads still keeps them all busy.
 #pragma once
 
 #include <memory>
@@ -9,7 +9,7 @@
 
 namespace evit::cpu {
 
-// Writes the kept patches of every batch entry to kept [B, K] and returns the others, [B, N - P - K].
+// Writes the kept patches of every batch entry to kept [B, K] and returns the rest, [B, N - P - K].
 template <typename S>
 std::unique_ptr<int64_t[]> select_patches(const ReorganizeSizes& sizes, const Tokens<S>& scores,
                                           int64_t* kept, const Executor& executor) {
@@ -30,8 +30,7 @@ inline int64_t tasks_per_entry(int64_t batch, const Executor& executor) {
   return batch >= executor.threads ? 1 : (executor.threads + batch - 1) / batch;
 }
 
-// Columns that one of the tasks takes: whole cache lines. The sum of a column is the same however the columns
-// are shared out.
+// Columns per task: whole cache lines. A column's sum does not depend on how the columns are split.
 inline int64_t columns_per_task(int64_t channels, int64_t tasks) {
   constexpr int64_t line = 64;
   const int64_t columns = (channels + tasks - 1) / tasks;

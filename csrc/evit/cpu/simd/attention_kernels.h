@@ -1,5 +1,5 @@
-// The inner loops of attention_with_scores: attention of some queries of one head to all its keys, and the
-// gradients of one head.
+// The inner loops of attention_with_scores: attention of a block of queries of one head to all its keys, and
+// the gradients of one head.
 //
 // As with row_kernels.h, the same source (attention_kernels.inc and what it includes) is
 // compiled once per instruction level.
@@ -12,10 +12,10 @@
 
 namespace evit::cpu {
 
-// Queries that `attend` takes at most.
+// The largest number of queries that `attend` takes.
 constexpr int64_t attention_queries = 24;
 
-// One head of the packed projection, the gradients of its results, and where those of the projection go.
+// One head of the packed projection, the gradients of its results, and the outputs for its own gradients.
 template <typename T>
 struct AttentionHead {
   const T *q, *k, *v;
@@ -31,18 +31,18 @@ template <typename T>
 struct AttentionKernels {
   using A = accumulate_t<T>;
 
-  // Bytes that a head of `tokens` keys of `channels` needs as scratch memory, aligned to 64: linear in both.
+  // Bytes of scratch memory, aligned to 64, for a head of `tokens` keys of `channels`: linear in both.
   int64_t (*scratch_bytes)(int64_t tokens, int64_t channels);
-  // Copies keys and values, whose rows are `stride` apart, into scratch in the order that `attend` reads
+  // Copies keys and values, whose rows are `stride` apart, into scratch in the order in which `attend` reads
   // them.
   void (*pack)(const T* k, const T* v, int64_t stride, int64_t tokens, int64_t channels, void* scratch);
   // out_i = softmax_n(q_i . k_n * scale) . v_n for `count` queries; n has `tokens` values, at least one.
   void (*attend)(const T* q, int64_t stride, int64_t count, int64_t tokens, int64_t channels, A scale,
                  void* scratch, T* out, int64_t out_stride);
 
-  // As above, for `head_gradients`: linear in both as well.
+  // The same for `head_gradients`, also linear in both.
   int64_t (*backward_scratch_bytes)(int64_t tokens, int64_t channels);
-  // The gradients of q, k and v of one head. Needs none of the results, and nothing packed.
+  // The gradients of q, k and v of one head. Needs neither results of the forward pass nor packed data.
   void (*head_gradients)(const AttentionHead<T>& head, int64_t tokens, int64_t channels, A scale,
                          void* scratch);
 };

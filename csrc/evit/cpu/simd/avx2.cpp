@@ -10,21 +10,21 @@
 
 #if defined(__x86_64__)
 
-// After the standard headers, so that no function of theirs is compiled for a processor that is not there.
+// After the standard headers, so that none of their functions uses instructions that a processor may lack.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma")
 #endif
 
-// Nothing here crosses the ABI with a vector in a register: every such function is inlined.
+// No vector crosses a function call here: every function that takes one is inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 #define EVIT_SIMD_NAMESPACE avx2
 #define EVIT_SIMD_BYTES 32
 #include "vectors.inc"
 
-// In its terms.
+// These use vectors.inc and must come after it.
 #include "attention_kernels.inc"
 #include "row_kernels.inc"
 #include "tables.inc"

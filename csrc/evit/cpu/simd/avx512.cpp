@@ -11,7 +11,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-// After the standard headers, so that no function of theirs is compiled for a processor that is not there.
+// After the standard headers, so that none of their functions uses instructions that a processor may lack.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
                              apply_to = function)
@@ -19,9 +19,9 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #endif
 
-// Nothing here crosses the ABI with a vector in a register: every such function is inlined.
+// No vector crosses a function call here: every function that takes one is inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
-// What GCC 12 says of its own header's _mm512_undefined_ps.
+// GCC 12 warns about _mm512_undefined_ps in its own header.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
@@ -29,7 +29,7 @@
 #define EVIT_SIMD_BYTES 64
 #include "vectors.inc"
 
-// In its terms.
+// These use vectors.inc and must come after it.
 #include "attention_kernels.inc"
 #include "row_kernels.inc"
 #include "tables.inc"

@@ -1,5 +1,5 @@
-// Attention in bfloat16 for processors with AVX-512 and its bfloat16 products (vdpbf16ps): twice the products
-// of a float32 multiply-add in the same time.
+// Attention in bfloat16 for processors with AVX-512 and its bfloat16 products (vdpbf16ps), which do twice as
+// many products as float32 multiply-adds in the same time.
 #include <algorithm>
 #include <cstdint>
 #include <limits>
@@ -11,7 +11,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-// After the standard headers, so that no function of theirs is compiled for a processor that is not there.
+// After the standard headers, so that none of their functions uses instructions that a processor may lack.
 #if defined(__clang__)
 #pragma clang attribute push( \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"))), apply_to = function)
@@ -19,9 +19,9 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 #endif
 
-// Nothing here crosses the ABI with a vector in a register: every such function is inlined.
+// No vector crosses a function call here: every function that takes one is inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
-// What GCC 12 says of its own header's _mm512_undefined_ps.
+// GCC 12 warns about _mm512_undefined_ps in its own header.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
@@ -29,14 +29,14 @@
 #define EVIT_SIMD_BYTES 64
 #include "vectors.inc"
 
-// In its terms.
+// These use vectors.inc and must come after it.
 #include "attention_kernels.inc"
 
 namespace evit::cpu::avx512_bf16 {
 namespace {
 
-// Elements are two bfloat16: channels of a key, or one channel of two tokens' values. Their products are
-// exact and summed in float32; subnormal numbers count as 0, which the processor does not let one choose.
+// An element is two bfloat16: two channels of a key, or one channel of two tokens' values. Their products are
+// exact and summed in float32; subnormal numbers count as 0, which cannot be changed on the processor.
 struct Pairs {
   using Value = BFloat16;
   using Arithmetic = Pairs;
@@ -53,7 +53,7 @@ struct Pairs {
     const __mmask32 there = count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0;
     return UintV(_mm512_maskz_loadu_epi16(there, values));
   }
-  // `count` values of a row, those of the next row above them.
+  // `count` values of a row in the lower halves, those of the next row in the upper halves.
   EVIT_INLINE UintV load_rows(const BFloat16* first, const BFloat16* second, int64_t count) {
     const UintV low = widened(first, count);
     return second != nullptr ? low | (widened(second, count) << 16) : low;
@@ -72,7 +72,7 @@ struct Pairs {
 
   EVIT_INLINE FloatV exponential(const FloatV& x) { return FloatV(exp2_vector(__m512(x), kPowerOf4)); }
 
-  // Two neighbours in a row: 16 elements take the place of 32 values that have been read.
+  // Pairs of neighbours in a row: 16 elements overwrite 32 values that have been read.
   static const Element* rows(float* values, int64_t stride, int64_t count, int64_t padded_count) {
     for (int64_t i = 0; i < count; ++i) {
       float* row = values + i * stride;
@@ -83,7 +83,7 @@ struct Pairs {
     }
     return reinterpret_cast<const Element*>(values);
   }
-  // Two neighbours in a column; 0 below the last row.
+  // Pairs of neighbours in a column; 0 below the last row.
   static const Element* columns(const float* values, int64_t stride, int64_t count, int64_t padded_count,
                                 Element* packed) {
     for (int64_t i = 0; i < count; i += 2)
@@ -100,8 +100,8 @@ struct Pairs {
     return packed;
   }
 
-  // As Widened's. The sum is that of the rounded probabilities, so that the output is a mean of the values to
-  // the rounding of float32, whatever bfloat16 makes of the weights.
+  // Like Widened's. The sum is that of the rounded probabilities, so that the weights of the values sum to 1
+  // up to float32 rounding, although they are rounded to bfloat16.
   EVIT_INLINE float exponentials(float* logits, int64_t padded_count, float largest) {
     const __m512 maximum = _mm512_set1_ps(largest);
     const __m512bh ones = bits_as<__m512bh>(UintV{} + 0x3f803f80u);
@@ -111,7 +111,7 @@ struct Pairs {
       const __m512 high = exp2_vector(_mm512_sub_ps(_mm512_loadu_ps(logits + i + 16), maximum), kPowerOf4);
       const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
       total = _mm512_dpbf16_ps(total, both, ones);
-      // Over logits that have been read: 16 elements of two take the place of 16 of the 32.
+      // Overwrites logits that have been read: 16 pairs take the place of 16 of the 32.
       __builtin_memcpy(logits + i / 2, &both, sizeof both);
     }
     return _mm512_reduce_add_ps(total);

@@ -1,4 +1,4 @@
-// The loops for whatever the compiler targets by default: any x86-64, or NEON on Arm.
+// The loops for the compiler's default target: any x86-64, or NEON on Arm.
 #include <algorithm>
 #include <cstdint>
 #include <limits>
@@ -8,14 +8,14 @@
 #include "attention_kernels.h"
 #include "row_kernels.h"
 
-// Nothing here crosses the ABI with a vector in a register: every such function is inlined.
+// No vector crosses a function call here: every function that takes one is inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 #define EVIT_SIMD_NAMESPACE baseline
 #define EVIT_SIMD_BYTES 16
 #include "vectors.inc"
 
-// In its terms.
+// These use vectors.inc and must come after it.
 #include "attention_kernels.inc"
 #include "row_kernels.inc"
 #include "tables.inc"

@@ -41,7 +41,7 @@ SimdLevel choose_level() {
   const char* wanted = std::getenv("EVIT_CPU_CAPABILITY");
   bool allowed = wanted == nullptr || *wanted == '\0';
   for (const SimdLevel level : kLevels) {
-    // From the level asked for downwards; of a name that is none of these, evit_ext warns.
+    // From the requested level downwards; evit_ext warns about unknown names.
     allowed = allowed || std::strcmp(wanted, simd_level_name(level)) == 0;
     if (allowed && simd_level_available(level)) return level;
   }

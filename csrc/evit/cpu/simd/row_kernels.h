@@ -1,25 +1,25 @@
 // The inner loops of the CPU operators, one table of functions per element type and instruction level.
 //
-// The same source (row_kernels.inc) is compiled once per level; the best level that the processor runs is
-// chosen when the first operator is called. All levels form their sums in the same order over 16 lanes, so
-// they differ only where one has a fused multiply-add and another has not.
+// The same source (row_kernels.inc) is compiled once per level; the first operator call chooses the best
+// level that the processor supports. All levels sum in the same order over 16 lanes, so their results differ
+// only where one has a fused multiply-add and another does not.
 #pragma once
 
 #include "../../types.h"
 
 namespace evit::cpu {
 
-// avx512_bf16 has loops of its own for attention in bfloat16 only.
+// avx512_bf16 has its own loops only for attention in bfloat16.
 enum class SimdLevel { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
-// The level in use: the best of this processor, or the lower one that the environment variable
-// EVIT_CPU_CAPABILITY (baseline, avx2, avx512, avx512_bf16) asks for.
+// The level in use: the best one for this processor, or a lower one set by the environment variable
+// EVIT_CPU_CAPABILITY (baseline, avx2, avx512, avx512_bf16).
 SimdLevel simd_level();
 const char* simd_level_name(SimdLevel level);
-// Whether this build has the level and this processor runs it.
+// Whether this build has the level and this processor supports it.
 bool simd_level_available(SimdLevel level);
 
-// Buffers that the loops run over to their padded end are this many elements longer than needed.
+// Buffers that the loops process up to their padded end are this many elements longer than needed.
 constexpr int64_t simd_padding = 16;
 constexpr int64_t padded(int64_t size) { return (size + simd_padding - 1) / simd_padding * simd_padding; }
 
@@ -46,7 +46,7 @@ struct RowKernels {
   void (*exp_row)(A* values, int64_t count, A scale, A shift);
   // out[c] = a[c] + b[c], rounded.
   void (*add_row)(const T* a, const T* b, int64_t channels, T* out);
-  // sum[c] += sum_i weights[i] * (a_i[c] + b_i[c]), the term in brackets rounded to T, rows in order; sum is
+  // sum[c] += sum_i weights[i] * (a_i[c] + b_i[c]), with the inner sum rounded to T, rows in order; sum is
   // padded.
   void (*add_row_sums)(const A* weights, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
                        const int64_t* index, int64_t count, int64_t channels, A* sum);
