@@ -86,6 +86,17 @@ def measure(model: str, batch: int, dtype: torch.dtype, seconds: float, cache_by
         q, k, v = ops.reference.unpacked(qkv, heads)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
+    def with_backward(attend: Callable[[Tensor], Tensor], qkv: Tensor, grad: Tensor) -> Tensor:
+        """Attention and its gradient, as in a block that is trained."""
+        leaf = qkv.detach().requires_grad_()
+        return torch.autograd.grad(attend(leaf), leaf, grad)[0]
+
+    def ours(qkv: Tensor) -> Tensor:
+        return ops.attention_with_scores(qkv, heads)[0]
+
+    exact = with_backward(attention, qkv.float(), x.float())
+    torch.testing.assert_close(with_backward(ours, qkv, x).float(), exact, rtol=tolerance, atol=tolerance)
+
     def on_next(function: Callable[..., Any]) -> Callable[[], Any]:
         return lambda: function(*inputs.next())
 
@@ -102,6 +113,12 @@ def measure(model: str, batch: int, dtype: torch.dtype, seconds: float, cache_by
                 lambda q, k, x, s, out, qkv: ops.attention_with_scores(qkv, heads)
             ),
             "attention, eager": on_next(lambda q, k, x, s, out, qkv: attention(qkv)),
+            "attention_with_scores, with backward": on_next(
+                lambda q, k, x, s, out, qkv: with_backward(ours, qkv, x)
+            ),
+            "attention, eager, with backward": on_next(
+                lambda q, k, x, s, out, qkv: with_backward(attention, qkv, x)
+            ),
         },
         seconds,
     )
@@ -123,8 +140,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| model | batch | dtype | copy of x: µs, GB/s | class_attention: µs, GB/s | eager µs | times "
         "| reorganize_tokens: µs, GB/s | eager µs | times "
-        "| attention_with_scores: µs | attention without scores, eager µs | times |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| attention_with_scores: µs | attention without scores, eager µs | times "
+        "| with its gradient: µs | eager µs | times |",
+        "|" + "---|" * 15,
     ]
     for row in rows:
         cells = [row["model"], row["batch"], row["dtype"]]
@@ -133,7 +151,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         for name in ("class_attention", "reorganize_tokens"):
             eager = micro[f"{name}, eager"]
             cells += [f"{micro[name]:.0f}, {rate[name]:.1f}", f"{eager:.0f}", f"{eager / micro[name]:.1f}"]
-        ours, eager = micro["attention_with_scores"], micro["attention, eager"]
-        cells += [f"{ours:.0f}", f"{eager:.0f}", f"{eager / ours:.1f}"]
+        for suffix in ("", ", with backward"):
+            ours, eager = micro[f"attention_with_scores{suffix}"], micro[f"attention, eager{suffix}"]
+            cells += [f"{ours:.0f}", f"{eager:.0f}", f"{eager / ours:.1f}"]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines) + "\n"
