@@ -399,17 +399,11 @@ def test_flop_counter() -> None:
         assert counter.get_total_flops() == 2 * product
 
 
-@pytest.mark.parametrize("operator", ["ours", "theirs"])
-def test_flop_counter_of_the_gradient(operator: str) -> None:
+def test_flop_counter_of_the_gradient() -> None:
     """torch's counter sees five products: the map, and the gradients of it, queries, keys and values."""
     qkv = torch.randn(2, 7, 3 * 24, requires_grad=True)
-
-    def attend() -> Tensor:
-        if operator == "ours":
-            return ops.attention_with_scores(qkv, 3)[0]
-        return F.scaled_dot_product_attention(*ops.reference.unpacked(qkv, 3))
-
-    out = attend()
+    out, _ = ops.attention_with_scores(qkv, 3)
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
+    # As newer versions of torch count scaled_dot_product_attention's on the CPU; 2.10 counts none there.
     assert counter.get_total_flops() == 5 * (2 * 2 * 7 * 7 * 24)
