@@ -68,10 +68,10 @@ def test_every_attention_is_ours(small_vit: Build) -> None:
     vit = evit_ext.apply(small_vit(), 0.7).train()
     assert attentions(loss(vit, images())) == (4, 0)
     exact = gradients(copy.deepcopy(vit).double(), images().double())
-    assert attentions(loss(vit.double(), images().double())) == (0, 4)  # in float64 PyTorch's is as fast
-    # Relative norms; 1e-6 was the largest seen, ours and timm's.
-    assert_close(gradients(vit.float(), images()), exact, 1e-5)
-    assert_close(gradients(as_timm_wrote_it(vit), images()), exact, 1e-5)
+    assert attentions(loss(vit.double(), images().double())) == (0, 4)  # float64 is left to PyTorch
+    # Relative norms: 1.9e-6 was the largest of ours, 2.2e-6 of timm's.
+    assert_close(gradients(vit.float(), images()), exact, 5e-6)
+    assert_close(gradients(as_timm_wrote_it(vit), images()), exact, 5e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
