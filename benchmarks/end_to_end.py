@@ -37,10 +37,10 @@ from plain_evit import PlainEViT
 from time_limit import TimeLimit, at_most, gpu_is_lost, in_time, left_out_lines, write_whole
 
 import evit_ext
-from evit_ext import cpu_overrides
 from evit_ext.benchmark import Contestant, Row, contestants, measure
 from evit_ext.cli.benchmark import LATENCY_CALLS, table
-from evit_ext.families import cpu_forwards
+from evit_ext.patching import cpu_overrides
+from evit_ext.patching.families import cpu_forwards
 from evit_ext.training.precision import choose_precision
 
 KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5)

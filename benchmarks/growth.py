@@ -41,8 +41,8 @@ from operator_times.facts import commit, machine
 from plain_evit import PlainEViT
 from time_limit import TimeLimit, at_most, in_time, left_out_lines, write_whole
 
+from evit_ext._util.timing import Timed
 from evit_ext.benchmark import Here, apart, memory_added, time_in_turns
-from evit_ext.benchmark.timing import Timed
 from evit_ext.models.by_name import create_dense, create_evit
 from evit_ext.training.precision import choose_precision
 

@@ -22,9 +22,9 @@ import torch
 from operator_times.facts import machine
 from torch import Tensor, nn
 
+from evit_ext._util.tables import aligned
+from evit_ext._util.timing import Timed
 from evit_ext.benchmark import apart, contestants, time_in_turns
-from evit_ext.benchmark.timing import Timed
-from evit_ext.cli.shared import aligned
 from evit_ext.export import export_model
 from evit_ext.export.onnx_file import operators, runner
 from evit_ext.training.progress import Progress

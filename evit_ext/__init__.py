@@ -22,18 +22,17 @@ except ImportError as error:
     ) from error
 
 from evit_ext import models, ops
-from evit_ext.apply import apply, remove
-from evit_ext.budget import fit_budget
-from evit_ext.checkpoints import load_checkpoint
-from evit_ext.costs import compare_costs
-from evit_ext.hub import from_pretrained, push_to_hub, save_pretrained
-from evit_ext.keep_rates import set_keep_rate
-from evit_ext.layer_costs import layer_costs
-from evit_ext.macs import count_macs
-from evit_ext.oracle import Oracle
-from evit_ext.prepack import prepack
-from evit_ext.record import record_tokens
-from evit_ext.schedule import keep_rate_levels, keep_rate_schedule
+from evit_ext.cost.budget import fit_budget
+from evit_ext.cost.comparison import compare_costs
+from evit_ext.cost.layers import layer_costs
+from evit_ext.cost.macs import count_macs
+from evit_ext.patching.applying import apply, remove
+from evit_ext.patching.keep_rates import set_keep_rate
+from evit_ext.patching.oracle import Oracle
+from evit_ext.patching.prepacking import prepack
+from evit_ext.patching.recording import record_tokens
+from evit_ext.tokens.schedule import keep_rate_levels, keep_rate_schedule
+from evit_ext.weights import from_pretrained, load_checkpoint, push_to_hub, save_pretrained
 
 try:
     __version__ = version("evit_ext")

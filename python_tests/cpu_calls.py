@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evit_ext import cpu_forward, ops
+from evit_ext import ops
+from evit_ext.cpu import forward as cpu_forward
 
 Build = Callable[..., Any]
 

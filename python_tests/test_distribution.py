@@ -36,7 +36,7 @@ DIRT = (
     "csrc/torch/left.so",
     "python_tests/__pycache__/conftest.cpython-311.pyc",
     "benchmarks/results/gpu-check-example.logs/build.log",
-    "build/lib.linux-x86_64-cpython-39/evit_ext/apply.py",
+    "build/lib.linux-x86_64-cpython-39/evit_ext/patching/applying.py",
     "dist/evit_ext-0.0.1-cp39-cp39-linux_x86_64.whl",
     "runs/demo/metrics.json",
 )

@@ -26,8 +26,8 @@ from end_to_end_targets import AIMS  # noqa: E402
 from plain_evit import PlainEViT  # noqa: E402
 from time_limit import TimeLimit  # noqa: E402
 
-from evit_ext import packed_weights  # noqa: E402
 from evit_ext.benchmark import Contestant, Row, contestants  # noqa: E402
+from evit_ext.cpu import packed_weights  # noqa: E402
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2, "num_classes": 10}
 

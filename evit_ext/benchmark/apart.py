@@ -12,8 +12,8 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
+from evit_ext._util.timing import Here
 from evit_ext.benchmark.settings import apply_settings, read_settings
-from evit_ext.benchmark.timing import Here
 
 #: How processes are started: macOS's own libraries do not survive a fork, and Windows has no fork.
 METHOD = "forkserver" if sys.platform == "linux" else "spawn"

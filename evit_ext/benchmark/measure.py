@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from evit_ext._util.timing import Here, Timed, time_in_turns
 from evit_ext.benchmark.apart import apart as in_processes
 from evit_ext.benchmark.contestants import Contestant
-from evit_ext.benchmark.timing import Here, Timed, time_in_turns
 from evit_ext.training.compiling import allow_recompiles
 from evit_ext.training.precision import Precision, attention_for_training, autocast
 

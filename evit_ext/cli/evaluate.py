@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import evit_ext
+from evit_ext._util.tables import aligned
 from evit_ext.cli.options import add_device, add_keep_rates, add_options, add_weights
-from evit_ext.cli.shared import aligned
 from evit_ext.cli.trained import check_classes, configuration, load_weights
-from evit_ext.keep_rates import keep_rates, set_keep_rate
+from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
 from evit_ext.training.config import TrainConfig
 from evit_ext.training.evaluation import Evaluation, evaluate
 from evit_ext.training.precision import Precision, choose_precision

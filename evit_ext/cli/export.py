@@ -19,8 +19,8 @@ from evit_ext import models
 from evit_ext.cli.options import add_keep_rates, add_options, add_weights, overrides
 from evit_ext.cli.runs import newest_weights
 from evit_ext.cli.trained import build, configuration, is_of_digits, load_weights, preparation
-from evit_ext.keep_rates import keep_rates, set_keep_rate
 from evit_ext.models.by_name import unknown_model
+from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
 from evit_ext.training.config import TrainConfig, load_config
 
 #: The fields of a configuration that define the model; the keep rate has its own option.

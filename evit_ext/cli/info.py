@@ -13,13 +13,14 @@ import timm
 import torch
 
 import evit_ext
-from evit_ext import _C, budget
+from evit_ext import _C
+from evit_ext._util.tables import aligned
 from evit_ext.cli.options import add_keep_rates
-from evit_ext.cli.shared import aligned
-from evit_ext.families import find_blocks
-from evit_ext.keep_rates import keep_rates, set_keep_rate
-from evit_ext.layer_costs import LayerCost, layer_costs
+from evit_ext.cost import budget
+from evit_ext.cost.layers import LayerCost, layer_costs
 from evit_ext.models.by_name import create_evit
+from evit_ext.patching.families import find_blocks
+from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
 
 KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 

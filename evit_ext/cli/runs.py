@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from evit_ext.training.config import TrainConfig, load_config
-from evit_ext.training.run_checkpoints import RunCheckpoints
+from evit_ext.training.run.checkpoints import RunCheckpoints
 
 
 def run_config(folder: str, given: Mapping[str, Any]) -> TrainConfig:

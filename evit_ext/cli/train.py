@@ -99,9 +99,9 @@ class _Failed(Exception):
 
 def _run(config: TrainConfig, output: Path, ranks: Ranks, options: argparse.Namespace) -> int:
     # Imported here, because it takes a while.
-    from evit_ext.training.run import Run
-    from evit_ext.training.stopping import Stopped
-    from evit_ext.training.unreadable import TooManyUnreadable
+    from evit_ext.training.run.run import Run
+    from evit_ext.training.run.stopping import Stopped
+    from evit_ext.training.run.unreadable import TooManyUnreadable
 
     run = Run(config, output, ranks, options.resume, options.progress, options.tensorboard)
     try:

@@ -12,6 +12,7 @@ import timm.data
 import torch
 
 import evit_ext
+from evit_ext._util.tables import check_writable
 from evit_ext.cli.options import (
     add_device,
     add_keep_rates,
@@ -21,9 +22,8 @@ from evit_ext.cli.options import (
     overrides,
 )
 from evit_ext.cli.runs import load_weights, newest_weights, run_config
-from evit_ext.cli.shared import check_writable
 from evit_ext.cli.trained import build, is_of_digits, preparation
-from evit_ext.keep_rates import keep_rates, set_keep_rate
+from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
 from evit_ext.training.config import TrainConfig, load_config
 
 if TYPE_CHECKING:

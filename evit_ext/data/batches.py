@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from evit_ext._util.randomness import derive_seed, seeded
 from evit_ext.data.cluttered_digits import ClutteredDigits
 from evit_ext.data.digits import Digits
 from evit_ext.data.images import ImageFiles, Unreadable
 from evit_ext.data.order import Place
 from evit_ext.data.token_label_maps import patch_labels, read_label_map
 from evit_ext.data.transforms import CropWithLabels, Transform
-from evit_ext.randomness import derive_seed, seeded
 
 #: Key of the random numbers for augmentation, which must differ from those for shuffling.
 AUGMENTATION = 2

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from evit_ext.randomness import derive_seed
+from evit_ext._util.randomness import derive_seed
 
 # Key of the random numbers for shuffling, which must differ from those for augmentation.
 _ORDER = 1

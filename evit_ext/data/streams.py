@@ -25,6 +25,7 @@ from timm.data.readers import create_reader
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from evit_ext._util.randomness import derive_seed, seeded
 from evit_ext.data.batches import (
     AUGMENTATION,
     MAX_IN_A_ROW,
@@ -35,7 +36,6 @@ from evit_ext.data.batches import (
 )
 from evit_ext.data.images import Unreadable, find_folder, need, read_image
 from evit_ext.data.transforms import Transform
-from evit_ext.randomness import derive_seed, seeded
 
 #: Number of encoded images from which a shuffled stream draws the next one.
 SHUFFLE_BUFFER = 2048

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from evit_ext.export.program import stages
-from evit_ext.record import TokenRecord, recording
+from evit_ext.patching.recording import TokenRecord, recording
 
 #: Largest difference that is rounding, as a share of the largest logit, by the model's dtype. Exported
 #: programs of 12 blocks were seen to differ by 3e-6 in float32 and 1e-2 in bfloat16.

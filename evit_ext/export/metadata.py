@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import evit_ext
-from evit_ext.keep_rates import keep_rates
+from evit_ext.patching.keep_rates import keep_rates
 
 #: The name under which the formats hold it: a property of ONNX files, a key of AOTInductor's metadata.
 KEY = "evit"

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from evit_ext.block import ReorganizingBlock
-from evit_ext.models.token_predictor import TokenPredictor
+from evit_ext.patching.block import ReorganizingBlock
+from evit_ext.tokens.dynamicvit import TokenPredictor
 
 
 def stages(model: nn.Module) -> list[nn.Module]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from evit_ext.apply import apply
+from evit_ext.patching.applying import apply
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -12,9 +12,9 @@ from timm.models import model_entrypoint
 from torch import nn
 
 import evit_ext.models as models
-from evit_ext.apply import apply, remove
-from evit_ext.families import reorganizing_blocks
 from evit_ext.models.building import explaining_missing_network
+from evit_ext.patching.applying import apply, remove
+from evit_ext.patching.families import reorganizing_blocks
 
 
 def create_evit(

@@ -19,10 +19,10 @@ from timm.models import (
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from evit_ext.apply import check_arguments
 from evit_ext.models.building import explaining_missing_network, feature_settings, reorganizing
 from evit_ext.models.deit_model import DeiT, DistilledDeiT
 from evit_ext.models.named import named_model
+from evit_ext.patching.applying import check_arguments
 
 __all__ = [
     "DeiT",

@@ -12,10 +12,10 @@ from typing import Any
 import timm
 from timm.models import generate_default_cfgs, register_model
 
-from evit_ext.apply import check_arguments
 from evit_ext.models.deit import build_deit, deit_arguments, deit_pretrained_cfg
 from evit_ext.models.dynamicvit_model import DynamicViT, DynamicViTOutput
-from evit_ext.models.token_predictor import TokenPredictor, gumbel_noise, sample_decisions
+from evit_ext.patching.applying import check_arguments
+from evit_ext.tokens.dynamicvit import TokenPredictor, gumbel_noise, sample_decisions
 
 __all__ = [
     "DynamicViT",

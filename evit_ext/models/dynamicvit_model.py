@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evit_ext import ops
-from evit_ext.apply import check_arguments
 from evit_ext.models.deit_model import DeiT
 from evit_ext.models.masked_attention import attention_bias, masked_block
-from evit_ext.models.token_predictor import TokenPredictor, sample_decisions
+from evit_ext.patching.applying import check_arguments
+from evit_ext.tokens.dynamicvit import TokenPredictor, sample_decisions
 
 
 class DynamicViTOutput(NamedTuple):

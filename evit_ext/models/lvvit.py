@@ -13,12 +13,12 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from evit_ext.apply import check_arguments
 from evit_ext.models.building import explaining_missing_network, feature_settings, reorganizing
 from evit_ext.models.lvvit_model import LVViT, ResidualScale, TokenLabelOutput
 from evit_ext.models.lvvit_stem import ConvStem
 from evit_ext.models.mix_token import draw_exchanged
 from evit_ext.models.named import named_model
+from evit_ext.patching.applying import check_arguments
 
 __all__ = [
     "ConvStem",

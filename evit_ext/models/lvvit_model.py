@@ -21,11 +21,11 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from evit_ext.block import ReorganizingBlock
-from evit_ext.families import reorganizing_blocks
 from evit_ext.models.deit_model import DeiT
 from evit_ext.models.lvvit_stem import ConvStem
 from evit_ext.models.mix_token import draw_exchanged
+from evit_ext.patching.block import ReorganizingBlock
+from evit_ext.patching.families import reorganizing_blocks
 
 
 class ResidualScale(nn.Module):

@@ -3,10 +3,10 @@
 from evit_ext.training.building import build_criterion, build_model, build_objective, load_initial
 from evit_ext.training.compiling import allow_recompiles
 from evit_ext.training.config import TrainConfig, load_config, recipe_names
-from evit_ext.training.dynamicvit_loss import DynamicViTLoss
 from evit_ext.training.evaluation import Evaluation, evaluate
 from evit_ext.training.loaders import Batch, Loaders
-from evit_ext.training.objectives import (
+from evit_ext.training.objectives.dynamicvit import DynamicViTLoss
+from evit_ext.training.objectives.objectives import (
     Classification,
     Distillation,
     DynamicViTTraining,
@@ -15,6 +15,7 @@ from evit_ext.training.objectives import (
     ObjectiveOutput,
     TokenLabelTraining,
 )
+from evit_ext.training.objectives.token_labels import TokenLabelLoss
 from evit_ext.training.precision import (
     Precision,
     attention_for_training,
@@ -24,15 +25,14 @@ from evit_ext.training.precision import (
 from evit_ext.training.progress import Progress
 from evit_ext.training.ranks import Ranks, join
 from evit_ext.training.recipe import Recipe
-from evit_ext.training.run import Run
-from evit_ext.training.run_checkpoints import RunCheckpoints
+from evit_ext.training.run.checkpoints import RunCheckpoints
+from evit_ext.training.run.run import Run
+from evit_ext.training.run.stopping import Stopped
+from evit_ext.training.run.unreadable import TooManyUnreadable
 from evit_ext.training.seen import EpochResult
 from evit_ext.training.sharding import distribute
-from evit_ext.training.stopping import Stopped
 from evit_ext.training.throughput import measure_throughput
-from evit_ext.training.token_labels import TokenLabelLoss
 from evit_ext.training.trainer import StepResult, Trainer
-from evit_ext.training.unreadable import TooManyUnreadable
 
 __all__ = [
     "Batch",

@@ -11,16 +11,15 @@ import torch
 from timm.utils.model import unwrap_model
 from torch import nn
 
-from evit_ext.block import ReorganizingBlock
-from evit_ext.checkpoints import LoadedCheckpoint, load_checkpoint
-from evit_ext.families import find_blocks
 from evit_ext.models.by_name import create_dense, create_evit, takes_img_size
 from evit_ext.models.dynamicvit import DynamicViT
 from evit_ext.models.lvvit import LVViT
-from evit_ext.oracle import Oracle
+from evit_ext.patching.block import ReorganizingBlock
+from evit_ext.patching.families import find_blocks
+from evit_ext.patching.oracle import Oracle
 from evit_ext.training.config import TrainConfig
-from evit_ext.training.dynamicvit_loss import DynamicViTLoss
-from evit_ext.training.objectives import (
+from evit_ext.training.objectives.dynamicvit import DynamicViTLoss
+from evit_ext.training.objectives.objectives import (
     Classification,
     Distillation,
     DynamicViTTraining,
@@ -28,8 +27,9 @@ from evit_ext.training.objectives import (
     Objective,
     TokenLabelTraining,
 )
+from evit_ext.training.objectives.token_labels import TokenLabelLoss
 from evit_ext.training.recipe import Recipe
-from evit_ext.training.token_labels import TokenLabelLoss
+from evit_ext.weights import LoadedCheckpoint, load_checkpoint
 
 #: Arguments of models that are fields of their own, by the field.
 _FIELDS = {

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
+from evit_ext._util.files import replacing
 from evit_ext.training.recipe import Recipe, option
-from evit_ext.training.whole_files import replacing
 
 
 @dataclass(frozen=True, kw_only=True)

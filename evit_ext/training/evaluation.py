@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from evit_ext.token_counts import count_tokens
-from evit_ext.training.modes import eval_mode
+from evit_ext._util.modes import eval_mode
+from evit_ext.cost.tokens import count_tokens
 from evit_ext.training.precision import Precision, autocast, choose_precision
 from evit_ext.training.progress import Progress
 from evit_ext.training.ranks import ALONE, Ranks

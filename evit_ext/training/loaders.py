@@ -12,6 +12,7 @@ import torch
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from evit_ext._util.randomness import derive_seed
 from evit_ext.data.batches import (
     Batch,
     DigitBatches,
@@ -26,7 +27,6 @@ from evit_ext.data.images import ImageFiles, Unreadable, open_images
 from evit_ext.data.order import EvaluationOrder, Place, TrainOrder, steps_per_epoch
 from evit_ext.data.streams import HuggingFaceStream, Source, StreamBatches, WebDataset
 from evit_ext.data.transforms import CropWithLabels, Transform, train_transform
-from evit_ext.randomness import derive_seed
 from evit_ext.training.config import TrainConfig
 from evit_ext.training.ranks import Ranks
 

@@ -76,7 +76,7 @@ def attention_for_training(device: torch.device | str, precision: Precision) -> 
     On the CPU in 16 bits: the backward of the fused kernel was measured at four times the time of the float32
     one (batch 128, 65 tokens, 4 heads of 32 channels, torch 2.15, AVX512_BF16), which is half of a whole
     training step. Have it open around forward and backward: gradient checkpointing runs the forward again.
-    Attentions that go through our own kernel (:mod:`evit_ext.cpu_forward`) are not concerned.
+    Attentions that go through our own kernel (:mod:`evit_ext.cpu.forward`) are not concerned.
     """
     if torch.device(device).type == "cpu" and precision.dtype != torch.float32:
         with sdpa_kernel(SDPBackend.MATH):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from evit_ext.training.modes import eval_mode
+from evit_ext._util.modes import eval_mode
 from evit_ext.training.precision import Precision, autocast, choose_precision
 
 

@@ -16,12 +16,12 @@ from timm.utils.model import unwrap_model
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from evit_ext.families import reorganizing_blocks
-from evit_ext.keep_rates import keep_rates, set_keep_rate
-from evit_ext.randomness import derive_seed, random_state, seeded, set_random_state
-from evit_ext.schedule import keep_rate_schedule
+from evit_ext._util.randomness import derive_seed, random_state, seeded, set_random_state
+from evit_ext.patching.families import reorganizing_blocks
+from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
+from evit_ext.tokens.schedule import keep_rate_schedule
 from evit_ext.training.building import build_criterion
-from evit_ext.training.objectives import Classification, Objective
+from evit_ext.training.objectives.objectives import Classification, Objective
 from evit_ext.training.precision import (
     Precision,
     attention_for_training,

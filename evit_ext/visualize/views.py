@@ -11,12 +11,12 @@ import torch
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
-from evit_ext.families import applied_blocks, family_of
-from evit_ext.keep_rates import keep_rates as current_keep_rates
-from evit_ext.keep_rates import set_keep_rate
-from evit_ext.macs import count_macs
-from evit_ext.record import TokenRecord, record_tokens
-from evit_ext.token_counts import patch_grid
+from evit_ext.cost.macs import count_macs
+from evit_ext.cost.tokens import patch_grid
+from evit_ext.patching.families import applied_blocks, family_of
+from evit_ext.patching.keep_rates import keep_rates as current_keep_rates
+from evit_ext.patching.keep_rates import set_keep_rate
+from evit_ext.patching.recording import TokenRecord, record_tokens
 
 
 @dataclass(frozen=True)

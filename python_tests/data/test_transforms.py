@@ -11,8 +11,8 @@ from image_data import IMAGE, crop
 from PIL import Image
 from timm.data import auto_augment, create_transform
 
+from evit_ext._util.randomness import seeded
 from evit_ext.data.transforms import CropWithLabels, train_transform, view_matrix
-from evit_ext.randomness import seeded
 
 
 def arguments(**more: Any) -> dict[str, Any]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from family_lines import LINES, Line
 
 import evit_ext
 from evit_ext.export import export_model
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
-
-from family_lines import LINES, Line
 
 
 @pytest.mark.slow  # several minutes, for all that torch.onnx does for each

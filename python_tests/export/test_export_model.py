@@ -17,7 +17,7 @@ import evit_ext
 from evit_ext import models
 from evit_ext.export import FORMATS, Metadata, export_model, exporting, read_metadata
 from evit_ext.export.comparison import clear_images, compare
-from evit_ext.record import record_tokens
+from evit_ext.patching.recording import record_tokens
 
 #: Which no file is to name, as those who get it have no use for it.
 FOLDER = str(Path(evit_ext.__file__).parent).encode()
@@ -121,7 +121,7 @@ package = torch._inductor.aoti_load_package(sys.argv[1])
 images, expected = torch.load(sys.argv[2])
 for batch in (1, 4):
     torch.testing.assert_close(package(images[:batch]), expected[:batch], rtol=1e-4, atol=1e-5)
-assert "evit_ext.block" not in sys.modules
+assert "evit_ext.patching.block" not in sys.modules
 """
 
 

@@ -18,8 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 import evit_ext
 from evit_ext import models
-from evit_ext.block import ReorganizingBlock
 from evit_ext.models.deit import DeiT
+from evit_ext.patching.block import ReorganizingBlock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

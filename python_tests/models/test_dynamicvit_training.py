@@ -13,9 +13,10 @@ from slow_dynamicvit import slow_training
 from torch import Tensor
 
 import evit_ext
-from evit_ext.models import dynamicvit_model, token_predictor
+from evit_ext.models import dynamicvit_model
 from evit_ext.models.dynamicvit import DynamicViT, DynamicViTOutput, sample_decisions
 from evit_ext.models.masked_attention import attention_bias
+from evit_ext.tokens import dynamicvit as token_predictor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

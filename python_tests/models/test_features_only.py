@@ -12,7 +12,7 @@ from timm.models._features import FeatureGetterNet
 
 import evit_ext
 from evit_ext import models
-from evit_ext.block import ReorganizingBlock
+from evit_ext.patching.block import ReorganizingBlock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

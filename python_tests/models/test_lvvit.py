@@ -22,8 +22,8 @@ from timm.models.vision_transformer import Block
 
 import evit_ext
 from evit_ext import models
-from evit_ext.block import ReorganizingBlock
 from evit_ext.models.lvvit import LVViT, ResidualScale
+from evit_ext.patching.block import ReorganizingBlock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,9 +12,9 @@ import timm
 import torch
 
 from evit_ext import models
-from evit_ext.block import ReorganizingBlock
 from evit_ext.models.deit import DeiT, DistilledDeiT
 from evit_ext.models.lvvit import LVViT
+from evit_ext.patching.block import ReorganizingBlock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 # Children are forked from a process that has imported all this already.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["evit_ext.cli.train", "evit_ext.training.run", "sklearn.datasets"])
+_processes.set_forkserver_preload(["evit_ext.cli.train", "evit_ext.training.run.run", "sklearn.datasets"])
 
 #: A run of all that is random or has a state: the order, augmentation, mixup, drop path, EMA, the keep rate.
 SMALL = shlex.split(

@@ -16,9 +16,9 @@ from tiny_config import TINY, config
 from torch import nn
 
 from evit_ext import models
-from evit_ext.families import reorganizing_blocks
 from evit_ext.models.by_name import create_dense, create_evit
 from evit_ext.models.dynamicvit import DynamicViT
+from evit_ext.patching.families import reorganizing_blocks
 from evit_ext.training import (
     Classification,
     Distillation,

@@ -1,0 +1,1 @@
+"""What models cost: multiply-accumulates, layer by layer, tokens, and what fits a budget."""

@@ -1,0 +1,190 @@
+"""Attention and MLPs on the CPU, computed in fewer passes over memory.
+
+Attention runs through :func:`evit_ext.ops.attention_with_scores`, in training as well, directly on the packed
+projection if nothing changes queries and keys in between. Without gradients, linear layers run through
+oneDNN, which adds the bias and applies GELU in the product's last pass; ``F.linear`` would first copy the
+bias into the result, and GELU would be a separate pass. Results differ by rounding, so
+:func:`evit_ext.apply` switches this on only if a keep rate is below 1. Whatever is not known to compute the
+same runs its original code: under ``torch.export``, the transforms of ``torch.func`` and forward-mode
+differentiation, with hooks or an overridden forward, and with dropout, masks or position biases.
+``torch.nn.attention.sdpa_kernel`` chooses among PyTorch's attentions only; timm's own switch, ``fused_attn``,
+is heeded.
+
+Notation: B batch, H heads, N tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from evit_ext import _C
+from evit_ext._util.overriding import Override
+from evit_ext.cpu import packed_weights
+from evit_ext.ops import checks
+
+#: Whether the processor has kernels that were measured to be faster than PyTorch's: not the portable ones.
+SUPPORTED = _C.build_info()["cpu_capability"] != "baseline"
+
+#: float64 is left to scaled_dot_product_attention, which is as fast in inference. In training it takes 1.3
+#: times as long, but few train in float64.
+_ATTENTION_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+#: oneDNN's product fused with the next operation, as torch.compile uses on the CPU; None if torch lacks it.
+_linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def _linear_dtypes() -> frozenset[torch.dtype]:
+    if _linear_pointwise is None or not torch.backends.mkldnn.is_available():
+        return frozenset()
+    in_bfloat16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
+    return frozenset({torch.float32} | ({torch.bfloat16} if in_bfloat16 else set()))
+
+
+_LINEAR_DTYPES = _linear_dtypes()
+
+
+class CpuForward(Override):
+    """Overrides the ``forward`` of an attention or MLP with a faster one on the CPU.
+
+    It stays installed while `active` is False: a newly installed override would be a different object to
+    torch.compile, which would then recompile everything.
+    """
+
+    active = True
+
+
+def runs_on(x: Tensor, with_gradient: bool = False) -> bool:
+    """Return whether the functions here may run on `x`: it is on the CPU, and nothing is being exported.
+
+    Grad mode must be off too, unless the operation has a gradient (`with_gradient`).
+    """
+    # Only grad mode decides, not whether `x` requires grad: the weights do.
+    if torch.is_grad_enabled() and not with_gradient:
+        return False
+    # The type first: that of a proxy of torch.fx is all that may be asked about it.
+    if not SUPPORTED or type(x) is not Tensor or x.device.type != "cpu" or checks.in_function_transform():
+        return False
+    if torch.compiler.is_compiling():
+        # In torch 2.10 this is always true while compiling, so compiled models run timm's code there.
+        return not torch.compiler.is_exporting()
+    # Traced models, like exported ones, may run elsewhere. no_grad does not end forward mode.
+    return not torch.jit.is_tracing() and forward_ad._current_level < 0
+
+
+#: The original forwards of classes, to notice when other code replaces them.
+_WRITTEN: dict[type[nn.Module], Any] = {}
+
+
+def remember(*kinds: type[nn.Module]) -> None:
+    """Record the present forwards of these classes as their original ones."""
+    _WRITTEN.update({kind: kind.forward for kind in kinds})
+
+
+remember(nn.Linear, nn.Identity, nn.GELU, nn.Dropout)
+
+
+def as_written(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether `module` is exactly a `kind` with the original forward and without forward hooks."""
+    if type(module) is not kind or kind.forward is not _WRITTEN[kind] or "forward" in module.__dict__:
+        return False
+    return not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _globally_watched() -> bool:
+    return torch.nn.modules.module._has_any_global_hook()
+
+
+def may_replace(module: nn.Module, x: Tensor, with_gradient: bool = False) -> bool:
+    """Return whether the faster code may replace the overridden ``forward`` of `module` on `x`.
+
+    This depends on the override alone, so that a block gives the same bits from timm's code at keep rate 1.
+    """
+    override = module.__dict__.get("forward")
+    if not isinstance(override, CpuForward) or not override.active:
+        return False
+    return type(module).forward is _WRITTEN.get(type(module)) and runs_on(x, with_gradient)
+
+
+def may_attend(attention: Any, x: Tensor) -> bool:
+    """Return whether one of timm's attentions, without mask and bias, may use our attention kernel on `x`."""
+    # Users switch timm's fused_attn off to see the attention map.
+    if not may_replace(attention, x, with_gradient=True) or not attention.fused_attn or not attends(x):
+        return False
+    dropout = attention.training and attention.attn_drop.p > 0
+    return not dropout and getattr(attention, "relative_position_bias_table", None) is None
+
+
+def attends(*tensors: Tensor) -> bool:
+    """Return whether our attention kernel takes the dtype of `tensors`, or the one that autocast casts to."""
+    if checks.autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") in _ATTENTION_DTYPES
+    return tensors[0].dtype in _ATTENTION_DTYPES and len({t.dtype for t in tensors}) == 1
+
+
+def is_identity(module: nn.Module) -> bool:
+    """Return whether `module` is an unhooked nn.Identity."""
+    return as_written(module, nn.Identity)
+
+
+def pack(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return three tensors [B, H, N, D] packed into [B, N, 3 * H * D], with one copy."""
+    return torch.stack([t.transpose(1, 2) for t in (q, k, v)], dim=2).flatten(2)
+
+
+def linear(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Apply a linear layer to `x`, for which :func:`runs_on` holds, possibly with gradient.
+
+    A `bias` replaces the layer's own; the layer's forward then does not run.
+    """
+    out: Tensor
+    if _fuses(layer, x, bias) and not _globally_watched():
+        weight = packed_weights.weight_of(layer)
+        out = _linear_pointwise(x, weight, layer.bias if bias is None else bias, "none", [], "")
+    else:
+        out = layer(x) if bias is None else F.linear(x, layer.weight, bias)
+    return out
+
+
+def _fuses(layer: Any, x: Tensor, bias: Tensor | None = None) -> bool:
+    """Return whether oneDNN may apply a linear layer to `x`, with the layer's bias or a given one."""
+    if not as_written(layer, nn.Linear) or x.dtype not in _LINEAR_DTYPES or x.numel() == 0:
+        return False
+    if torch.is_grad_enabled():
+        return False  # oneDNN's product has no gradient
+    if torch.compiler.is_compiling() or checks.autocast_enabled("cpu") or not torch._C._get_mkldnn_enabled():
+        return False  # the compiler does its own fusion
+    weight, own = layer.weight, layer.bias if bias is None else bias
+    if type(weight) is not nn.Parameter or weight.layout is not torch.strided or not _same_kind(weight, x):
+        return False
+    # oneDNN gets the bias's address, not its strides.
+    return own is None or (_same_kind(own, x) and own.shape == weight.shape[:1] and own.is_contiguous())
+
+
+def _same_kind(value: Tensor, x: Tensor) -> bool:
+    return value.dtype == x.dtype and value.device == x.device
+
+
+def gelu_between(first: Any, approximate: str, second: nn.Module, x: Tensor) -> Tensor | None:
+    """Apply linear, GELU, linear to `x`; return None if oneDNN may not compute the first layer."""
+    if not _fuses(first, x) or _globally_watched():
+        return None
+    weight = packed_weights.weight_of(first)
+    hidden = _linear_pointwise(x, weight, first.bias, "gelu", [], approximate)
+    return linear(second, hidden)
+
+
+def mlp(module: Any, x: Tensor) -> Tensor | None:
+    """Apply timm's ``Mlp`` to `x`, for which :func:`runs_on` holds; return None if timm's code must run."""
+    for dropout in (module.drop1, module.drop2):
+        if not as_written(dropout, nn.Dropout) or (dropout.training and dropout.p > 0):
+            return None
+    # Older versions of timm have no norm here.
+    norm = getattr(module, "norm", None)
+    if (norm is not None and not is_identity(norm)) or not as_written(module.act, nn.GELU):
+        return None
+    return gelu_between(module.fc1, module.act.approximate, module.fc2, x)

@@ -1,0 +1,1 @@
+"""The method inside other people's models: applying it, recording, full grids, oracles, model families."""

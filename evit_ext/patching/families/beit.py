@@ -1,0 +1,148 @@
+"""timm's Beit: BEiT, BEiT v2 and data2vec, whose attention has a bias for every pair of positions.
+
+Once patches are dropped, every block needs the biases between the remaining tokens. As with rotary embeddings
+(:mod:`evit_ext.patching.families.eva`), the model passes its blocks a :class:`TokenTrail`, and each block
+uses it to gather the rows and columns of its bias. The bias then differs between images: [B, H, N, N] for
+the N remaining tokens, where the unchanged model shares one [1, H, N, N].
+
+A fused token has no position on the grid, nor has the class token, whose biases it uses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import Mlp
+from timm.models.beit import Attention, Beit, Block
+from torch import Tensor, nn
+
+from evit_ext.patching.attention import Score, attend
+from evit_ext.patching.block import AdoptedBlock, ReorganizingBlock
+from evit_ext.patching.cpu_overrides import CpuAttention, CpuMlp
+from evit_ext.patching.families.family import Family
+from evit_ext.patching.families.gamma import GammaBranches
+from evit_ext.tokens.trail import TokenTrail
+
+
+class BiasTrail(TokenTrail):
+    """A trail that the blocks receive instead of their shared bias.
+
+    Args:
+        positions: the bias shared by all blocks, [H, N, N], or None.
+    """
+
+    def bias(self, attention: Any, stage: int) -> Tensor | None:
+        """Return the bias that `attention` adds to its logits at `stage`: [B or 1, H, N, N], or None."""
+        own = attention.relative_position_bias_table is not None
+        bias: Tensor | None = attention._get_rel_pos_bias() if own else None  # [1, H, N, N]
+        if self.positions is not None:
+            bias = self.positions.unsqueeze(0) if bias is None else bias + self.positions
+        patches = self.patches(stage)
+        if bias is None or patches is None:
+            return bias
+        # The class token is token 0, patch i is token i + 1, and a fused token (-1) maps to the class token.
+        tokens = nn.functional.pad(patches + 1, (1, 0))
+        return bias[0, :, tokens[:, :, None], tokens[:, None, :]].transpose(0, 1)
+
+
+class _BeitBlock(GammaBranches, AdoptedBlock):
+    """Shared by all blocks of a Beit that reorganises tokens."""
+
+    def follow(self, x: Tensor, trail: BiasTrail) -> Tensor:
+        """Return the replaced block's result for the remaining tokens."""
+        if trail.patches(self.stage) is None:
+            return self.as_before(x, shared_rel_pos_bias=trail.positions)
+        x = x + self.attention_branch(x, _no_score, trail)[0]
+        return x + self.mlp_branch(x, None)
+
+    def attention_branch(self, x: Tensor, score: Score, positions: BiasTrail) -> tuple[Tensor, Tensor]:
+        """See :meth:`ReorganizingBlock.attention_branch`."""
+        bias = positions.bias(self.attn, self.stage)
+        attended, scores = attend(self.attn, self.norm1(x), score, bias=bias)
+        return self.scaled_attention(attended), scores
+
+
+def _trail(shared_rel_pos_bias: Any) -> BiasTrail:
+    """Return a block's argument as a trail: a block that is called directly receives a bias."""
+    given = shared_rel_pos_bias
+    return given if isinstance(given, BiasTrail) else BiasTrail(given)
+
+
+def _no_score(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a placeholder where the scores are not used."""
+    return q
+
+
+class FollowingBeitBlock(_BeitBlock):
+    """A Beit block that does not drop tokens but uses the biases of those that reach it."""
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Any = None) -> Tensor:
+        """Return the replaced block's result for the remaining tokens."""
+        return self.follow(x, _trail(shared_rel_pos_bias))
+
+
+class ReorganizingBeitBlock(_BeitBlock, ReorganizingBlock):
+    """timm's BEiT ``Block`` with token reorganisation."""
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Any = None) -> Tensor:
+        """Return the reorganised tokens of `x`."""
+        trail = _trail(shared_rel_pos_bias)
+        return self.reorganize(x, lambda: self.follow(x, trail), positions=trail, trail=trail)
+
+
+class StartTrail(nn.Module):
+    """Stands in for the shared bias of a Beit that has none; returns a new trail in every forward."""
+
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """Do nothing: there is no bias to resize."""
+
+    def forward(self) -> BiasTrail:
+        """Return a new trail."""
+        return BiasTrail()
+
+
+def _start_trail(module: nn.Module, arguments: tuple[()], bias: Tensor) -> BiasTrail:
+    """Forward hook that makes the shared-bias module return a new trail in every forward."""
+    return BiasTrail(bias)
+
+
+def _has_positions(vit: Any) -> bool:
+    """Return whether the blocks of a Beit have biases of their own or share one."""
+    # The blocks have not been checked yet, so they can be of any class.
+    attentions = (getattr(block, "attn", None) for block in vit.blocks)
+    own = any(getattr(attn, "relative_position_bias_table", None) is not None for attn in attentions)
+    return own or vit.rel_pos_bias is not None
+
+
+def _install(vit: Any) -> None:
+    """Make a Beit pass trails to its blocks."""
+    if vit.rel_pos_bias is None:
+        vit.rel_pos_bias = StartTrail()
+    else:
+        vit.rel_pos_bias.register_forward_hook(_start_trail)
+
+
+def _uninstall(vit: Any) -> None:
+    """Undo :func:`_install`."""
+    shared = vit.rel_pos_bias
+    if isinstance(shared, StartTrail):
+        # Assigning None without deleting would leave an entry among the submodules, visible in print(model).
+        del vit.rel_pos_bias
+        vit.rel_pos_bias = None
+    elif shared is not None:
+        for handle, hook in list(shared._forward_hooks.items()):
+            if hook is _start_trail:
+                del shared._forward_hooks[handle]
+
+
+FAMILY = Family(
+    name="timm's Beit",
+    model=Beit,
+    blocks={Block: ReorganizingBeitBlock},
+    attentions=(Attention,),
+    following=FollowingBeitBlock,
+    has_positions=_has_positions,
+    install=_install,
+    uninstall=_uninstall,
+    cpu_forwards={Attention: CpuAttention, Mlp: CpuMlp},
+)

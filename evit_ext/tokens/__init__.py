@@ -1,0 +1,1 @@
+"""The method without any model: rules that reduce tokens, and which patch each token is."""

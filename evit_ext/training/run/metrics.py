@@ -1,0 +1,178 @@
+"""The figures of a run over its steps: a CSV file, and TensorBoard's events where it is installed."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+from evit_ext._util.files import replacing
+
+#: What a record may say, beside its step, epoch and kind; in the order of the file's columns.
+FIGURES = (
+    "loss",
+    "top1",
+    "top5",
+    "lr",
+    "keep_rate",
+    "tokens_kept",
+    "images_per_second",
+    "grad_norm",
+    "memory",
+    "unreadable",
+)
+
+#: Of a step of training, the means of an epoch, of an evaluation, and of one of the weights' moving average.
+KINDS = ("train", "epoch", "val", "ema")
+
+_COLUMNS = ("step", "epoch", "kind", *FIGURES)
+
+
+class Metrics:
+    """Writes ``metrics.csv``, a line a record, and TensorBoard events in ``tensorboard``, in a folder.
+
+    Every line is on its way to the disk when :meth:`write` returns. Cells of what a record does not say are
+    empty. Numbers are written such that they are read as they were, to the last bit.
+
+    A run that was killed has done steps that the run which goes on from its checkpoint does again: their
+    lines, and one that was only half written, are taken away first, so that every step is there once.
+
+    Args:
+        folder: made if it is not there.
+        tensorboard: True for its events, False for none, "auto" for events if the package is installed.
+        enabled: False writes nothing; for all processes but the first.
+        resume_step: the step that the run goes on from; None begins anew, and replaces what was there.
+
+    Raises:
+        ValueError: `tensorboard` is something else, or there are other columns in the file to go on with.
+        RuntimeError: `tensorboard` is True and the package is not installed.
+        OSError: it cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        tensorboard: bool | str = "auto",
+        enabled: bool = True,
+        resume_step: int | None = None,
+    ) -> None:
+        if tensorboard not in (True, False, "auto"):
+            raise ValueError(f"tensorboard must be True, False or 'auto', got {tensorboard!r}")
+        self._file: Any = None
+        self._events: Any = None
+        #: Steps and kinds at the step that the run goes on from, which may come again.
+        self._there: set[tuple[int, str]] = set()
+        if not enabled:
+            return
+        writer = None if tensorboard is False else _summary_writer(tensorboard)
+        self.path = Path(folder) / "metrics.csv"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [] if resume_step is None else _lines_up_to(self.path, resume_step)
+        self._there = {(int(line[0]), line[2]) for line in lines if int(line[0]) == resume_step}
+        with replacing(self.path) as file:
+            _writer(file).writerows([_COLUMNS, *lines])
+        self._file = self.path.open("a", newline="")
+        if writer is not None:
+            # Events from this step on are hidden: they are written again.
+            purge_step = 0 if resume_step is None else resume_step + 1
+            self._events = writer(str(Path(folder) / "tensorboard"), purge_step=purge_step)
+
+    def write(self, step: int, epoch: int, kind: str, **figures: float | None) -> None:
+        """Write a record; one that the file had already, of this step and kind, is left as it is.
+
+        Args:
+            step: optimizer steps done.
+            epoch: from 1.
+            kind: one of :data:`KINDS`.
+            figures: of :data:`FIGURES`; top1 and top5 in percent, memory in bytes. None is nothing said.
+
+        Raises:
+            ValueError: another kind or another figure.
+            OSError: it cannot be written.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        unknown = sorted(set(figures) - set(FIGURES))
+        if unknown:
+            raise ValueError(f"figures are {', '.join(FIGURES)}, got {', '.join(unknown)}")
+        if self._file is None or (step, kind) in self._there:
+            return
+        said = {name: _number(value) for name, value in figures.items() if value is not None}
+        cells = (repr(said[name]) if name in said else "" for name in FIGURES)
+        try:
+            _writer(self._file).writerow([step, epoch, kind, *cells])
+            self._file.flush()
+        except OSError as error:
+            error.filename = str(self.path)  # which a failed write, of a full disk for instance, does not say
+            raise
+        if self._events is not None:
+            for name, value in said.items():
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+            self._events.flush()
+
+    def sync(self) -> None:
+        """Return when all lines are on the disk, where a power failure leaves them."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the files; nothing can be written after it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _writer(file: Any) -> Any:
+    return csv.writer(file, lineterminator="\n")
+
+
+def _number(value: Any) -> int | float:
+    """Return a Python number, of a tensor or NumPy's scalar, too."""
+    return value if type(value) is int else float(value)
+
+
+def _lines_up_to(path: Path, step: int) -> list[list[str]]:
+    """Return the whole lines of the file up to a step, without the header; none where there is no file.
+
+    Raises:
+        ValueError: it has other columns.
+    """
+    if not path.exists():
+        return []
+    # A kill may leave half a line, and a power failure bytes that are no text.
+    whole, _, _ = path.read_text(errors="replace").replace("\0", "").rpartition("\n")
+    header, *lines = list(csv.reader(whole.splitlines())) or [list(_COLUMNS)]
+    if tuple(header) != _COLUMNS:
+        raise ValueError(
+            f"{path} has the columns {','.join(header)}, expected {','.join(_COLUMNS)}: it is of another "
+            "version; move it away to go on"
+        )
+    return [line for line in lines if len(line) == len(_COLUMNS) and _is_up_to(line[0], step)]
+
+
+def _is_up_to(cell: str, step: int) -> bool:
+    return cell.isdecimal() and int(cell) <= step
+
+
+def _summary_writer(tensorboard: bool | str) -> Any:
+    """Return TensorBoard's class of writers; None where the package is not there and need not be."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        if tensorboard == "auto":
+            return None
+        raise RuntimeError(
+            f"TensorBoard's events are wanted but it cannot be imported ({error}): "
+            'pip install "evit_ext[train]", or do without'
+        ) from error
+    return SummaryWriter

@@ -1,0 +1,106 @@
+"""The evaluations of a run, and the files with the weights that they were of."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import nn
+
+from evit_ext._util.files import replacing
+from evit_ext.training.evaluation import Evaluation
+from evit_ext.training.ranks import Ranks
+from evit_ext.training.run.summary import Score, better
+from evit_ext.training.sharding import whole_state
+
+#: What is evaluated, and the file that has its last weights.
+FILES = {"model": "last.safetensors", "ema": "last_ema.safetensors"}
+
+
+class Results:
+    """The evaluations of a run.
+
+    The best one is the one of the highest top-1 among those at the newest keep rate: while the keep rate
+    falls, the task becomes harder, and an early evaluation that saw more patches is no match for later ones.
+
+    Args:
+        folder: where the weights are written.
+        ranks: the processes; the first one writes.
+        model: its name, for the weights' files.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, model: str) -> None:
+        self._folder, self._ranks, self._model = folder, ranks, model
+        self._entries: list[dict[str, Any]] = []
+
+    def has(self, epoch: int) -> bool:
+        """Return whether the evaluation after an epoch, from 1, was made."""
+        return any(entry["epoch"] == epoch for entry in self._entries)
+
+    def add(
+        self, epoch: int, keep_rate: float, found: Mapping[str, Evaluation], models: Mapping[str, nn.Module]
+    ) -> None:
+        """Add the evaluations after an epoch, of the model and perhaps of its moving average.
+
+        Writes ``last.safetensors`` and ``last_ema.safetensors``, and ``best.safetensors`` if one of them is
+        the best so far. Every process must call it: of a model in parts, all take part.
+
+        Args:
+            epoch: from 1.
+            keep_rate: at which they were made.
+            found: by "model" and "ema".
+            models: likewise.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        best = max((score.top1 for name in FILES for score in self._scores(name, keep_rate)), default=-1.0)
+        entry: dict[str, Any] = {"epoch": epoch, "keep_rate": keep_rate}
+        for name, evaluation in found.items():
+            entry[name] = {"top1": evaluation.top1, "top5": evaluation.top5, "loss": evaluation.loss}
+            files = [FILES[name]]
+            if evaluation.top1 > best:
+                best = evaluation.top1
+                files.append("best.safetensors")
+            self._write(files, models[name], {"weights": name, "top1": f"{evaluation.top1:.3f}", **entry})
+        self._entries.append(entry)
+
+    def _write(self, files: list[str], model: nn.Module, facts: Mapping[str, Any]) -> None:
+        state = whole_state(model)
+        if not self._ranks.is_first:
+            return
+        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        said = {key: str(facts[key]) for key in ("weights", "top1", "epoch", "keep_rate")}
+        content = save(tensors, {"model": self._model, **said})
+        for file in files:
+            with replacing(self._folder / file, "wb") as target:
+                target.write(content)
+
+    def best(self, name: str) -> Score | None:
+        """Return the best evaluation of "model" or "ema"; of equals the earliest. None without any."""
+        if not self._entries:
+            return None
+        return functools.reduce(better, self._scores(name, self._entries[-1]["keep_rate"]), None)
+
+    def last(self, name: str) -> Score | None:
+        """Return the last evaluation of "model" or "ema"; None without any."""
+        scores = self._scores(name, None)
+        return scores[-1] if scores else None
+
+    def _scores(self, name: str, keep_rate: float | None) -> list[Score]:
+        return [
+            Score(epoch=entry["epoch"], **entry[name])
+            for entry in self._entries
+            if name in entry and keep_rate in (None, entry["keep_rate"])
+        ]
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return all that are known, for a checkpoint."""
+        return self._entries
+
+    def load_state(self, state: list[dict[str, Any]]) -> None:
+        """Know what :meth:`state` returned."""
+        self._entries = list(state)
