@@ -39,8 +39,8 @@ from time_limit import TimeLimit, at_most, gpu_is_lost, in_time, left_out_lines,
 import evit_ext
 from evit_ext.benchmark import Contestant, Row, contestants, measure
 from evit_ext.cli.benchmark import LATENCY_CALLS, table
-from evit_ext.patching import cpu_overrides
-from evit_ext.patching.families import cpu_forwards
+from evit_ext.cpu import replacing
+from evit_ext.patching.families import family_of
 from evit_ext.training.precision import choose_precision
 
 KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -129,7 +129,10 @@ class Prepacked(torch.nn.Module):
 def _with_faster_forwards(dense: Contestant) -> Contestant:
     """Return the dense model with the forwards that an EViT's blocks have on the CPU, to tell their part."""
     model: Any = copy.deepcopy(dense.model)
-    cpu_overrides.install(model.blocks, cpu_forwards(model))
+    family = family_of(model)
+    parts = [part for block in model.blocks for part in block.children()]
+    replacing.replace(parts, family.cpu_forwards)
+    replacing.set_active(parts, True)
     return replace(dense, name=FASTER, model=model)
 
 

@@ -21,7 +21,7 @@ except ImportError as error:
         "install the clone with: pip install --no-build-isolation --editable ."
     ) from error
 
-from evit_ext import models, ops
+from evit_ext import models, ops, tokens
 from evit_ext.cost.budget import fit_budget
 from evit_ext.cost.comparison import compare_costs
 from evit_ext.cost.layers import layer_costs
@@ -59,6 +59,7 @@ __all__ = [
     "remove",
     "save_pretrained",
     "set_keep_rate",
+    "tokens",
 ]
 
 #: Imported when first asked for: ``import evit_ext`` alone would otherwise wait for all of them.

@@ -19,7 +19,7 @@ from evit_ext.cli.options import add_keep_rates
 from evit_ext.cost import budget
 from evit_ext.cost.layers import LayerCost, layer_costs
 from evit_ext.models.by_name import create_evit
-from evit_ext.patching.families import find_blocks
+from evit_ext.patching.families import locate
 from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
 
 KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -127,7 +127,9 @@ def _facts(
         set_keep_rate(model, first[0])
     own = keep_rates(model)
     layers = layer_costs(model, size)
-    blocks: Any = find_blocks(model)
+    located = locate(model)
+    assert located is not None
+    blocks: Any = located.blocks
     tokens = next(layer.tokens_in for layer in layers if layer.tokens_in is not None)
     costs = []
     for rate in rates:
