@@ -17,7 +17,7 @@ import torch
 import evit_ext
 from evit_ext import _C
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_build_info() -> None:
