@@ -3,11 +3,11 @@
     python benchmarks/training_steps.py --output benchmarks/results/training-scaling-cpu
     python benchmarks/training_steps.py --device cuda
 
-On the CPU, DeiT-Ti, each process with one thread; several are joined by gloo and DistributedDataParallel. Every
-configuration has processes of its own, which stay, so that its peak memory is its own, and which take turns,
-step after step, so that what else happens on the machine happens to all of them; the median step counts.
-A step is forward, backward and AdamW on random images, in float32, nothing loaded: see the Trainer for what
-else a run does. Of several processes the slowest counts, and each also makes steps without adding up
+On the CPU, DeiT-Ti, each process with one thread; several are joined by gloo and DistributedDataParallel.
+Every configuration has processes of its own, which stay, so that its peak memory is its own, and which take
+turns, step after step, so that what else happens on the machine happens to all of them; the median step
+counts. A step is forward, backward and AdamW on random images, in float32, nothing loaded: see the Trainer
+for what else a run does. Of several processes the slowest counts, and each also makes steps without adding up
 gradients, which tells what that takes. On a GPU, DeiT-S in bfloat16 (autocast), one process for each
 configuration; peak memory is what PyTorch's allocator gave out.
 """
