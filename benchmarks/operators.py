@@ -55,7 +55,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=170.0, help="seconds for all rows on a GPU (default: 170)"
     )
-    parser.add_argument("--quick", action="store_true", help="on a GPU: DeiT-S, batch 256 and 1")
     return parser.parse_args()
 
 
@@ -82,12 +81,10 @@ def on_cuda(arguments: argparse.Namespace, dtypes: list[torch.dtype]) -> int:
     failures: list[str] = []
     cache = arguments.cache_mib or 3 * torch.cuda.get_device_properties(0).L2_cache_size // 2**20
     # The most telling first. Compiling takes most of the time.
-    models, batches = arguments.models, arguments.batch or [256, 1, 8, 64, 1024]
-    if arguments.quick:
-        models, batches = ["DeiT-S"], [256, 1]
+    batches = arguments.batch or [256, 1, 8, 64, 1024]
     wanted = [
         cuda.Measurement(*of, of[0] == "DeiT-S", arguments.seconds or 0.4, cache * 2**20)
-        for of in itertools.product(models, batches, dtypes or [torch.bfloat16])
+        for of in itertools.product(arguments.models, batches, dtypes or [torch.bfloat16])
     ]
 
     def measure(given: cuda.Measurement) -> None:

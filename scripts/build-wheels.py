@@ -8,6 +8,7 @@ The wheels that passed are put into dist/. Exit status: 0 if all passed, else 1.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -48,9 +49,7 @@ def run(*command: object, **environment: str) -> str:
         words, cwd=WORK, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     if done.returncode:
-        raise RuntimeError(
-            f"{' '.join(words[:4])} … ended with exit status {done.returncode}:\n{done.stdout}"
-        )
+        raise RuntimeError(f"{' '.join(words[:4])} ended with status {done.returncode}:\n{done.stdout}")
     return done.stdout
 
 
@@ -86,16 +85,13 @@ def build(python: str, variant: str, sdist: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    known = [f"python3.{minor}" for minor in range(10, 15)]
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument(
-        "--python", action="append", help="default: python3.10 to python3.14, where they are there"
+        "--python", action="append", help="default: those of python3.10 to python3.14 that run"
     )
     parser.add_argument("--variant", action="append", choices=list(FORCE_CUDA), help="default: both")
     options = parser.parse_args()
-    shutil.rmtree(ROOT / "evit_ext.egg-info", ignore_errors=True)  # its list of files may be an old one
     for folder in (WORK, DIST):
         folder.mkdir(parents=True, exist_ok=True)
     backend = (
@@ -104,15 +100,19 @@ def main() -> int:
     run(sys.executable, "-c", backend, ROOT, FORCE_CUDA="0")
     sdist = max(DIST.glob("*.tar.gz"), key=os.path.getmtime)
     run("twine", "check", "--strict", sdist)
-    failed = False
-    for python in options.python or known:
-        for variant in options.variant or FORCE_CUDA:
-            try:
-                line = build(python, variant, sdist)
-            except (RuntimeError, OSError) as error:
-                failed, line = True, f"FAILED: {error}"
-            print(f"{python}, {variant}: {line}", flush=True)
-    return failed
+    pythons, failed = options.python or [], False
+    for python in [] if pythons else [f"python3.{minor}" for minor in range(10, 15)]:
+        if shutil.which(python) and subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
+            pythons.append(python)
+        else:
+            print(f"{python}: not found")
+    for python, variant in itertools.product(pythons, options.variant or FORCE_CUDA):
+        try:
+            result = build(python, variant, sdist)
+        except (RuntimeError, OSError) as error:
+            failed, result = True, f"FAILED: {error}"
+        print(f"{python}, {variant}: {result}", flush=True)
+    return 1 if failed or not pythons else 0
 
 
 if __name__ == "__main__":
