@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 
-.PHONY: help env demo bench test test-python test-faults test-cpp test-cuda-on-host test-sanitize test-oldest-torch lint format docs wheels gpu-check gpu-bench clean
+.PHONY: help env demo bench test test-python test-faults test-cpp test-cuda-on-host test-sanitize test-oldest-torch lint format docs wheels gpu-check clean
 
 help:
 	@echo "make demo               train a DeiT and EViTs on real digits, compare them (about 10 minutes)"
@@ -21,10 +21,9 @@ help:
 	@echo "make test-sanitize      the C++ tests with address and undefined-behaviour sanitizers"
 	@echo "make test-oldest-torch  one binary, built on the newest torch, tested on the oldest supported"
 	@echo "make bench              DeiT-S next to what people would use instead; its growth with the image"
-	@echo "make gpu-check          every test that needs a GPU and the operators' times, with the installed Python"
-	@echo "make gpu-bench          make bench on a GPU, likewise without network; kernel counters, training"
+	@echo "make gpu-check          tests and benchmarks on a GPU, with the installed Python and without a network"
 	@echo "make lint | format      check | mend formatting, style and types"
-	@echo "make wheels             sdist and wheels for CPython 3.10 to 3.14, CPU and CUDA, audited and tried, into dist/"
+	@echo "make wheels             sdist and wheels for the Pythons there are, CPU and CUDA, audited and tried, into dist/"
 	@echo "make docs               build the documentation's site into build/site"
 	@echo "make clean              remove builds, environments and runs"
 
@@ -76,15 +75,11 @@ test-oldest-torch: env
 	scripts/test-oldest-torch $(BIN)/python
 
 # With the Python that is there: a GPU machine often has no network, and brings a torch that fits its driver.
-# ARGS="--quick", for example; scripts/gpu-check.py --help lists them.
+# ARGS="--minutes 7", for example; scripts/gpu-check.py --help lists them.
 gpu-check:
 	$(PYTHON) scripts/gpu-check.py $(ARGS)
 
-# After gpu-check, whose build it uses. ARGS="--only counters training", for example.
-gpu-bench:
-	$(PYTHON) scripts/gpu-bench.py $(ARGS)
-
-# DEVICE=cuda on a machine with a GPU and network (else gpu-bench); ARGS="--quick", "--model tiny" or "--seconds 5", for example: what both know.
+# DEVICE=cuda on a machine with a GPU and network (else gpu-check); ARGS="--quick", "--model tiny" or "--seconds 5", for example: what both know.
 # RESULTS is the folder of the results, those of the repository by default.
 DEVICE ?= cpu
 RESULTS ?= benchmarks/results
@@ -102,7 +97,7 @@ format: env
 docs: env
 	$(BIN)/python -m sphinx -EW --keep-going -c docs -d build/doctrees . build/site
 
-# ARGS="--python 3.12 --variant cpu", for example; scripts/build-wheels.py --help lists them.
+# ARGS="--python python3.12 --variant cpu", for example; scripts/build-wheels.py --help lists them.
 wheels: $(BIN)/.installed-wheels
 	$(BIN)/python scripts/build-wheels.py $(ARGS)
 

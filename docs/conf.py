@@ -25,7 +25,7 @@ NAVIGATION: dict[str, list[str]] = {
     "Use": ["docs/start", "docs/use", "docs/supported-models", "docs/hub", "docs/questions"],
     "Train": ["docs/training", "docs/scaling"],
     "Deploy": ["docs/export", "docs/cpp", "examples/cpp/README", "docs/visualize"],
-    "How it works": ["docs/kernels", "docs/cuda-kernels", "docs/kernels-on-a-gpu", "docs/gpu-session"],
+    "How it works": ["docs/kernels", "docs/cuda-kernels"],
     "Figures": [
         "docs/benchmarks",
         "benchmarks/results/end-to-end-cpu",

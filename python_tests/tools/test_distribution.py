@@ -21,7 +21,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 if not (ROOT / "setup.py").exists():
     pytest.skip("tests run without the source tree", allow_module_level=True)
 

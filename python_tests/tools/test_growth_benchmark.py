@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 if not BENCHMARKS.exists():
     pytest.skip("tests run without the source tree", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))
@@ -54,13 +54,13 @@ def options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> argparse.Namesp
 
 def test_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = growth.groups(options(monkeypatch))
-    sizes = [(growth.tokens(group[0].side), group[0].batch) for group in groups]
+    sizes = [(growth.tokens(group.setups[0].side), group.setups[0].batch) for group in groups]
     tokens = [(n, 1) for n in (197, 401, 577, 785, 1025, 2305, 4097)]
     assert sizes == 2 * (tokens + [(197, batch) for batch in (4, 16)])
-    kinds = [(setup.kind, setup.keep_rate) for setup in groups[0]]
+    kinds = [(setup.kind, setup.keep_rate) for setup in groups[0].setups]
     assert kinds == [("dense", 1.0), ("EViT", 0.7), ("EViT", 0.5), ("plain EViT", 0.7)]
     quick = growth.groups(options(monkeypatch, "--quick"))
-    assert len(quick) == 3 and {setup.keep_rate for group in quick for setup in group} == {1.0, 0.7}
+    assert len(quick) == 3 and {setup.keep_rate for group in quick for setup in group.setups} == {1.0, 0.7}
 
 
 def test_an_image_that_does_not_divide(
@@ -123,17 +123,17 @@ def test_memory_is_linear_in_tokens(one_thread: None) -> None:
 def test_a_gpu_measures_all_in_one_process(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     """As far as it goes without one: the calls run, and each has its memory."""
     given = options(monkeypatch, "--model", "tiny", "--img-size", "32", "--batch", "1", "--seconds", "0.01")
-    (setups, _) = growth.groups(given)
-    calls, added = growth.in_this_process(setups[:2])
-    assert list(calls) == [str(setup) for setup in setups[:2]] and len(added) == 2
+    setups = growth.groups(given)[0].setups[:2]
+    calls, added = growth.in_this_process(setups)
+    assert list(calls) == [str(setup) for setup in setups] and len(added) == 2
     assert all(call.seconds() > 0 for call in calls.values())
 
 
 def test_a_gpu_begins_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growth.torch.cuda, "is_available", lambda: True)
     groups = growth.groups(options(monkeypatch, "--device", "cuda"))
-    assert [group[0].precision for group in groups] == ["bfloat16"] * 10 + ["float32"] * 10
-    assert [group[0].batch for group in groups[:10]] == [1] * 7 + [8, 64, 256]
+    assert [group.setups[0].precision for group in groups] == ["bfloat16"] * 10 + ["float32"] * 10
+    assert [group.setups[0].batch for group in groups[:10]] == [1] * 7 + [8, 64, 256]
 
 
 def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     results = json.loads(stem.with_suffix(".json").read_text())
     assert results["rows"] == [] and results["failures"] == []
-    assert results["left_out"][0].startswith("5 tokens, batch 1, float32, 4 models: it would take about 14 s")
+    assert results["left_out"][0].startswith("5 tokens, batch 1, float32, 4 models (takes about 14 s")
     assert "no plot: nothing was measured" in done.stdout
     assert "Left out: 5 tokens" in done.stdout and "Left out: 5 tokens" in stem.with_suffix(".md").read_text()
 

@@ -17,7 +17,7 @@ import torch
 import evit_ext
 from evit_ext import _C
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_build_info() -> None:
@@ -28,6 +28,18 @@ def test_build_info() -> None:
     assert re.fullmatch(r"\d+\.\d+.*", info["built_with_torch"])
     assert info["minimum_torch"] == "2.10"
     assert (info["cuda"] is None) == (info["cuda_architectures"] == "")
+
+
+def test_the_module_uses_torchs_stable_abi_only() -> None:
+    """And of that, nothing newer than torch 2.10: one binary serves all of them."""
+    pytest.importorskip("torch_abi_audit")
+    command = [str(Path(sys.executable).with_name("torch-abi-audit")), "--json", _C.__file__]
+    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    (extension,) = report["extensions"]
+    use = extension["torch"]
+    assert use["uses_torch"] and use["stable"], use
+    assert [*use["unstable_symbols"], *use["unknown_shim_symbols"]] == []
+    assert [int(number) for number in use["min_torch_version"].split(".")[:2]] <= [2, 10]
 
 
 def test_cuda_self_test_says_what_is_missing() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 if not BENCHMARKS.exists():
     pytest.skip("tests run without the source tree", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))
