@@ -61,8 +61,8 @@ test-cpp: env
 
 # The tests of operators and models once more, with the CUDA kernels, which the CPU executes.
 test-cuda-on-host: test-cpp
-	$(BIN)/pytest python_tests/ops python_tests/models python_tests/test_block.py \
-	    python_tests/test_block_at_once.py \
+	$(BIN)/pytest python_tests/ops python_tests/models python_tests/patching/test_block.py \
+	    python_tests/patching/test_block_at_once.py \
 	    --cuda-on-host build/cmake/libevit_cuda_on_host.so
 
 test-sanitize: env
