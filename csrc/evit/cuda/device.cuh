@@ -1,6 +1,6 @@
 // What the CUDA kernels need of the device and of CUDA's host interface, and the one place that knows whether
 // nvcc or a plain C++ compiler reads them: the tests also execute the kernels on the CPU (EVIT_CUDA_ON_HOST,
-// csrc/tests/cuda_on_host.h), so whatever a CPU cannot do has its equivalent here.
+// csrc/tests/cuda_on_host/), so whatever a CPU cannot do has its equivalent here.
 #pragma once
 
 #ifndef EVIT_CUDA_ON_HOST
