@@ -127,6 +127,7 @@ TEST(cuda_reorganize_agrees_on_long_sequences) {
   reorganize<float, float>({1, 1537, 2, 100, 5, true}, 1, 302);
   reorganize<double, float>({1, 1100, 1, 1099, 2, false}, 0, 303);
   reorganize<Half, double>({1, 1030, 0, 1, 16, true}, 0, 304);
+  reorganize<double, double>({1, 1100, 1, 400, 2, true}, 1, 306);
   // So many kept patches that the gradient searches among them.
   reorganize<float, float>({1, 2600, 1, 1200, 1, true}, 0, 307);
   // As long as one launch takes them.

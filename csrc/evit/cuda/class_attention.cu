@@ -7,14 +7,15 @@ namespace {
 
 constexpr char kOperator[] = "class_attention";
 
-// Threads of a block that its registers suffice for.
-template <typename T, bool kAligned>
-constexpr int max_threads = kAligned && sizeof(T) == 2 ? 1024 : 512;
+// Threads of a block, at most and in a large batch. In 16 bits a thread has twice as much in flight.
+constexpr int kMaxThreads = 512;
+template <typename T>
+constexpr int usual_threads = sizeof(T) == 2 ? 256 : 512;
 
 // Forward, a block for `span` tokens of a sequence, all heads: logits, softmax and mean in shared memory.
 // With a log-sum-exp tokens are independent and span is small; else it is all of them.
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(max_threads<T, kAligned>, 1)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     class_attention_kernel(Attention<T> job, accumulate_t<T>* scores, int span, int spans) {
   using A = accumulate_t<T>;
   const int64_t b = blockIdx.x / spans;
@@ -26,7 +27,7 @@ __global__ void __launch_bounds__(max_threads<T, kAligned>, 1)
   A* logits = parts.take<A>(static_cast<int64_t>(heads) * span);
   A* inverse = parts.take<A>(heads);
 
-  const int keys = keys_per_warp(job.lanes), tasks_per_head = (last - first + keys - 1) / keys;
+  const int keys = keys_per_warp<T>(job.lanes), tasks_per_head = (last - first + keys - 1) / keys;
   for (int task = warp; task < heads * tasks_per_head; task += warps) {
     const int h = task / tasks_per_head;
     warp_logits<kAligned, false>(job, b, h, first + task % tasks_per_head * keys, last,
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(max_threads<T, kAligned>, 1)
     const ClassAttentionInput<T>& input = job.input;
     const A shift = input.logsumexp != nullptr ? input.log_of_sum(b, h) : warp_largest(row, count);
     A sum = 0;
-    for (int n = lane; n < count; n += kWarp) sum += row[n] = exp(row[n] - shift);
+    for (int n = lane; n < count; n += kWarp) sum = add(sum, row[n] = exp(row[n] - shift));
     sum = warp_sum(sum);
     if (lane == 0) inverse[h] = input.logsumexp != nullptr ? A{1} : A{1} / sum;
   }
@@ -54,10 +55,10 @@ __global__ void __launch_bounds__(max_threads<T, kAligned>, 1)
 // Where the logits of a sequence do not fit into shared memory, they go through device memory [B, H, N], and
 // the softmax takes two more launches.
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(256, kAligned && sizeof(T) == 2 ? 4 : 2)
+__global__ void __launch_bounds__(256, 2)
     logits_kernel(Attention<T> job, accumulate_t<T>* logits, int chunks) {
   const int64_t head = blockIdx.x / chunks;  // of all sequences
-  const int num_tokens = static_cast<int>(job.sizes.tokens), keys = keys_per_warp(job.lanes);
+  const int num_tokens = static_cast<int>(job.sizes.tokens), keys = keys_per_warp<T>(job.lanes);
   const int warps = static_cast<int>(blockDim.x) / kWarp;
   const int first =
       (static_cast<int>(blockIdx.x % chunks) * warps + static_cast<int>(threadIdx.x) / kWarp) * keys;
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(512, 2)
   for (int n = thread; n < num_tokens; n += threads) largest = max(largest, row[n]);
   largest = over_warps(warp_max(largest), [](A a, A b) { return max(a, b); });
   A sum = 0;
-  for (int n = thread; n < num_tokens; n += threads) sum += exp(row[n] - largest);
+  for (int n = thread; n < num_tokens; n += threads) sum = add(sum, exp(row[n] - largest));
   sum = over_warps(warp_sum(sum), [](A a, A b) { return a + b; });
   if (thread == 0) statistics[blockIdx.x] = {largest, A{1} / sum};
 }
@@ -146,7 +147,7 @@ void forward(const ClassAttentionSizes& sizes, const ClassAttentionInput<T>& inp
     const int64_t spans = (sizes.tokens + span - 1) / span;
     // A batch that leaves multiprocessors idle gets larger blocks, to have more keys in flight.
     const bool small = sizes.batch * spans < multiprocessors(stream);
-    const int threads = independent ? 256 : small ? max_threads<T, kAligned> : 512;
+    const int threads = independent ? 256 : small ? kMaxThreads : usual_threads<T>;
     launch(kOperator, class_attention_kernel<T, kAligned>, sizes.batch * spans, threads,
            forward_shared_bytes<A>(sizes, span), stream, job, scores, static_cast<int>(span),
            static_cast<int>(spans));
@@ -156,7 +157,7 @@ void forward(const ClassAttentionSizes& sizes, const ClassAttentionInput<T>& inp
   const int tokens = static_cast<int>(sizes.tokens);
   auto* statistics = static_cast<HeadStatistics<A>*>(workspace);
   auto* logits = reinterpret_cast<A*>(statistics + sizes.batch * sizes.heads);
-  const int keys = threads / kWarp * keys_per_warp(job.lanes), chunks = (tokens + keys - 1) / keys;
+  const int keys = threads / kWarp * keys_per_warp<T>(job.lanes), chunks = (tokens + keys - 1) / keys;
   launch(kOperator, logits_kernel<T, kAligned>, sizes.batch * sizes.heads * chunks, threads, 0, stream, job,
          logits, chunks);
   launch(kOperator, statistics_kernel<A>, sizes.batch * sizes.heads, 512, SharedParts::bytes<A>(kWarp),
