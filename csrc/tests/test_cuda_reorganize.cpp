@@ -121,6 +121,28 @@ TEST(cuda_reorganize_agrees) {
       }
 }
 
+// So large a batch that a block has all columns, or a third of them, and a thread several row lanes.
+TEST(cuda_reorganize_agrees_in_large_batches) {
+  for (const int64_t padding : {0, 1}) {
+    reorganize<float, float>({70, 70, 1, 31, 400, true}, padding, 601 + padding);
+    reorganize<BFloat16, float>({200, 40, 1, 20, 24, true}, padding, 603 + padding);
+    reorganize<Half, float>({200, 9, 0, 4, 40, true}, padding, 605 + padding);
+    reorganize<double, double>({200, 33, 2, 30, 5, true}, padding, 607 + padding);
+    reorganize<BFloat16, float>({200, 5, 1, 3, 8, false}, padding, 609 + padding);
+  }
+  reorganize<BFloat16, float>({200, 40, 1, 20, 24, true}, 0, 611, true);
+}
+
+// Rows that a warp holds in half of its registers, in all, and not.
+TEST(cuda_norms_agree_on_every_width) {
+  for (const int64_t channels : {248, 256, 264, 504, 512, 520, 1016, 1024, 1032, 1100})
+    for (const int64_t padding : {0, 1}) {
+      reorganize<float, float>({1, 4, 1, 2, channels, true}, padding, 701);
+      reorganize<BFloat16, float>({1, 4, 1, 2, channels, true}, padding, 702);
+      reorganize<double, double>({1, 4, 1, 2, channels, true}, padding, 703);
+    }
+}
+
 // Several chunks of rows, the selection in a launch of its own.
 TEST(cuda_reorganize_agrees_on_long_sequences) {
   reorganize<BFloat16, float>({2, 1300, 1, 700, 8, true}, 0, 301);
