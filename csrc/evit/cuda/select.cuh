@@ -16,7 +16,7 @@ struct SelectScratch {
 };
 
 // Neighbouring lanes look after 8 digits each; so they read neighbouring words.
-__device__ inline int slot(int digit) { return digit % 8 * kWarp + digit / 8; }
+__device__ inline unsigned slot(unsigned digit) { return digit % 8 * kWarp + digit / 8; }
 
 template <typename Key>
 struct Threshold {
@@ -38,7 +38,7 @@ __device__ Threshold<Key> select_threshold(SelectScratch& scratch, int count, in
     for (int i = thread; i < count; i += threads) {
       const Key key = key_at(i);
       if ((key & mask) == prefix)
-        atomicAdd(&scratch.histogram[slot(static_cast<int>(key >> shift & 0xff))], 1u);
+        atomicAdd(&scratch.histogram[slot(static_cast<unsigned>(key >> shift & 0xff))], 1u);
     }
     __syncthreads();
     if (thread < kWarp) {
@@ -46,7 +46,9 @@ __device__ Threshold<Key> select_threshold(SelectScratch& scratch, int count, in
       constexpr int share = 256 / kWarp;
       const int first = 255 - share * thread;
       int inside = 0;
-      for (int d = 0; d < share; ++d) inside += static_cast<int>(scratch.histogram[slot(first - d)]);
+      static_assert(share == 8);  // so slot(255 - 8 l - d) is this, of which only the lane is not constant:
+      for (int d = 0; d < share; ++d)
+        inside += static_cast<int>(scratch.histogram[(share - 1 - d) * kWarp + kWarp - 1 - thread]);
       int through = inside;  // keys with this lane's digits or larger ones
       for (int distance = 1; distance < kWarp; distance *= 2) {
         const int other = __shfl_up_sync(kFullWarp, through, distance);
@@ -54,10 +56,10 @@ __device__ Threshold<Key> select_threshold(SelectScratch& scratch, int count, in
       }
       int rest = wanted - (through - inside);
       if (rest > 0 && rest <= inside) {
-        int digit = first;
+        unsigned digit = static_cast<unsigned>(first);
         for (; static_cast<int>(scratch.histogram[slot(digit)]) < rest; --digit)
           rest -= static_cast<int>(scratch.histogram[slot(digit)]);
-        scratch.digit = digit;
+        scratch.digit = static_cast<int>(digit);
         scratch.wanted = rest;
         scratch.whole = static_cast<int>(scratch.histogram[slot(digit)]) == rest;
       }

@@ -1,13 +1,13 @@
-// The host's side: the runtime API of cuda_on_host_api.h, and which launches a device refuses.
-#include "cuda_on_host_api.h"
+// The host's side: the runtime API of api.h, and which launches a device refuses.
+#include "api.h"
 
 #include <cstdlib>
 #include <map>
 #include <new>
 #include <utility>
 
-#include "cuda_on_host_fiber.h"
-#include "cuda_on_host_internal.h"
+#include "fiber.h"
+#include "internal.h"
 
 namespace cuda_on_host {
 namespace {

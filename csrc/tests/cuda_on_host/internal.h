@@ -1,13 +1,13 @@
-// What the sources behind cuda_on_host.h have to tell each other.
+// What the sources behind host.h have to tell each other.
 #pragma once
 
 #include <vector>
 
-#include "cuda_on_host.h"
+#include "host.h"
 
 namespace cuda_on_host::internal {
 
-// ---- cuda_on_host_order.cpp
+// ---- order.cpp
 
 // A random number below the given one, not 0, of the sequence that set_order() began.
 unsigned draw(size_t below);
@@ -26,7 +26,7 @@ class BlockOrder {
   std::vector<size_t> shuffled_;
 };
 
-// ---- cuda_on_host_api.cpp
+// ---- api.cpp
 
 // Makes it the last error, and returns it.
 cudaError_t set_error(cudaError_t error);

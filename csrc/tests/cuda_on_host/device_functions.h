@@ -1,8 +1,8 @@
-// Device functions for which no threads meet: atomics, bits, arithmetic. Included by cuda_on_host.h.
+// Device functions for which no threads meet: atomics, bits, arithmetic. Included by host.h.
 #pragma once
 
 #ifndef CUDA_ON_HOST_CALL_SITE
-#error "include cuda_on_host.h instead"
+#error "include host.h instead"
 #endif
 
 // ---- Atomics: plain operations, since only one thread runs at a time. Defined for just the types that CUDA

@@ -1,4 +1,4 @@
-#include "cuda_on_host_fiber.h"
+#include "fiber.h"
 
 #include <sys/mman.h>
 #include <unistd.h>

@@ -1,4 +1,4 @@
-// What cuda_on_host.h says to an incorrect kernel. Each mistake is made here on purpose.
+// What host.h says to an incorrect kernel. Each mistake is made here on purpose.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -6,9 +6,9 @@
 #include <stdexcept>
 #include <vector>
 
-#include "check.h"
-#include "cuda_on_host.h"
-#include "cuda_on_host_fiber.h"
+#include "../check.h"
+#include "fiber.h"
+#include "host.h"
 
 namespace evit::tests {
 namespace {
@@ -86,7 +86,7 @@ TEST(cuda_error_thread_misses_barrier) {
     });
     check_says(returned,
                {"barrier divergence in launch ", "block (0,1,0) of (128,1,1) threads", "thread 100: returned",
-                "threads 0-99, 101-127: waiting in __syncthreads at ", "test_cuda_on_host_errors.cpp:"});
+                "threads 0-99, 101-127: waiting in __syncthreads at ", "test_errors.cpp:"});
     const std::string branch = error_of(1, 64, [] {
       if (threadIdx.x < 10)
         __syncthreads();
@@ -159,8 +159,7 @@ TEST(cuda_error_inside_a_thread) {
   const std::string trap = error_of(3, dim3(2, 2), [] {
     if (blockIdx.x == 2 && threadIdx.y == 1) __trap();
   });
-  check_says(trap,
-             {"__trap() at ", "test_cuda_on_host_errors.cpp:", "launch ", "block (2,0,0)", "thread (0,1,0)"});
+  check_says(trap, {"__trap() at ", "test_errors.cpp:", "launch ", "block (2,0,0)", "thread (0,1,0)"});
   check_says(error_of(1, 1, [] { throw std::runtime_error("oops"); }), {"the kernel threw oops in launch"});
   check_says(error_of(1, 1, [] { run(1, 1, 0, [] {}); }), {"a launch from within a kernel"});
   check_says(expect_error([] { __syncthreads(); }), {"__syncthreads outside of a kernel"});

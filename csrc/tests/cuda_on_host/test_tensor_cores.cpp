@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <array>
 
-#include "../evit/cuda/tensor_cores.cuh"
-#include "check.h"
-#include "data.h"
+#include "../../evit/cuda/tensor_cores.cuh"
+#include "../check.h"
+#include "../data.h"
 
 namespace evit::tests {
 namespace {

@@ -1,4 +1,4 @@
-// Stacks that can be left and come back to: what the threads of cuda_on_host.h run on.
+// Stacks that can be left and come back to: what the threads of host.h run on.
 #pragma once
 
 #include <cstddef>

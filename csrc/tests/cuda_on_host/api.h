@@ -1,6 +1,6 @@
 // The part of CUDA's runtime API and of its vector types that the project's sources use, on the host: device
 // memory is the heap, a stream runs everything at once, and the device is whatever device() says it is.
-// Included by cuda_on_host.h.
+// Included by host.h.
 #pragma once
 
 #include <cstddef>

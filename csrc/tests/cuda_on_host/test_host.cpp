@@ -1,13 +1,13 @@
-// What cuda_on_host.h gives a correct kernel, each piece against its definition and under every order.
-// Its complaints about incorrect ones are in test_cuda_on_host_errors.cpp.
-#include "cuda_on_host.h"
+// What host.h gives a correct kernel, each piece against its definition and under every order.
+// Its complaints about incorrect ones are in test_errors.cpp.
+#include "host.h"
 
 #include <algorithm>
 #include <limits>
 #include <numeric>
 #include <vector>
 
-#include "check.h"
+#include "../check.h"
 
 namespace evit::tests {
 namespace {

@@ -3,7 +3,7 @@
 #include <random>
 #include <utility>
 
-#include "cuda_on_host_internal.h"
+#include "internal.h"
 
 namespace cuda_on_host {
 namespace {

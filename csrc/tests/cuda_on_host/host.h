@@ -1,7 +1,7 @@
 // CUDA kernels run on the host: the subset of the CUDA language that the project's .cu files use, as ordinary
 // C++20, so that tests can execute them where there is no device.
 //
-//   g++ -std=c++20 -DEVIT_CUDA_ON_HOST -x c++ kernel.cu -x none cuda_on_host*.cpp ...
+//   g++ -std=c++20 -DEVIT_CUDA_ON_HOST -x c++ kernel.cu -x none cuda_on_host/*.cpp ...
 //
 //   cuda_on_host::launch(reinterpret_cast<const void*>(&kernel), grid, block, shared_bytes,
 //                        [=] { kernel(arguments...); });
@@ -21,7 +21,7 @@
 #pragma once
 
 #ifdef __CUDACC__
-#error "cuda_on_host.h stands in for the CUDA compiler: do not use both"
+#error "cuda_on_host stands in for the CUDA compiler: do not use both"
 #endif
 
 #include <math.h>  // not <cmath>: kernels call expf and the like without std::
@@ -35,7 +35,7 @@
 #include <string>
 #include <type_traits>
 
-#include "cuda_on_host_api.h"
+#include "api.h"
 
 #define __global__
 #define __device__
@@ -329,7 +329,7 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value, CUDA_ON_HOST_CA
   return cuda_on_host::internal::reduce<cuda_on_host::internal::Larger>("__reduce_max_sync", mask, value, at);
 }
 
-#include "cuda_on_host_device.h"        // what needs no other thread: atomics and arithmetic
-#include "cuda_on_host_tensor_cores.h"  // products of matrices
+#include "device_functions.h"  // what needs no other thread: atomics and arithmetic
+#include "tensor_cores.h"      // products of matrices
 
 #undef CUDA_ON_HOST_CALL_SITE

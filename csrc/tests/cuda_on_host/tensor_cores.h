@@ -1,9 +1,9 @@
 // The instructions of a warp that move and multiply small matrices, with the layout of their operands as PTX
-// defines it. Included by cuda_on_host.h.
+// defines it. Included by host.h.
 #pragma once
 
 #ifndef CUDA_ON_HOST_CALL_SITE
-#error "include cuda_on_host.h instead"
+#error "include host.h instead"
 #endif
 
 namespace cuda_on_host {
