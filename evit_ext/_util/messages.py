@@ -30,3 +30,10 @@ def shortened(text: object) -> str:
     line = "".join(character if character.isprintable() else "\ufffd" for character in line)
     half = _LONGEST // 2
     return line if len(line) <= _LONGEST else f"{line[: half - 2]} … {line[1 - half :]}"
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error says in a line, after its kind where it says little without."""
+    said = shortened(error)
+    is_clear = said and not isinstance(error, (ArithmeticError, AttributeError, LookupError, RecursionError))
+    return said if is_clear else f"{type(error).__name__} {said}".strip()

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from evit_ext._util.messages import shown
 from evit_ext._util.overriding import ReplicateOverrides, overrides, remove_overrides
 from evit_ext.cpu import packed_weights
 from evit_ext.patching import cpu_overrides
@@ -124,7 +125,7 @@ def check_arguments(
         TypeError, ValueError: as :func:`apply`.
     """
     if not isinstance(fuse_token, bool):
-        raise TypeError(f"fuse_token must be True or False, got {fuse_token!r}")
+        raise TypeError(f"fuse_token must be True or False, got {shown(fuse_token)}")
     locations = _locations(drop_loc, depth)
     return locations, check_keep_rates(keep_rate, len(locations))
 
@@ -167,11 +168,11 @@ def _locations(drop_loc: Sequence[int] | None, depth: int) -> list[int]:
         return sorted({depth * quarter // 4 for quarter in (1, 2, 3)})
     expected = "drop_loc must be a sequence of block numbers, such as (3, 6, 9)"
     if isinstance(drop_loc, (str, bytes)) or not hasattr(drop_loc, "__iter__"):
-        raise TypeError(f"{expected}, got {drop_loc!r}")
+        raise TypeError(f"{expected}, got {shown(drop_loc)}")
     locations = []
     for location in drop_loc:
         if isinstance(location, bool) or not hasattr(location, "__index__"):
-            raise TypeError(f"{expected}, got {drop_loc!r}")
+            raise TypeError(f"{expected}, got {shown(drop_loc)}")
         locations.append(operator.index(location))
     if not locations:
         raise ValueError(f"{expected}, got none")
@@ -202,7 +203,9 @@ def check_keep_rates(keep_rate: float | Sequence[float], number: int) -> list[fl
         rates = [keep_rate] * number
     for rate in rates:
         if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
-            raise TypeError(f"keep_rate must be a number in (0, 1], or a list or tuple of them, got {rate!r}")
+            raise TypeError(
+                f"keep_rate must be a number in (0, 1], or a list or tuple of them, got {shown(rate)}"
+            )
         # Written so that NaN is refused.
         if not 0 < float(rate) <= 1:
             raise ValueError(f"keep_rate must be in (0, 1], got {rate}")

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from evit_ext._util.messages import reason, shown
 from evit_ext.models.by_name import create, is_ours
 from evit_ext.patching.applying import apply
 from evit_ext.patching.keep_rates import set_keep_rate
 from evit_ext.weights import load_checkpoint
+from evit_ext.weights.limits import no_larger_than
 from evit_ext.weights.source import HUB_PREFIXES, hub_file
 
 #: The files of a model, as timm names them.
@@ -22,6 +24,9 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 #: The entry of config.json about token reorganisation, which timm ignores.
 ENTRY = "evit"
+
+#: Bytes that a config.json has at most; that of ImageNet's 21,841 classes with descriptions has 3 million.
+_LARGEST = 2**24
 
 #: Arguments of timm.create_model for where weights come from; here they are in the folder.
 _NOT_OF_A_MODEL = frozenset(
@@ -46,8 +51,9 @@ def from_pretrained(
 
     Raises:
         FileNotFoundError, NotADirectoryError: the folder does not exist, or lacks a file.
-        ValueError: config.json is damaged, or names an unknown model or unknown arguments; the weights do not
-            fit; or `keep_rate` is out of range or does not have one number for each stage.
+        ValueError: config.json is damaged, names an unknown model or unknown arguments, or asks for a model
+            that takes many times the memory of the weights; the weights do not fit; or `keep_rate` is out of
+            range or does not have one number for each stage.
         TypeError: `keep_rate` is neither a number nor a list of numbers.
         RuntimeError: the model could not be fetched from the hub.
 
@@ -57,13 +63,17 @@ def from_pretrained(
     """
     config_file = _find(source, CONFIG)
     config = _read(config_file)
+    weights = _find(source, WEIGHTS)
     try:
-        model = _build(config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{config_file} names a model that cannot be built: {error}") from error
+        with no_larger_than(weights):
+            model = _build(config)
+    except Exception as error:  # what models raise of arguments that make no sense is anything
+        if isinstance(error, (OSError, MemoryError)):
+            raise
+        raise ValueError(f"{config_file} names a model that cannot be built: {reason(error)}") from error
     if keep_rate is not None:
-        set_keep_rate(model, keep_rate)  # raises for bad keep rates, so it runs before weights are fetched
-    load_checkpoint(model, _find(source, WEIGHTS))
+        set_keep_rate(model, keep_rate)
+    load_checkpoint(model, weights)
     return model.eval()
 
 
@@ -85,10 +95,13 @@ def _find(source: str | os.PathLike[str], name: str) -> Path:
 
 def _read(file: Path) -> dict[str, Any]:
     """Return the contents of config.json, checked for the required entries."""
+    size = file.stat().st_size
+    if size > _LARGEST:
+        raise ValueError(f"{file} has {size} bytes, expected at most {_LARGEST}")
     try:
         config = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged, no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged, no JSON: {reason(error)}") from error
     kinds = {"architecture": str, "pretrained_cfg": dict, ENTRY: dict}
     for entry, kind in kinds.items():
         if isinstance(config, dict) and isinstance(config.get(entry), kind):
@@ -103,7 +116,10 @@ def _read(file: Path) -> dict[str, Any]:
 def _build(config: dict[str, Any]) -> nn.Module:
     """Build the model of a config.json, without its weights; TypeError or ValueError if that fails."""
     name, evit = config["architecture"], config[ENTRY]
-    arguments = dict(config.get("model_args") or {})
+    arguments = config.get("model_args") or {}
+    if not isinstance(arguments, dict):
+        raise ValueError(f"model_args must be a mapping of names to values, got {shown(arguments)}")
+    arguments = dict(arguments)
     refused = sorted(_NOT_OF_A_MODEL & arguments.keys())
     if refused:
         raise ValueError(f"model_args must be arguments of the model, got {', '.join(refused)}")
@@ -120,5 +136,5 @@ def _build(config: dict[str, Any]) -> nn.Module:
         model = apply(create(name, pretrained_cfg=cfg, **arguments), **settings)
     dtype = getattr(torch, str(evit.get("dtype", "float32")), None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype must be one of torch's, such as 'float32', got {evit['dtype']!r}")
+        raise ValueError(f"dtype must be one of torch's, such as 'float32', got {shown(evit['dtype'])}")
     return model.to(dtype)

@@ -17,6 +17,7 @@ from torch import nn
 
 import evit_ext
 from evit_ext._util.files import private_folder, put
+from evit_ext._util.messages import shown
 from evit_ext.cost.macs import input_size
 from evit_ext.models.building import is_connection_error
 from evit_ext.models.by_name import is_ours
@@ -129,7 +130,7 @@ def push_to_hub(
         RuntimeError: the hub could not be reached, or refused the request.
     """
     if not isinstance(repo_id, str) or repo_id.count("/") != 1 or not all(repo_id.split("/")):
-        raise ValueError(f"repo_id must be 'owner/name', got {repo_id!r}")
+        raise ValueError(f"repo_id must be 'owner/name', got {shown(repo_id)}")
     import huggingface_hub  # takes a while
 
     with tempfile.TemporaryDirectory() as folder:

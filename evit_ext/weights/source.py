@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 import torch
 
 from evit_ext._util.files import replacing_path
+from evit_ext._util.messages import shown
 from evit_ext.models.building import is_connection_error
 
 #: How the name of a repository of the Hugging Face hub begins, as of timm.
@@ -49,7 +50,7 @@ def local_file(source: str | os.PathLike[str], progress: bool, check: Callable[[
             return _from_url(source, progress, check)
         if scheme:
             raise ValueError(
-                f"path_or_url must be a path, an http(s) URL or hf-hub:owner/name, got {source!r}"
+                f"path_or_url must be a path, an http(s) URL or hf-hub:owner/name, got {shown(source)}"
             )
     path = Path(source).expanduser()
     if path.is_dir():
@@ -115,7 +116,7 @@ def hub_file(source: str, names: Sequence[str]) -> Path:
     if repository.count("/") != 1:
         raise ValueError(
             f"a repository of the Hugging Face hub is hf-hub:owner/name or hf-hub:owner/name@revision, "
-            f"got {source!r}"
+            f"got {shown(source)}"
         )
     try:
         from huggingface_hub import hf_hub_download

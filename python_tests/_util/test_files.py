@@ -46,7 +46,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_nothing_is_written_through_a_planted_link(tmp_path: Path) -> None:
-    """Neither through one in the place of the file, nor is there a place to plant one before it is written."""
+    """Neither through one in the place of the file, nor can one be planted where it is written."""
     victim, path = tmp_path / "victim", tmp_path / "file.pt2"
     victim.write_text("mine")
     path.symlink_to(victim)

@@ -26,8 +26,8 @@ class RunCheckpoints:
 
     A checkpoint is written under another name, flushed to disk, and then renamed. Whenever the process is
     killed, the folder contains complete checkpoints only, and perhaps an unfinished one, hidden, that the
-    next save removes. Files are in torch's format and contain tensors and plain Python values only, so reading one
-    executes nothing.
+    next save removes. Files are in torch's format and contain tensors and plain Python values only, so
+    reading one executes nothing.
 
     Args:
         folder: created with the first checkpoint if necessary.

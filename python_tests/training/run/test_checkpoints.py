@@ -86,7 +86,9 @@ def test_a_full_disk(tmp_path: Path) -> None:
     original = Path.open
 
     def open_full(self: Path, *args: Any, **kwargs: Any) -> Any:
-        return original(Path("/dev/full") if self.parent.name.endswith(".unfinished") else self, *args, **kwargs)
+        return original(
+            Path("/dev/full") if self.parent.name.endswith(".unfinished") else self, *args, **kwargs
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "open", open_full)
