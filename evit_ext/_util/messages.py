@@ -21,7 +21,7 @@ def shown(value: Any) -> str:
     try:
         return shortened(_SHORT.repr(value[: 2 * _LONGEST] if isinstance(value, bytes) else value))
     except Exception:  # a whole number of too many digits, or a __repr__ that fails
-        return f"a {type(value).__name__} that cannot be shown"
+        return f"a value of type {type(value).__name__} that cannot be shown"
 
 
 def shortened(text: object) -> str:
