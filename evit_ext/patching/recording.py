@@ -37,6 +37,8 @@ class TokenRecord:
         #: For each stage, the tokens [B, N, C] that it chose from, if `keep_tokens`.
         self.tokens: dict[int, Tensor] = {}
         self._scores: dict[int, Tensor] = {}
+        #: The last forward of each thread: `trail`, `tokens` and `scores`, which are those of one of them.
+        self._forwards: dict[int, tuple[TokenTrail, dict[int, Tensor], dict[int, Tensor]]] = {}
 
     @property
     def kept(self) -> list[Tensor]:
@@ -62,17 +64,22 @@ class TokenRecord:
         """Record a stage: `kept` [B, K] among its `scores` [B, N - P], and whether it fused."""
         if graph_task() != self._graph_task:
             return  # gradient checkpointing recomputes a block
+        thread = self._thread if torch.compiler.is_compiling() else threading.get_ident()
         if self._private:
-            if not torch.compiler.is_compiling() and threading.get_ident() != self._thread:
+            if thread != self._thread:
                 return
         elif kept.is_meta:
             return  # count_macs runs the model
         if stage == 0:
-            self.trail, self.tokens, self._scores = TokenTrail(), {}, {}
-        self.trail.add(stage, kept, scores.shape[1], fused)
-        self._scores[stage] = scores.detach()
+            self._forwards[thread] = (TokenTrail(), {}, {})
+        elif thread not in self._forwards:
+            return  # the record began in the middle of this forward
+        trail, of_tokens, of_scores = self._forwards[thread]
+        of_scores[stage] = scores.detach()
         if self.keep_tokens and tokens is not None:
-            self.tokens[stage] = tokens
+            of_tokens[stage] = tokens
+        trail.add(stage, kept, scores.shape[1], fused)
+        self.trail, self.tokens, self._scores = trail, of_tokens, of_scores
 
 
 def graph_task() -> int:

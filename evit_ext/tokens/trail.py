@@ -42,9 +42,9 @@ class TokenTrail:
             patches = torch.arange(num_patches, device=kept.device).expand(kept.shape[0], -1)
         # An earlier fused token is the last to enter, so if it is kept, its -1 stays last.
         patches = patches.gather(1, kept)
-        self._kept[stage] = kept
         self._sizes[stage] = (num_patches, fused)
         self._patches[stage] = F.pad(patches, (0, 1), value=-1) if fused else patches
+        self._kept[stage] = kept  # last: from here on, it is one of `stages` for other threads
 
     def patches(self, stage: int) -> Tensor | None:
         """Return the patch numbers of the patch tokens that enter `stage`: int64 [B, N - P].
