@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from evit_ext._util.messages import shown
 from evit_ext.cost.macs import count_macs
 from evit_ext.models.by_name import create_dense, create_evit
 from evit_ext.patching.keep_rates import set_keep_rate
@@ -80,7 +81,9 @@ def fit_budget(
         raise ValueError(f"tolerance must be in [0, 1], a share of the budget, got {tolerance}")
     budget = cost_of(macs) if isinstance(macs, str) else macs
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
-        raise TypeError(f"macs must be a number of multiply-accumulates or a model's name, got {budget!r}")
+        raise TypeError(
+            f"macs must be a number of multiply-accumulates or a model's name, got {shown(budget)}"
+        )
     if not 0 < budget <= MOST_MACS:
         raise ValueError(
             f"macs must be positive multiply-accumulates of one image, at most {MOST_MACS:g}, got {budget}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from timm.models import model_entrypoint
 from torch import nn
 
 import evit_ext.models as models
+from evit_ext._util.messages import reason, shortened, shown
 from evit_ext.models.building import explaining_missing_network
 from evit_ext.patching.applying import apply, remove
 from evit_ext.patching.block import AdoptedBlock
@@ -84,18 +85,30 @@ def create(name: str, **arguments: Any) -> nn.Module:
         try:
             return build(**arguments)
         except TypeError as error:
-            raise TypeError(f"{name} cannot be built with {', '.join(arguments)}: {error}") from error
+            raise TypeError(f"{_cannot(name, arguments)}: {reason(error)}") from error
+        # What models raise of arguments that make no sense: names that timm does not know, sizes of 0.
+        except (ArithmeticError, AssertionError, AttributeError, LookupError) as error:
+            raise ValueError(f"{_cannot(name, arguments)}: {reason(error)}") from error
+        except RuntimeError as error:
+            if pretrained:
+                raise
+            raise ValueError(f"{_cannot(name, arguments)}: {reason(error)}") from error
+
+
+def _cannot(name: str, arguments: Mapping[str, Any]) -> str:
+    return f"{name} cannot be built with {shortened(', '.join(arguments))}"
 
 
 def unknown_model(name: str) -> ValueError:
     """Return the error for a name that no model has, with the nearest names."""
-    near = difflib.get_close_matches(name, {*models.__all__, *timm.list_models()}, n=3)
+    # At most so much of it, as comparing takes time by the square of it.
+    near = difflib.get_close_matches(name[:100], {*models.__all__, *timm.list_models()}, n=3)
     expected = (
         f"the nearest names are {', '.join(near)}"
         if near
         else f"expected one of {', '.join(models.__all__)}, or a name of timm's"
     )
-    return ValueError(f"there is no model {name!r}: {expected}")
+    return ValueError(f"there is no model {shown(name)}: {expected}")
 
 
 def takes_img_size(name: str) -> bool:

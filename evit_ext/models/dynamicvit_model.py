@@ -18,6 +18,7 @@ from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from evit_ext._util.messages import shown
 from evit_ext.models.deit_model import DeiT
 from evit_ext.models.masked_attention import attention_bias, masked_block
 from evit_ext.patching.applying import check_locations
@@ -83,7 +84,7 @@ class DynamicViT(DeiT):
         if self.global_pool != "token":
             raise ValueError(
                 "global_pool must be 'token', as other poolings would see the patches that are dropped in "
-                f"training only, got {self.global_pool!r}"
+                f"training only, got {shown(self.global_pool)}"
             )
         if not isinstance(self.patch_drop, nn.Identity):
             raise ValueError("patch_drop_rate must be 0: the keep ratios are shares of all patches")

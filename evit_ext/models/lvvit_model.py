@@ -21,6 +21,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from evit_ext._util.messages import shown
 from evit_ext.models.deit_model import DeiT
 from evit_ext.models.lvvit_stem import ConvStem
 from evit_ext.models.mix_token import draw_exchanged
@@ -128,7 +129,9 @@ class LVViT(DeiT):
         if not skip_lam > 0:
             raise ValueError(f"skip_lam must be positive, got {skip_lam}")
         if arguments.get("global_pool", "token") != "token":
-            raise ValueError(f"LV-ViT's heads are for tokens: no global_pool={arguments['global_pool']!r}")
+            raise ValueError(
+                f"LV-ViT's heads are for tokens: no global_pool={shown(arguments['global_pool'])}"
+            )
         if arguments.get("patch_drop_rate", 0) > 0:
             raise ValueError("patch_drop_rate would drop patches without telling which; LV-ViT labels each")
         # The published norms have PyTorch's eps, not that of timm's VisionTransformer.
@@ -161,7 +164,7 @@ class LVViT(DeiT):
         """Replace both heads by new ones for `num_classes`; ValueError for any pooling but the token's."""
         # timm's features_only says "", the features as they are, with no classes.
         if global_pool not in (None, "token") and (global_pool != "" or num_classes > 0):
-            raise ValueError(f"LV-ViT's heads are for tokens: no global_pool={global_pool!r}")
+            raise ValueError(f"LV-ViT's heads are for tokens: no global_pool={shown(global_pool)}")
         super().reset_classifier(num_classes)
         if self.return_dense:
             self._add_aux_head()

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from evit_ext._util.messages import shown
 from evit_ext._util.overriding import ReplicateOverrides, overrides, remove_overrides
 from evit_ext.cpu import packed_weights, replacing
 from evit_ext.patching.block import AdoptedBlock
@@ -187,7 +188,7 @@ def check_rules(
 
 def _prefix(num_prefix_tokens: int) -> int:
     if isinstance(num_prefix_tokens, bool) or not hasattr(num_prefix_tokens, "__index__"):
-        raise TypeError(f"num_prefix_tokens must be a whole number, got {num_prefix_tokens!r}")
+        raise TypeError(f"num_prefix_tokens must be a whole number, got {shown(num_prefix_tokens)}")
     if operator.index(num_prefix_tokens) < 0:
         raise ValueError(f"num_prefix_tokens must not be negative, got {num_prefix_tokens}")
     return operator.index(num_prefix_tokens)
@@ -254,11 +255,11 @@ def _locations(drop_loc: Sequence[int] | None, depth: int) -> list[int]:
         return sorted({depth * quarter // 4 for quarter in (1, 2, 3)})
     expected = "drop_loc must be a sequence of block numbers, such as (3, 6, 9)"
     if isinstance(drop_loc, (str, bytes)) or not hasattr(drop_loc, "__iter__"):
-        raise TypeError(f"{expected}, got {drop_loc!r}")
+        raise TypeError(f"{expected}, got {shown(drop_loc)}")
     locations = []
     for location in drop_loc:
         if isinstance(location, bool) or not hasattr(location, "__index__"):
-            raise TypeError(f"{expected}, got {drop_loc!r}")
+            raise TypeError(f"{expected}, got {shown(drop_loc)}")
         locations.append(operator.index(location))
     if not locations:
         raise ValueError(f"{expected}, got none")

@@ -33,6 +33,8 @@ class TokenRecord:
         #: For each stage, the tokens [B, N, C] that it chose from, if `keep_tokens`.
         self.tokens: dict[int, Tensor] = {}
         self._scores: dict[int, Tensor] = {}
+        #: The last forward of each thread: `trail`, `tokens` and `scores`, which are those of one of them.
+        self._forwards: dict[int, tuple[TokenTrail, dict[int, Tensor], dict[int, Tensor]]] = {}
 
     @property
     def kept(self) -> list[Tensor]:
@@ -126,18 +128,23 @@ class TokenRecord:
         """Record what a stage did, and the tokens [B, N, C] that it chose from, if `keep_tokens`."""
         if graph_task() != self._graph_task:
             return  # gradient checkpointing recomputes a block
+        thread = self._thread if torch.compiler.is_compiling() else threading.get_ident()
         if self._private:
-            if not torch.compiler.is_compiling() and threading.get_ident() != self._thread:
+            if thread != self._thread:
                 return
         elif plan.kept.is_meta:
             return  # count_macs runs the model
         if stage == 0:
-            self.trail, self.tokens, self._scores = TokenTrail(), {}, {}
-        self.trail.add(stage, plan)
+            self._forwards[thread] = (TokenTrail(), {}, {})
+        elif thread not in self._forwards:
+            return  # the record began in the middle of this forward
+        trail, of_tokens, of_scores = self._forwards[thread]
+        trail.add(stage, plan)
         if plan.scores is not None:
-            self._scores[stage] = plan.scores.detach()
+            of_scores[stage] = plan.scores.detach()
         if self.keep_tokens and tokens is not None:
-            self.tokens[stage] = tokens
+            of_tokens[stage] = tokens
+        self.trail, self.tokens, self._scores = trail, of_tokens, of_scores
 
 
 def graph_task() -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from evit_ext import ops
+from evit_ext._util.messages import shown
 from evit_ext.tokens.plan import Plan
 from evit_ext.tokens.rule import KeepRateRule, Seen
 
@@ -115,7 +116,7 @@ class EViT(KeepRateRule, name="evit"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.fuse_token, bool):
-            raise TypeError(f"fuse_token must be True or False, got {self.fuse_token!r}")
+            raise TypeError(f"fuse_token must be True or False, got {shown(self.fuse_token)}")
 
     @property
     def fuses(self) -> bool:  # type: ignore[override]

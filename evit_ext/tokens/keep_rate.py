@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from evit_ext._util.messages import shown
+
 
 def check_keep_rates(keep_rate: float | Sequence[float], number: int) -> list[float]:
     """Return `number` keep rates, one for each reorganising block, as Python's numbers.
@@ -43,7 +45,9 @@ def check_keep_rate(keep_rate: Any) -> float:
     """
     rate = _number(keep_rate)
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
-        raise TypeError(f"keep_rate must be a number in (0, 1], or a list or tuple of them, got {rate!r}")
+        raise TypeError(
+            f"keep_rate must be a number in (0, 1], or a list or tuple of them, got {shown(rate)}"
+        )
     # Written so that NaN is refused.
     if not 0 < float(rate) <= 1:
         raise ValueError(f"keep_rate must be in (0, 1], got {rate}")

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from evit_ext._util.messages import reason, shown
 from evit_ext.tokens.keep_rate import check_keep_rate
 from evit_ext.tokens.plan import Plan
 
@@ -225,7 +226,7 @@ def rule_class(name: str) -> type[Rule]:
     """
     if name not in _NAMED:
         raise ValueError(
-            f"there is no rule {name!r}: expected one of {', '.join(named_rules())}; if it is your own, "
+            f"there is no rule {shown(name)}: expected one of {', '.join(named_rules())}; if it is your own, "
             "import the module that defines it first"
         )
     return _NAMED[name]
@@ -241,4 +242,4 @@ def make_rule(name: str, settings: Mapping[str, Any]) -> Rule:
     try:
         return cls(**settings)
     except TypeError as error:
-        raise ValueError(f"the rule {name} does not take these settings: {error}") from error
+        raise ValueError(f"the rule {name} does not take these settings: {reason(error)}") from error

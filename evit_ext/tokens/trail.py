@@ -44,8 +44,8 @@ class TokenTrail:
             patches = torch.arange(plan.num_patches, device=kept.device).expand(kept.shape[0], -1)
         # An earlier made token comes after the patches, so if it is kept, its −1 stays there.
         patches = patches.gather(1, kept)
-        self._plans[stage] = plan.settled()
         self._patches[stage] = F.pad(patches, (0, plan.num_made), value=-1) if plan.num_made else patches
+        self._plans[stage] = plan.settled()  # last: from here on, it is one of `stages` for other threads
 
     def num_image_patches(self, num_patches: int) -> int:
         """Return how many patch tokens entered the first stage: `num_patches` if there was none yet."""

@@ -16,6 +16,8 @@ from timm.utils.model import unwrap_model
 from torch import nn
 
 import evit_ext
+from evit_ext._util.files import private_folder, put
+from evit_ext._util.messages import shown
 from evit_ext.cost.macs import input_size
 from evit_ext.models.building import is_connection_error
 from evit_ext.models.by_name import rule_of
@@ -79,9 +81,8 @@ def save_pretrained(
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file: give a folder")
     target.mkdir(parents=True, exist_ok=True)
-    # A temporary folder, so that files that cannot be loaded never replace existing ones.
-    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as name:
-        new = Path(name)
+    # In a folder apart, so that files that cannot be loaded never replace existing ones.
+    with private_folder(target, "saving") as new:
         config = _write_config(vit, new / CONFIG, label_names, pretrained_cfg, model_args)
         state = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in vit.state_dict().items()}
         safetensors.torch.save_file(state, new / WEIGHTS, metadata={"format": "pt"})
@@ -90,7 +91,7 @@ def save_pretrained(
         (new / _CARD).write_text(card, encoding="utf-8")
         for file in (WEIGHTS, CONFIG, _CARD):
             if file != _CARD or not (target / _CARD).exists():
-                os.replace(new / file, target / file)
+                put(new / file, target / file)
     return target
 
 
@@ -129,7 +130,7 @@ def push_to_hub(
         RuntimeError: the hub could not be reached, or refused the request.
     """
     if not isinstance(repo_id, str) or repo_id.count("/") != 1 or not all(repo_id.split("/")):
-        raise ValueError(f"repo_id must be 'owner/name', got {repo_id!r}")
+        raise ValueError(f"repo_id must be 'owner/name', got {shown(repo_id)}")
     import huggingface_hub  # takes a while
 
     with tempfile.TemporaryDirectory() as folder:

@@ -125,6 +125,23 @@ def test_missing_compiler() -> None:
     assert "Traceback" not in run.stderr
 
 
+@needs_source
+def test_variables_set_to_nothing() -> None:
+    """As `CXX= pip install .` does: the same as not set."""
+    run = setup(CXX=" ", MAX_JOBS="", FORCE_CUDA="0")
+    assert run.returncode == 0, run.stderr
+    assert "evit_ext: C++: c++ -std=c++20" in run.stdout and re.search(r"jobs: \d", run.stdout)
+
+
+@needs_source
+@pytest.mark.parametrize("jobs", ["lots", "0", "9" * 10**4 + "x"])
+def test_jobs_that_are_no_number(jobs: str) -> None:
+    run = setup(MAX_JOBS=jobs, FORCE_CUDA="0")
+    assert run.returncode != 0 and "Traceback" not in run.stderr
+    assert "evit_ext: error: MAX_JOBS must be a whole number, 1 or more, got '" in run.stderr
+    assert len(run.stderr) < 500
+
+
 @pytest.fixture
 def setup_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """setup.py as a module, with no CUDA toolkit on this machine unless a test makes one."""
@@ -223,6 +240,39 @@ def test_architectures(setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch
     assert setup_module.architectures((12, 6)) == "8.0;8.6;8.9;9.0+PTX"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     assert setup_module.architectures((13, 0)) == "9.0"
+
+
+@needs_source
+def test_architectures_of_the_gpus_here(setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "native")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="is native, and torch sees no GPU here: name the compute"):
+        setup_module.architectures((13, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (9, 0) if number else (8, 6))
+    assert setup_module.architectures((13, 0)) == "8.6;9.0"
+
+
+@needs_source
+@pytest.mark.parametrize("asked", ["9", "sm_90", "8.0,9.0", "x" * 10**4, "native 9.0"])
+def test_architectures_that_are_none(
+    setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST has .*: expected compute capabil") as caught:
+        setup_module.architectures((13, 0))
+    assert len(str(caught.value)) < 300
+
+
+@needs_source
+def test_a_folder_that_cannot_be_written_to(
+    setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup_module.check_folder()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as of a read-only file system
+    with pytest.raises(SystemExit, match="the folder of the sources, .*, cannot be written to"):
+        setup_module.main()
 
 
 @needs_source
