@@ -222,7 +222,7 @@ def remove(vit: Model) -> Model:
             )
         if isinstance(inner, AdoptedBlock) and _has_fsdp(block):
             raise RuntimeError(
-                f"block {number} is inside FullyShardedDataParallel: remove it before wrapping"
+                f"block {number} is inside FullyShardedDataParallel: call evit_ext.remove before wrapping"
             )
     for number, block in enumerate(blocks):
         _put_back(blocks, str(number), block)
