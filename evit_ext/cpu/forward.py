@@ -91,12 +91,29 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+#: Those of all modules.
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
 
 
 def is_watched(module: nn.Module, everywhere: bool = True) -> bool:
-    """Return whether hooks would run if `module` were called: its own, or, if `everywhere`, those of all."""
+    """Return whether hooks would run if `module` were called: its own, or, if `everywhere`, those of all.
+
+    Of those of all modules, PyTorch's own do not count: they are the FLOP counter's and the profiler's.
+    """
     own = any(getattr(module, hooks) for hooks in _HOOKS)
-    return own or (everywhere and torch.nn.modules.module._has_any_global_hook())
+    return own or (everywhere and _is_watched_everywhere())
+
+
+def _is_watched_everywhere() -> bool:
+    if not torch.nn.modules.module._has_any_global_hook():
+        return False
+    hooks = (getattr(torch.nn.modules.module, name).values() for name in _GLOBAL_HOOKS)
+    return any(not str(hook.__module__).startswith("torch.") for every in hooks for hook in every)
 
 
 def has_written_forward(module: nn.Module) -> bool:
