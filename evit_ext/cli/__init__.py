@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import evit_ext
+from evit_ext._util.version import VERSION
 from evit_ext.cli import benchmark, completion, evaluate, export, info, train, visualize
 
 _EXAMPLES = """examples:
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"evit_ext {evit_ext.__version__}")
+    parser.add_argument("--version", action="version", version=f"evit_ext {VERSION}")
     parser.add_argument(
         "--completion",
         action=completion.Completion,

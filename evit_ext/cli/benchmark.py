@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from evit_ext._util.tables import aligned, check_writable
+from evit_ext._util.tables import aligned
 from evit_ext.benchmark import MODES, TASKS, Row, contestants, measure
 from evit_ext.cli.options import add_device, chosen_device, keep_rate
+from evit_ext.cli.output import check_writable
 from evit_ext.training.precision import PRECISIONS, choose_precision
 from evit_ext.training.progress import Progress
 

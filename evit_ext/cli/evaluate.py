@@ -12,10 +12,10 @@ import timm.data
 import torch
 from torch import nn
 
-import evit_ext
 from evit_ext._util.tables import aligned
 from evit_ext.cli.options import add_device, add_keep_rates, add_options, add_weights
 from evit_ext.cli.trained import check_classes, configuration, load_weights
+from evit_ext.cost.macs import count_macs
 from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
 from evit_ext.training.config import TrainConfig
 from evit_ext.training.evaluation import Evaluation, evaluate
@@ -149,7 +149,7 @@ def _eval(options: argparse.Namespace) -> None:
             if rate is not None:
                 set_keep_rate(model, rate)
             found = evaluate(model, loaders.val(), precision, ranks, not options.json, batches)
-            gmacs = evit_ext.count_macs(model, tuple(shape[2:])) / 1e9
+            gmacs = count_macs(model, tuple(shape[2:])) / 1e9
             alone = _speed(model, shape, options.repeats, precision, ranks)
             rows.append(_Row(keep_rates(model), gmacs, alone, found))
     if ranks.is_first:

@@ -14,7 +14,6 @@ import timm.data
 import torch
 from torch import nn
 
-import evit_ext
 from evit_ext import models
 from evit_ext.cli.options import add_keep_rates, add_options, add_weights, overrides
 from evit_ext.cli.runs import newest_weights
@@ -22,6 +21,7 @@ from evit_ext.cli.trained import build, configuration, is_of_digits, load_weight
 from evit_ext.models.by_name import unknown_model
 from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
 from evit_ext.training.config import TrainConfig, load_config
+from evit_ext.weights import save_pretrained
 
 #: The fields of a configuration that define the model; the keep rate has its own option.
 _FIELDS = ("model_args", "img_size", "num_classes", "drop_loc", "fuse_token", "pretrained", "crop_pct")
@@ -153,7 +153,7 @@ def _write_folder(
     as_json: bool,
 ) -> None:
     """Write a model's folder for the hub, and report it."""
-    evit_ext.save_pretrained(model, folder, label_names=classes, pretrained_cfg=images)
+    save_pretrained(model, folder, label_names=classes, pretrained_cfg=images)
     rates = keep_rates(model)
     if as_json:
         facts = {"file": str(folder), "format": "hf", "keep_rate": rates, "weights": source}

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-import evit_ext
 from evit_ext.cli import runs
 from evit_ext.cli.options import overrides
 from evit_ext.models.by_name import create_evit
 from evit_ext.training.config import TrainConfig, load_config
+from evit_ext.weights import load_checkpoint
 
 
 def configuration(options: argparse.Namespace) -> TrainConfig:
@@ -48,7 +48,7 @@ def load_weights(model: nn.Module, options: argparse.Namespace) -> str:
         FileNotFoundError: there are no weights.
     """
     if options.checkpoint is not None:
-        loaded = evit_ext.load_checkpoint(model, options.checkpoint, use_ema=options.ema, progress=False)
+        loaded = load_checkpoint(model, options.checkpoint, use_ema=options.ema, progress=False)
         return str(loaded)
     if options.run_folder is None:
         return "pretrained"

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import timm.data
 import torch
 
-import evit_ext
-from evit_ext._util.tables import check_writable
 from evit_ext.cli.options import (
     add_device,
     add_keep_rates,
@@ -21,10 +19,12 @@ from evit_ext.cli.options import (
     chosen_device,
     overrides,
 )
+from evit_ext.cli.output import check_writable
 from evit_ext.cli.runs import load_weights, newest_weights, run_config
 from evit_ext.cli.trained import build, is_of_digits, preparation
 from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
 from evit_ext.training.config import TrainConfig, load_config
+from evit_ext.weights import load_checkpoint
 
 if TYPE_CHECKING:
     from evit_ext.visualize.photos import Photo
@@ -213,7 +213,7 @@ def _build(options: argparse.Namespace) -> _Model:
     if state is not None:
         load_weights(model, state, str(folder))
     elif options.checkpoint is not None:
-        loaded = evit_ext.load_checkpoint(model, options.checkpoint, use_ema=options.ema, progress=False)
+        loaded = load_checkpoint(model, options.checkpoint, use_ema=options.ema, progress=False)
         words = str(loaded).partition("\n")[0]
         if loaded.missing_keys:
             _tell(str(loaded))

@@ -6,7 +6,6 @@ import operator
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
-import timm.loss
 import torch
 from timm.utils.model import unwrap_model
 from torch import nn
@@ -18,17 +17,17 @@ from evit_ext.patching.block import ReorganizingBlock
 from evit_ext.patching.families import find_blocks
 from evit_ext.patching.oracle import Oracle
 from evit_ext.training.config import TrainConfig
-from evit_ext.training.objectives.dynamicvit import DynamicViTLoss
-from evit_ext.training.objectives.objectives import (
+from evit_ext.training.objectives import (
     Classification,
     Distillation,
+    DynamicViTLoss,
     DynamicViTTraining,
     Guided,
     Objective,
+    TokenLabelLoss,
     TokenLabelTraining,
+    build_criterion,
 )
-from evit_ext.training.objectives.token_labels import TokenLabelLoss
-from evit_ext.training.recipe import Recipe
 from evit_ext.weights import LoadedCheckpoint, load_checkpoint
 
 #: Arguments of models that are fields of their own, by the field.
@@ -122,18 +121,6 @@ def load_initial(config: TrainConfig, model: nn.Module) -> LoadedCheckpoint | No
     if config.initial_checkpoint is None:
         return None
     return load_checkpoint(model, config.initial_checkpoint, resize_pos_embed=True, resize_head=True)
-
-
-def build_criterion(recipe: Recipe) -> nn.Module:
-    """Return the cross-entropy for the targets that a recipe makes: of probabilities, smoothed, or plain.
-
-    With mixup or CutMix, timm's Mixup makes probabilities, and smooths them.
-    """
-    if recipe.mixup > 0 or recipe.cutmix > 0:
-        return timm.loss.SoftTargetCrossEntropy()
-    if recipe.label_smoothing > 0:
-        return timm.loss.LabelSmoothingCrossEntropy(recipe.label_smoothing)
-    return nn.CrossEntropyLoss()
 
 
 def build_objective(config: TrainConfig, model: nn.Module, device: torch.device | str) -> Objective:

@@ -20,8 +20,8 @@ from evit_ext._util.randomness import derive_seed, random_state, seeded, set_ran
 from evit_ext.patching.families import reorganizing_blocks
 from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
 from evit_ext.tokens.schedule import keep_rate_schedule
-from evit_ext.training.building import build_criterion
-from evit_ext.training.objectives.objectives import Classification, Objective
+from evit_ext.training.epoch_sums import EpochResult, EpochSums
+from evit_ext.training.objectives import Classification, Objective, build_criterion
 from evit_ext.training.precision import (
     Precision,
     attention_for_training,
@@ -31,7 +31,6 @@ from evit_ext.training.precision import (
 from evit_ext.training.progress import Progress
 from evit_ext.training.ranks import ALONE, Ranks
 from evit_ext.training.recipe import Recipe
-from evit_ext.training.seen import EpochResult, Seen
 from evit_ext.training.sharding import (
     gradients_stay,
     is_sharded,
@@ -146,7 +145,7 @@ class Trainer:
         self.last: StepResult | None = None
         self._ranks, self._accumulation, self._seed = ranks, accumulation, seed
         self._step = 0
-        self._seen = Seen(self.device)
+        self._sums = EpochSums(self.device)
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
         self._reorganizes = bool(reorganizing_blocks(self._unwrapped)) and recipe.keep_rate is not None
         embed: Any = getattr(self._unwrapped, "patch_embed", None)
@@ -207,8 +206,8 @@ class Trainer:
         """
         self.model.train(not self.recipe.eval_mode)
         if self.step_in_epoch == 0:
-            self._seen = Seen(self.device)
-        seen, done = self._seen, self.step_in_epoch
+            self._sums = EpochSums(self.device)
+        sums, done = self._sums, self.step_in_epoch
         trained, start = 0, time.perf_counter()
 
         def images_per_second() -> float:
@@ -229,8 +228,8 @@ class Trainer:
                 if self._looks(done):
                     self._check_finite()
                     bar.step(
-                        loss=f"{seen.mean_loss:.3f}",
-                        top1=f"{seen.accuracy:.1f}%",
+                        loss=f"{sums.mean_loss:.3f}",
+                        top1=f"{sums.accuracy:.1f}%",
                         keep=f"{self.last.keep_rate:.2f}",
                         speed=f"{images_per_second():.0f}/s",
                     )
@@ -242,7 +241,7 @@ class Trainer:
             raise ValueError(f"the epoch has {done} steps, {self.steps_per_epoch} were announced")
         keep_rate = 1.0 if self.last is None else self.last.keep_rate
         self._set_keep_rate()  # of what is evaluated now: at the end, the recipe's own
-        return seen.result(self._ranks, keep_rate, images_per_second())
+        return sums.result(self._ranks, keep_rate, images_per_second())
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to resume: weights, average, optimizer, scaler, schedules, generators.
@@ -261,7 +260,7 @@ class Trainer:
             "optimizer": whole_optimizer_state(self.model, self.optimizer),
             "scaler": self._scaler.state_dict(),
             "step": self._step,
-            "seen": self._seen.state_dict(self._ranks),
+            "seen": self._sums.state_dict(self._ranks),
             "recipe": self.recipe.optimisation(),
             "steps_per_epoch": self.steps_per_epoch,
             "seed": self._seed,
@@ -293,8 +292,8 @@ class Trainer:
         load_whole_optimizer_state(self.model, self.optimizer, state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self._step = state["step"]  # all that the scheduler knows; the optimizer has its learning rates
-        self._seen = Seen(self.device)
-        self._seen.load_state_dict(state["seen"], self._ranks)
+        self._sums = EpochSums(self.device)
+        self._sums.load_state_dict(state["seen"], self._ranks)
         self._set_keep_rate()
         set_random_state(state["random"])
 
@@ -333,7 +332,7 @@ class Trainer:
             ):
                 loss, logits = self._forward(images, labels, getattr(batch, "token_labels", None))
                 self._scaler.scale(loss / len(batches)).backward()
-            self._seen.add(loss.detach(), logits.detach(), labels)
+            self._sums.add(loss.detach(), logits.detach(), labels)
             losses.append(loss.detach())
             images_seen += len(labels)
         grad_norm = self._step_optimizer()

@@ -13,6 +13,7 @@ import timm.data
 import torch
 from timm.utils.model import unwrap_model
 
+from evit_ext._util.memory import peak_memory
 from evit_ext._util.randomness import derive_seed, seeded
 from evit_ext.cost.macs import count_macs
 from evit_ext.patching.keep_rates import keep_rates
@@ -31,7 +32,7 @@ from evit_ext.training.run.lock import FolderLock
 from evit_ext.training.run.metrics import Metrics
 from evit_ext.training.run.results import Results
 from evit_ext.training.run.stopping import Stopped, StopSignals
-from evit_ext.training.run.summary import RunSummary, peak_memory
+from evit_ext.training.run.summary import RunSummary
 from evit_ext.training.run.unreadable import UnreadableImages
 from evit_ext.training.sharding import distribute, share_buffers
 from evit_ext.training.trainer import Trainer

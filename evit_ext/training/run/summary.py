@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from evit_ext._util.files import replacing
 from evit_ext.training.evaluation import Evaluation
@@ -134,17 +130,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(entry) for name, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most memory that was in use, in bytes: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # What getrusage says is at least what the process had that started this one.
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
