@@ -5,10 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+
+def say_next(*commands: Sequence[str | Path]) -> None:
+    """Print the commands that come next, ready to be typed; words in capitals are to be replaced."""
+    lines = ("  " + " ".join(shlex.quote(str(word)) for word in command) for command in commands)
+    print("\n".join(["next:", *lines]))
 
 
 class _Lasting:

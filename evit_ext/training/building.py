@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
 from timm.utils.model import unwrap_model
 from torch import nn
 
+from evit_ext.cost.macs import count_macs
 from evit_ext.models.by_name import create_dense, create_evit, takes_img_size
 from evit_ext.models.dynamicvit import DynamicViT
 from evit_ext.models.lvvit import LVViT
@@ -91,6 +93,15 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model.train()
+
+
+def gmacs_of_run(config: TrainConfig, num_classes: int, keep_rate: float | None = None) -> float:
+    """Return the multiply-accumulates of an image, in 10^9, at the configuration's keep rate or another."""
+    if keep_rate is not None:
+        config = replace(config, keep_rate=keep_rate)
+    with torch.device("meta"):
+        model = build_model(replace(config, pretrained=False), num_classes)
+    return count_macs(model.eval(), config.img_size) / 1e9
 
 
 def _check_img_size(model: Any) -> None:

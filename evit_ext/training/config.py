@@ -58,6 +58,11 @@ class TrainConfig(Recipe):
     data: str | None = option(None, "where the data set lies, with its splits in folders train and val")
     train_split: str = option("train", "name of the training split; of WebDataset, its shards")
     val_split: str = option("validation", "name of the split to evaluate on; of WebDataset, its shards")
+    val_fraction: float = option(
+        0.2,
+        "share of the images of each class that is held out for validation, where a folder has no validation "
+        "split; 1 evaluates all images of a folder without splits",
+    )
     train_images: int | None = option(
         None, "images an epoch: of cluttered-digits, and of streams whose size is not known"
     )
@@ -152,6 +157,8 @@ class TrainConfig(Recipe):
         for name in ("drop_path", "hflip", "color_jitter", "reprob", "distillation_alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0 < self.val_fraction <= 1:
+            raise ValueError(f"val_fraction must be in (0, 1], got {self.val_fraction}")
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from evit_ext.training.config import TrainConfig, load_config
 from evit_ext.training.ranks import Ranks
+
+#: Has the names of the classes, a line for each in the order of the logits.
+CLASSES_FILE = "classes.txt"
 
 # What may differ when a run is resumed: it changes neither what is learned nor the order of the images. With
 # another micro_batch, as with another number of processes, mixup and drop path draw other numbers.
@@ -15,6 +19,32 @@ _MAY_CHANGE = (
     "workers", "max_unreadable", "micro_batch", "checkpoint_every", "keep_checkpoints", "eval_every",
     "log_every", "data", "teacher_checkpoint", "oracle_checkpoint", "initial_checkpoint",
 )  # fmt: skip
+
+
+# Fields that may be the path of a file or folder.
+_PATHS = ("data", "initial_checkpoint", "teacher_checkpoint", "oracle_checkpoint", "token_labels")
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Return a configuration whose paths hold in any folder: those that exist are made absolute."""
+    paths = {name: getattr(config, name) for name in _PATHS}
+    there = {name: os.path.abspath(path) for name, path in paths.items() if path and os.path.exists(path)}
+    return dataclasses.replace(config, **there)
+
+
+def check_classes(folder: Path, classes: Sequence[str]) -> None:
+    """Raise ValueError if a run goes on with data whose classes are not those that it began with."""
+    path = folder / CLASSES_FILE
+    if not path.exists():
+        return
+    before = path.read_text("utf-8").splitlines()
+    if before != list(classes):
+        changed = [f"+{name}" for name in classes if name not in before]
+        changed += [f"-{name}" for name in before if name not in classes]
+        raise ValueError(
+            f"{folder} has a run of {len(before)} other classes ({path}); the data now differs in "
+            f"{', '.join(changed[:8]) or 'their order'}: choose another folder, or the run's own data"
+        )
 
 
 def check_folder(
@@ -48,7 +78,8 @@ def check_folder(
         )
     path = folder / "config.yaml"
     if steps and path.exists():
-        before, now = (dataclasses.asdict(each) for each in (load_config(path), config))
+        both = (load_config(path), with_absolute_paths(config))
+        before, now = (dataclasses.asdict(each) for each in both)
         different = [name for name in now if now[name] != before[name] and name not in _MAY_CHANGE]
         if different:
             said = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in different)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import nn
 
 from evit_ext._util.files import replacing
+from evit_ext._util.safetensors_bytes import to_bytes
 from evit_ext.training.evaluation import Evaluation
 from evit_ext.training.ranks import Ranks
 from evit_ext.training.run.summary import Score, better
@@ -35,6 +36,8 @@ class Results:
     def __init__(self, folder: Path, ranks: Ranks, model: str) -> None:
         self._folder, self._ranks, self._model = folder, ranks, model
         self._entries: list[dict[str, Any]] = []
+        #: Names of the classes, for the weights' files; empty where the data does not name them.
+        self.classes: Sequence[str] = ()
 
     def has(self, epoch: int) -> bool:
         """Return whether the evaluation after an epoch, from 1, was made."""
@@ -74,7 +77,9 @@ class Results:
             return
         tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         said = {key: str(facts[key]) for key in ("weights", "top1", "epoch", "keep_rate")}
-        content = save(tensors, {"model": self._model, **said})
+        if self.classes:
+            said["classes"] = json.dumps(list(self.classes))
+        content = to_bytes(tensors, {"model": self._model, **said})
         for file in files:
             with replacing(self._folder / file, "wb") as target:
                 target.write(content)

@@ -55,6 +55,7 @@ class RunSummary:
         peak_memory: of the first process' GPU, else of its main memory, in bytes; None where not measured.
         unreadable: images that could not be read, each counted once.
         checkpoints: the folder that they are in.
+        classes: how many the model tells apart; top-5 is not shown of five or fewer.
     """
 
     model: str
@@ -75,16 +76,17 @@ class RunSummary:
     peak_memory: int | None
     unreadable: int
     checkpoints: str
+    classes: int = 1000
 
     def __str__(self) -> str:
         """Return the table, a line for each figure."""
         lines = {
             "model": f"{self.model}, {self.parameters / 1e6:.2f} M parameters",
             "cost": f"{self.gmacs:.3g} GMACs at keep rate {self.keep_rate:g}, {self.gmacs_dense:.3g} dense",
-            "best": _score(self.best),
-            "last": _score(self.last),
-            "best, moving average": _score(self.best_ema),
-            "last, moving average": _score(self.last_ema),
+            "best": _score(self.best, self.classes),
+            "last": _score(self.last, self.classes),
+            "best, moving average": _score(self.best_ema, self.classes),
+            "last, moving average": _score(self.last_ema, self.classes),
             "trained": ", ".join(
                 (
                     _counted(self.epochs, "epoch"),
@@ -116,10 +118,11 @@ def better(best: Score | None, new: Score) -> Score:
     return new if best is None or new.top1 > best.top1 else best
 
 
-def _score(score: Score | None) -> str | None:
+def _score(score: Score | None, classes: int) -> str | None:
     if score is None:
         return None
-    return f"top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f} (epoch {score.epoch})"
+    top5 = f", top-5 {score.top5:.2f} %" if classes > 5 else ""
+    return f"top-1 {score.top1:.2f} %{top5}, loss {score.loss:.4f} (epoch {score.epoch})"
 
 
 def _counted(number: int, one: str, many: str | None = None) -> str:

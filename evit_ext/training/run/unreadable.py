@@ -59,7 +59,7 @@ class UnreadableImages:
         self._reasons.update(fresh)
         if fresh and self._ranks.is_first:
             first = not self.path.exists()
-            with self.path.open("a", newline="") as file:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 if first:
                     writer.writerow(("path", "reason"))
