@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 import yaml
 
 from evit_ext._util.files import replacing
-from evit_ext.training.recipe import Recipe, option
+from evit_ext._util.spelling import nearest
+from evit_ext.training.recipe import Recipe, option, raise_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +132,9 @@ class TrainConfig(Recipe):
     eval_every: int = option(1, "epochs between evaluations; the last epoch is always evaluated")
     log_every: int = option(50, "optimizer steps between lines of metrics")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with the values, a sentence each."""
+        yield from super().problems()
         choices = {
             "distillation": ("none", "soft", "hard"),
             "difficulty": ("easy", "hard"),
@@ -144,7 +145,7 @@ class TrainConfig(Recipe):
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                yield (f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         at_least = {
             "img_size": 1, "num_classes": 1, "train_images": 1, "micro_batch": 1, "checkpoint_every": 1,
             "workers": 0, "max_image_pixels": 1, "max_unreadable": 0, "recount": 1, "repeated_aug": 0,
@@ -153,32 +154,32 @@ class TrainConfig(Recipe):
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+                yield (f"{name} must be at least {least}, got {value}")
         for name in ("drop_path", "hflip", "color_jitter", "reprob", "distillation_alpha"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+                yield (f"{name} must be in [0, 1], got {getattr(self, name)}")
         if not 0 < self.val_fraction <= 1:
-            raise ValueError(f"val_fraction must be in (0, 1], got {self.val_fraction}")
+            yield (f"val_fraction must be in (0, 1], got {self.val_fraction}")
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
-                raise ValueError(f"{name} must be a range (low, high) of positive numbers, got {(low, high)}")
+                yield (f"{name} must be a range (low, high) of positive numbers, got {(low, high)}")
         if not self.distillation_tau > 0:
-            raise ValueError(f"distillation_tau must be positive, got {self.distillation_tau}")
+            yield (f"distillation_tau must be positive, got {self.distillation_tau}")
         if self.eval_mode and self.drop_path > 0:
-            raise ValueError(
+            yield (
                 "eval_mode trains without drop path: drop_path must be 0, or eval_mode false, got "
                 f"{self.drop_path}"
             )
         falls = self.keep_rate is not None and self.keep_rate < 1
         falls = falls and self.keep_rate_start_epoch < self.keep_rate_end_epoch
         if self.compile and falls and self.keep_rate_token_step is None:
-            raise ValueError(
+            yield (
                 "compile with a keep rate that falls at every step would compile at every step: set "
                 "keep_rate_token_step, such as 8, or compile false"
             )
         if self.distillation != "none" and self.teacher is None:
-            raise ValueError(f"distillation {self.distillation!r} needs a teacher, got none")
+            yield (f"distillation {self.distillation!r} needs a teacher, got none")
 
     def micro_batches(self, world_size: int) -> tuple[int, int]:
         """Return how many images each of the processes takes at once, and how often in an optimizer step.
@@ -276,15 +277,19 @@ def typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """
     hints = typing.get_type_hints(TrainConfig)
     known = [entry.name for entry in fields(TrainConfig)]
-    result = {}
+    result, unknown, mistyped = {}, [], []
     for name, value in values.items():
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            raise ValueError(f"{source}: there is no field {name!r}" + (f"; {near[0]!r}?" if near else ""))
+            near = nearest(str(name), known)
+            unknown.append(f"{source}: there is no field {name!r}" + (f"; {near!r}?" if near else ""))
+            continue
         try:
             result[name] = _convert(value, hints[name])
         except (TypeError, ValueError):
-            raise TypeError(f"{source}: {name} must be {_words(hints[name])}, got {value!r}") from None
+            mistyped.append(f"{source}: {name} must be {_words(hints[name])}, got {value!r}")
+    if len(mistyped) == 1 and not unknown:
+        raise TypeError(mistyped[0])
+    raise_problems([*unknown, *mistyped])
     return result
 
 

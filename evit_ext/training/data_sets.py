@@ -107,11 +107,11 @@ def _open_named(config: TrainConfig, training: bool) -> Data:
     )
 
 
-def count(data: ImageFiles | Canvases) -> int:
+def count_images(data: ImageFiles | Canvases) -> int:
     """Return how many images there are."""
     return data.size if isinstance(data, Canvases) else len(data)
 
 
 def size_of(data: Data) -> int | None:
     """Return how many images there are, if it is known."""
-    return data.num_images if isinstance(data, Source) else count(data)
+    return data.num_images if isinstance(data, Source) else count_images(data)

@@ -27,7 +27,7 @@ from evit_ext.data.splits import ImageFiles
 from evit_ext.data.streams import Source, StreamBatches
 from evit_ext.data.transforms import CropWithLabels, Transform, train_transform
 from evit_ext.training.config import TrainConfig
-from evit_ext.training.data_sets import Canvases, count, open_data, size_of
+from evit_ext.training.data_sets import Canvases, count_images, open_data, size_of
 from evit_ext.training.ranks import Ranks
 from evit_ext.training.shared_memory import check_shared_memory
 
@@ -190,7 +190,7 @@ class Loaders:
             steps = slice(first_step * self.accumulation, self.steps_per_epoch * self.accumulation)
             return islice(loader, steps.start, steps.stop)
         order = TrainOrder(
-            count(self._train),
+            count_images(self._train),
             self.micro_batch,
             self.accumulation,
             ranks.rank,
@@ -214,8 +214,26 @@ class Loaders:
             raise ValueError("there is no validation data: val_split is empty")
         if isinstance(self._val, Source):
             return self._loader(self._stream(self._val, training=False), None, 0)
-        order = EvaluationOrder(count(self._val), self.micro_batch, self.ranks.rank, self.ranks.world_size)
+        order = EvaluationOrder(
+            count_images(self._val), self.micro_batch, self.ranks.rank, self.ranks.world_size
+        )
         return self._loader(self._batches(self._val, training=False), order, 0)
+
+    def some_val(self, count: int) -> Batch:
+        """Return up to `count` validation images, spread over the data; of a stream the first.
+
+        Raises:
+            ValueError: no validation data, or `image` is missing.
+        """
+        if self._val is None:
+            raise ValueError("there is no validation data: val_split is empty")
+        if isinstance(self._val, Source):
+            return next(iter(self._stream(self._val, training=False)))
+        images = min(count, size := count_images(self._val))
+        places = [Place(0, number * size // images, number * size // images) for number in range(images)]
+        batches: Any = self._batches(self._val, training=False)
+        found: Batch = batches.__getitems__(places)
+        return found
 
     def _loader(
         self, batches: Dataset[Batch], order: Sampler[list[Place]] | None, epoch: int

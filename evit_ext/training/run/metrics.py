@@ -43,10 +43,12 @@ class Metrics:
         tensorboard: True for its events, False for none, "auto" for events if the package is installed.
         enabled: False writes nothing; for all processes but the first.
         resume_step: the step that the run goes on from; None begins anew, and replaces what was there.
+        wandb: project of Weights & Biases to which records are written, too, in a run of the folder's name;
+            None for none.
 
     Raises:
         ValueError: `tensorboard` is something else, or there are other columns in the file to go on with.
-        RuntimeError: `tensorboard` is True and the package is not installed.
+        RuntimeError: `tensorboard` is True or `wandb` is given, and the package is not installed.
         OSError: it cannot be written.
     """
 
@@ -56,16 +58,20 @@ class Metrics:
         tensorboard: bool | str = "auto",
         enabled: bool = True,
         resume_step: int | None = None,
+        wandb: str | None = None,
     ) -> None:
         if tensorboard not in (True, False, "auto"):
             raise ValueError(f"tensorboard must be True, False or 'auto', got {tensorboard!r}")
         self._file: Any = None
         self._events: Any = None
+        self._wandb: Any = None
         #: Steps and kinds at the step that the run goes on from, which may come again.
         self._there: set[tuple[int, str]] = set()
         if not enabled:
             return
         writer = None if tensorboard is False else _summary_writer(tensorboard)
+        if wandb is not None:
+            self._wandb = _start_wandb(wandb, Path(folder))
         self.path = Path(folder) / "metrics.csv"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = [] if resume_step is None else _lines_up_to(self.path, resume_step)
@@ -110,6 +116,8 @@ class Metrics:
             for name, value in said.items():
                 self._events.add_scalar(f"{kind}/{name}", value, step)
             self._events.flush()
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/{name}": value for name, value in said.items()}, step=step)
 
     def sync(self) -> None:
         """Return when all lines are on the disk, where a power failure leaves them."""
@@ -124,6 +132,9 @@ class Metrics:
         if self._events is not None:
             self._events.close()
             self._events = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
 
     def __enter__(self) -> Metrics:
         return self
@@ -162,6 +173,19 @@ def _lines_up_to(path: Path, step: int) -> list[list[str]]:
 
 def _is_up_to(cell: str, step: int) -> bool:
     return cell.isdecimal() and int(cell) <= step
+
+
+def _start_wandb(project: str, folder: Path) -> Any:
+    """Return a run of Weights & Biases, the same one if the folder's run goes on."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise RuntimeError(
+            f"records are to be written to Weights & Biases, but it cannot be imported ({error}): "
+            "pip install wandb, or leave out --wandb"
+        ) from error
+    name = folder.resolve().name
+    return wandb.init(project=project, name=name, id=name, dir=str(folder), resume="allow")
 
 
 def _summary_writer(tensorboard: bool | str) -> Any:

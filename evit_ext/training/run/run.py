@@ -58,6 +58,7 @@ class Run:
         progress: show progress on the first process.
         tensorboard: "auto" writes TensorBoard's events if its package is installed; True insists, False does
             not write them.
+        wandb: project of Weights & Biases to write the figures to; None for none.
 
     Raises:
         ValueError: the configuration contradicts itself, or the folder belongs to another run.
@@ -74,6 +75,7 @@ class Run:
         resume: str = "auto",
         progress: bool = True,
         tensorboard: bool | str = "auto",
+        wandb: str | None = None,
     ) -> None:
         if resume not in ("auto", "never"):
             raise ValueError(f"resume must be 'auto' or 'never', got {resume!r}")
@@ -93,7 +95,7 @@ class Run:
             self._build()
             resumed = self._load()
             # From here on there is a run, which writes: what is refused leaves the folder as it was.
-            self._metrics = Metrics(self.folder, tensorboard, ranks.is_first, resumed)
+            self._metrics = Metrics(self.folder, tensorboard, ranks.is_first, resumed, wandb)
             self._unreadable.begin()
             if ranks.is_first:
                 run_folder.with_absolute_paths(config).save(self.folder / "config.yaml")
