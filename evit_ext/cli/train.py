@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
 from dataclasses import fields
@@ -17,6 +19,7 @@ from evit_ext.cli.train_checks import checked_config
 from evit_ext.training.config import TrainConfig, load_config, recipe_names
 from evit_ext.training.data_fit import RECIPE
 from evit_ext.training.ranks import Ranks, is_lost, join
+from evit_ext.training.waiting import GRACE
 
 # The first field of each group of options, in the order of TrainConfig.
 _GROUPS = {
@@ -130,7 +133,9 @@ def _run(config: TrainConfig, output: Path, ranks: Ranks, options: argparse.Name
         if ranks.is_first:
             print(f"evit train: {stopped}", flush=True)
         # The exit status of a process ended by the signal, for schedulers.
-        return 128 + (stopped.signal or signal.SIGTERM)
+        status = 128 + (stopped.signal or signal.SIGTERM)
+        _end_within(GRACE, status)
+        return status
     except (FloatingPointError, TooManyUnreadable) as error:  # raised in all processes
         if options.verbose:
             traceback.print_exc()
@@ -153,6 +158,13 @@ def _run(config: TrainConfig, output: Path, ranks: Ranks, options: argparse.Name
             ["evit", "export", output, "--format", "onnx"],
         )
     return 0
+
+
+def _end_within(seconds: float, status: int) -> None:
+    """End the process if it does not end by itself: it may wait for workers that wait for a dead mount."""
+    timer = threading.Timer(seconds, os._exit, [status])
+    timer.daemon = True
+    timer.start()
 
 
 def _tell(error: str) -> None:

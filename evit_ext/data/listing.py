@@ -85,12 +85,15 @@ def list_images(root: str | os.PathLike[str]) -> Listing:
                 )
             folders[name] = entry.name
             before = len(listing.images)
-            _walk(entry.path, name, 0, listing, ((_identity(entry)),))
+            _walk(entry.path, name, listing, (_identity(entry),))
             if len(listing.images) == before:
                 skip.setdefault("class folders without an image", []).append(entry.path)
         else:
             _add(entry, "", listing)
     listing.images.sort(key=lambda image: natural_key(image.path))
+    level = os.path.join(root, "class", "image").count(os.sep)
+    deeper = (image.path for image in listing.images if image.path.count(os.sep) > level)
+    listing.nested = next(deeper, "")
     return listing
 
 
@@ -153,9 +156,7 @@ def _hash(path: str) -> bytes:
     return hashlib.sha256(os.fsencode(path)).digest()
 
 
-def _walk(
-    folder: str, class_name: str, depth: int, listing: Listing, above: tuple[tuple[int, int], ...]
-) -> None:
+def _walk(folder: str, class_name: str, listing: Listing, above: tuple[tuple[int, int], ...]) -> None:
     for entry in _entries(folder):
         if entry.name.startswith("."):
             listing.skipped.setdefault("hidden", []).append(entry.path)
@@ -164,12 +165,12 @@ def _walk(
             if identity in above:
                 listing.skipped.setdefault("links to a folder above them", []).append(entry.path)
             else:
-                _walk(entry.path, class_name, depth + 1, listing, (*above, identity))
+                _walk(entry.path, class_name, listing, (*above, identity))
         else:
-            _add(entry, class_name, listing, depth)
+            _add(entry, class_name, listing)
 
 
-def _add(entry: os.DirEntry[str], class_name: str, listing: Listing, depth: int = 0) -> None:
+def _add(entry: os.DirEntry[str], class_name: str, listing: Listing) -> None:
     ending = os.path.splitext(entry.name)[1].lower()
     if ending not in endings():
         reason = f"Pillow reads no {printable(ending)}" if ending else "the name has no ending"
@@ -180,8 +181,6 @@ def _add(entry: os.DirEntry[str], class_name: str, listing: Listing, depth: int 
         listing.skipped.setdefault(reason, []).append(entry.path)
     else:
         listing.images.append(ListedImage(entry.path, class_name))
-        if depth and not listing.nested:
-            listing.nested = entry.path
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry[str]]:

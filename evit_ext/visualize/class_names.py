@@ -1,4 +1,4 @@
-"""What the classes of a model are called."""
+"""The most probable classes, by name."""
 
 from __future__ import annotations
 

@@ -11,7 +11,15 @@ import pytest
 from image_data import CLASSES, crop, damage, write_folder, write_parquet, write_tars
 
 from evit_ext.data.images import ImageLimits, Unreadable
-from evit_ext.data.splits import ImageFiles, Part, find_split, open_arrow, open_part
+from evit_ext.data.splits import (
+    ImageFiles,
+    Part,
+    find_parts,
+    find_split,
+    no_split,
+    open_arrow,
+    open_part,
+)
 
 LIMITS = ImageLimits(89_478_485)
 
@@ -123,3 +131,72 @@ def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("evit_ext.data.splits.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"needs datasets: pip install \"evit_ext\[data\]\""):
         open_arrow("hfds/any", None, "train", LIMITS)
+
+
+def names(part: Part | None) -> set[str]:
+    assert part is not None
+    files = open_part(part, LIMITS)
+    return {files.path(index) for index in range(len(files))}
+
+
+def test_class_folders_without_splits(folder: Path) -> None:
+    """A part of each class is held out, and nothing is both trained and evaluated on."""
+    root = folder / "train"
+    train, val = find_parts(str(root), "train", "validation", 0.25)
+    assert len(names(train)) == 6 and len(names(val)) == 2 and not names(train) & names(val)
+    assert val is not None and open_part(val, LIMITS).classes == {"china": 0, "flower": 1}
+    (words,) = open_part(val, LIMITS).words
+    assert "no validation split: 2 of 8 images, 25 % of each class, are held out of training" in words
+    whole = find_parts(str(root), "train", "val", 1.0)[1]
+    assert len(names(whole)) == 8
+    assert find_parts(str(root), "train", "", 0.25)[1] is None
+    # A name of one's own is not guessed at.
+    assert find_parts(str(root), "photos", "val", 0.25) == (None, None)
+
+
+def test_a_training_split_alone(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "train", tmp_path / "train")
+    train, val = find_parts(str(tmp_path), "train", "validation", 0.25)
+    assert len(names(train)) == 6 and len(names(val)) == 2
+    # Where there is a test split, it may be meant: it is hinted at.
+    shutil.copytree(folder / "val", tmp_path / "test")
+    train, val = find_parts(str(tmp_path), "train", "validation", 0.25)
+    assert len(names(train)) == 8 and val is None
+    assert "to evaluate on test: --val-split test" in str(no_split(tmp_path, "validation"))
+    assert len(names(find_parts(str(tmp_path), "train", "test", 0.25)[1])) == 4
+
+
+def test_tar_files_with_deeper_folders(folder: Path, tmp_path: Path) -> None:
+    """timm would take the innermost folder for the class."""
+    path = folder / "train" / "china" / "0.jpg"
+
+    def write(*members: str) -> None:
+        with tarfile.open(tmp_path / "train.tar", "w") as tar:
+            for member in members:
+                tar.add(path, member)
+
+    write("cat/2023/a.jpg", "dog/b.jpg")
+    with pytest.raises(ValueError, match="at different depths.*unpack it"):
+        opened(tmp_path, "train")
+    write("train/cat/a.jpg", "train/dog/b.webp", "train/dog/c.txt", "./train/dog/d.jpg")
+    files = opened(tmp_path, "train")
+    assert files.classes == {"cat": 0, "dog": 1} and len(files) == 3
+    assert "1 files skipped, whose names do not end as an image" in files.words[0]
+    write("cat/a.jpg", "cat/b.jpg")
+    assert opened(tmp_path, "train").classes == {"cat": 0}
+
+
+def test_classes_are_matched_by_name(folder: Path) -> None:
+    files = opened(folder, "val")
+    files.number_classes(["apple", "flower", "china"], "the model")
+    assert [files.read(index)[1] for index in range(4)] == [2, 2, 1, 1]
+    with pytest.raises(ValueError, match="has the class flower, which the model does not know; it knows the"):
+        files.number_classes(["china", "flowers"], "the model")
+
+
+def test_timm_reads_its_own_endings_afterwards(folder: Path, tmp_path: Path) -> None:
+    from timm.data.readers.img_extensions import get_img_extensions
+
+    before = get_img_extensions()
+    opened(write_tars(folder, tmp_path / "tars"), "train")
+    assert get_img_extensions() == before

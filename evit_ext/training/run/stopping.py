@@ -24,8 +24,11 @@ class Stopped(Exception):
         self.signal = number
 
 
-class StoppedWaiting(Exception):
-    """The run was asked to stop while it waited for something that may never come."""
+class StoppedWaiting(BaseException):
+    """The run was asked to stop while it waited for something that may never come.
+
+    No Exception, which the reading of an image would take for the image's failure.
+    """
 
 
 class StopSignals:
