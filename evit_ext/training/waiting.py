@@ -17,7 +17,7 @@ _Item = TypeVar("_Item")
 #: Seconds of waiting after which it is told, and told again after twice, four times, … as many.
 TOLD_AFTER = 10.0
 #: Seconds after a signal in which a wait for images must end, or the process is ended.
-GRACE = 5.0
+GRACE = 3.0
 #: The same for other processes, which may have a long step to finish. Schedulers kill after 30 s.
 GRACE_OF_RANKS = 25.0
 #: Seconds after the first SIGTERM from which on another one ends the process.

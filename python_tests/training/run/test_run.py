@@ -160,7 +160,7 @@ def test_another_run_in_the_folder(alone: Path, images: Path, capsys: pytest.Cap
         ),
         (
             ["--recipe", "imagnet"],
-            "there is no recipe 'imagnet': expected one of cluttered-digits, imagenet-300",
+            "there is no recipe 'imagnet': expected one of cluttered-digits, finetune-folder",
         ),
         (["--epochs", "two"], "epochs must be a whole number, got 'two'"),
         (["--model-args", "embed_dim"], "--model-args takes name=value, got 'embed_dim'"),

@@ -58,7 +58,7 @@ def test_images_that_never_come(tmp_path: Path, workers: int) -> None:
     began = time.monotonic()
     os.kill(processes[0].pid, signal.SIGTERM)
     assert runs.wait(processes, 30) == [128 + signal.SIGTERM], log.read_text()
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 25  # less than schedulers grant
     said = log.read_text()
     assert f"asked to stop while waiting for images of {data} from the loader ({workers} workers)" in said
     step = int(metrics.read_text().strip().splitlines()[-1].split(",")[0])
