@@ -105,7 +105,7 @@ def gmacs_of_run(config: TrainConfig, num_classes: int, keep_rate: float | None 
 
 
 def _check_img_size(model: Any) -> None:
-    """Raise ValueError where images are no whole number of patches, which timm tells at the first image."""
+    """Raise ValueError unless images are whole patches, which timm would only notice at the first image."""
     embed = getattr(model, "patch_embed", None)
     size, patch = getattr(embed, "img_size", None), getattr(embed, "patch_size", None)
     if (
@@ -121,7 +121,7 @@ def _check_img_size(model: Any) -> None:
 
 
 def load_initial(config: TrainConfig, model: nn.Module) -> LoadedCheckpoint | None:
-    """Give the model the weights of the configuration's `initial_checkpoint`; None where there is none.
+    """Give the model the weights of the configuration's `initial_checkpoint`; returns None if it has none.
 
     Position embeddings of another size are resized, and a head for other classes stays as it was.
 
@@ -191,7 +191,7 @@ def _unguided(config: TrainConfig, student: Any, device: torch.device) -> Object
 
 
 def _check(config: TrainConfig, student: Any) -> None:
-    """Raise ValueError for what does not go together."""
+    """Raise ValueError for fields that contradict each other or the model."""
     for role in ("teacher", "oracle"):
         if getattr(config, role) is None and (
             getattr(config, f"{role}_args") or getattr(config, f"{role}_checkpoint") is not None
@@ -250,7 +250,7 @@ def _check(config: TrainConfig, student: Any) -> None:
 def _other(config: TrainConfig, role: str, student: Any, strict_head: bool) -> nn.Module:
     """Return the teacher or oracle, in eval mode, with its weights.
 
-    Without `strict_head`, its logits are of no use, and may be untrained.
+    Without `strict_head`, its logits are not used and may be untrained.
     """
     name: str = getattr(config, role)
     extra: Mapping[str, Any] = getattr(config, f"{role}_args")

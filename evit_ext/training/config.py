@@ -1,4 +1,4 @@
-"""A whole run as one flat file: recipe, model, data, losses and how it runs; written, read and overridden."""
+"""The configuration of a run as one flat file: recipe, model, data, losses and how it runs."""
 
 from __future__ import annotations
 

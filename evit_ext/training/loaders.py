@@ -1,4 +1,4 @@
-"""From a run's configuration to its batches: which data set, which transforms, which order, which workers."""
+"""The batches of a run, as its configuration says: transforms, order and workers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from evit_ext.training.shared_memory import check_shared_memory
 
 __all__ = ["Batch", "Loaders", "Unreadable"]
 
-# Names the random numbers that torch's loader wants for its workers.
+# Key of the random numbers that torch's loader draws for its workers.
 _WORKERS = 4
 
 

@@ -1,4 +1,4 @@
-"""The loop: timm's optimizer, scheduler, mixup and EMA; ours are the keep rate and what is random when."""
+"""The training loop around timm's optimizer, scheduler, mixup and EMA, with a keep rate that falls."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ from evit_ext.training.sharding import (
     whole_state,
 )
 
-# Reading a figure waits for a GPU: there, whether all is finite is asked every so many steps.
+# Reading a figure waits for a GPU, so there finiteness is checked only every so many steps.
 _STEPS_BETWEEN_CHECKS = 10
-# It begins at 65536 and is halved where a gradient overflows; so far down, every one did for long.
+# The scale begins at 65536 and is halved when a gradient overflows; below this, all have overflowed for long.
 _SMALLEST_SCALE = 2.0**-14
 _MODEL_STREAM = 1  # of the random numbers that mixup, drop path and dropout draw
 
@@ -115,7 +115,7 @@ class Trainer:
                 "timm.optim.list_optimizers() lists what it has, and a newer timm may have more"
             )
         self.model = model
-        # What a wrapper (DistributedDataParallel, torch.compile) hides: names, blocks, the number of classes.
+        # A wrapper (DistributedDataParallel, torch.compile) hides names, blocks and the number of classes.
         self._unwrapped: nn.Module = unwrap_model(model)
         self.recipe = recipe
         self.steps_per_epoch = steps_per_epoch
@@ -225,7 +225,7 @@ class Trainer:
                 trained += self._optimize(step)
                 done += 1
                 assert self.last is not None
-                if self._looks(done):
+                if self._reads_figures(done):
                     self._check_finite()
                     bar.step(
                         loss=f"{sums.mean_loss:.3f}",
@@ -240,7 +240,7 @@ class Trainer:
         if done < self.steps_per_epoch:
             raise ValueError(f"the epoch has {done} steps, {self.steps_per_epoch} were announced")
         keep_rate = 1.0 if self.last is None else self.last.keep_rate
-        self._set_keep_rate()  # of what is evaluated now: at the end, the recipe's own
+        self._set_keep_rate()  # for the evaluation that follows; at the end, the recipe's own
         return sums.result(self._ranks, keep_rate, images_per_second())
 
     def state_dict(self) -> dict[str, Any]:
@@ -268,7 +268,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned.
+        """Continue from what :meth:`state_dict` returned.
 
         Raises:
             ValueError: it is of a run with another recipe, seed or number of steps in an epoch.
@@ -291,7 +291,7 @@ class Trainer:
             load_whole_state(self.ema.module, state["model_ema"])
         load_whole_optimizer_state(self.model, self.optimizer, state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
-        self._step = state["step"]  # all that the scheduler knows; the optimizer has its learning rates
+        self._step = state["step"]  # the scheduler needs no more; the optimizer has its learning rates
         self._sums = EpochSums(self.device)
         self._sums.load_state_dict(state["seen"], self._ranks)
         self._set_keep_rate()
@@ -312,7 +312,7 @@ class Trainer:
         )
         set_keep_rate(self._unwrapped, keep_rate)
         if self.ema is not None:
-            set_keep_rate(self.ema.module, keep_rate)  # an attribute, which the average does not follow
+            set_keep_rate(self.ema.module, keep_rate)  # an attribute, which is not averaged
         return keep_rate
 
     def _optimize(self, batches: list[Any]) -> int:
@@ -338,7 +338,7 @@ class Trainer:
         grad_norm = self._step_optimizer()
         loss = torch.stack(losses).mean()
         self._finite &= loss.isfinite()
-        if not self._scaler.is_enabled():  # which meets infinite gradients by itself
+        if not self._scaler.is_enabled():  # the scaler skips steps with infinite gradients
             self._finite &= grad_norm.isfinite()
         self.last = StepResult(loss, grad_norm, self.optimizer.param_groups[0]["lr"], keep_rate)
         self._step += 1
@@ -355,7 +355,7 @@ class Trainer:
                 raise ValueError(
                     f"mixup and CutMix mix pairs of images: a micro-batch must be even, got {len(images)}"
                 )
-            images, targets = self._mixup(images.clone(), labels)  # which it changes in place
+            images, targets = self._mixup(images.clone(), labels)  # mixup changes them in place
         if token_labels is not None:
             token_labels = token_labels.to(self.device, non_blocking=True)
         with autocast(self.device, self.precision):
@@ -375,8 +375,8 @@ class Trainer:
         self._scaler.update()
         return norm.detach()
 
-    def _looks(self, done: int) -> bool:
-        """Whether figures are read after so many steps of the epoch: on a GPU it costs time."""
+    def _reads_figures(self, done: int) -> bool:
+        """Return whether figures are read after this step of the epoch; on a GPU, reading takes time."""
         every = 1 if self.device.type == "cpu" else _STEPS_BETWEEN_CHECKS
         return done % every == 0 or done == self.steps_per_epoch
 

@@ -1,4 +1,4 @@
-"""The folder of a run: whether a configuration may use it."""
+"""The folder of a run: whether a configuration may use it, and the names of its classes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from evit_ext.training.ranks import Ranks
 #: Has the names of the classes, a line for each in the order of the logits.
 CLASSES_FILE = "classes.txt"
 
-# What may differ when a run is resumed: it changes neither what is learned nor the order of the images. With
-# another micro_batch, as with another number of processes, mixup and drop path draw other numbers.
+# Fields that may differ when a run is resumed, because they change neither what is learned nor the order of
+# the images. (Another micro_batch, like another number of processes, changes random numbers of mixup and drop
+# path.)
 _MAY_CHANGE = (
     "workers", "max_unreadable", "micro_batch", "checkpoint_every", "keep_checkpoints", "eval_every",
     "log_every", "data", "teacher_checkpoint", "oracle_checkpoint", "initial_checkpoint",
@@ -59,7 +60,7 @@ def check_folder(
         config: what the run does.
         steps: of the checkpoints that this process sees in the folder, ascending.
         ranks: the processes.
-        may_resume: False refuses a folder that has checkpoints.
+        may_resume: whether the run may continue from these checkpoints.
 
     Raises:
         ValueError: the folder has checkpoints that may not be resumed, or are of another configuration; or
@@ -67,8 +68,8 @@ def check_folder(
     """
     if steps and not may_resume:
         raise ValueError(
-            f"{folder} has checkpoints, the newest of step {steps[-1]}: go on with resume 'auto', or choose "
-            "another folder"
+            f"{folder} has checkpoints, the newest of step {steps[-1]}: resume from it with --resume auto, "
+            "or choose another folder"
         )
     seen = ranks.gather(steps)
     if any(other != seen[0] for other in seen):
@@ -85,6 +86,6 @@ def check_folder(
             said = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in different)
             raise ValueError(
                 f"{folder} has a run with another configuration ({said}): choose another folder, or repeat "
-                "that run's options to go on with it"
+                "that run's options to resume it"
             )
-    ranks.barrier()  # all have read what the first may now replace
+    ranks.barrier()  # from here on, the first process may replace the file

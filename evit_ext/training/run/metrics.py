@@ -9,7 +9,7 @@ from typing import Any
 
 from evit_ext._util.files import replacing
 
-#: What a record may say, beside its step, epoch and kind; in the order of the file's columns.
+#: The figures of a record, besides its step, epoch and kind, in the order of the file's columns.
 FIGURES = (
     "loss",
     "top1",
@@ -32,22 +32,22 @@ _COLUMNS = ("step", "epoch", "kind", *FIGURES)
 class Metrics:
     """Writes ``metrics.csv``, a line a record, and TensorBoard events in ``tensorboard``, in a folder.
 
-    Every line is on its way to the disk when :meth:`write` returns. Cells of what a record does not say are
-    empty. Numbers are written such that they are read as they were, to the last bit.
+    When :meth:`write` returns, the operating system has the line. Cells of figures that a record lacks are
+    empty. Numbers are written with all their digits, so that reading them gives the same bits.
 
-    A run that was killed has done steps that the run which goes on from its checkpoint does again: their
-    lines, and one that was only half written, are taken away first, so that every step is there once.
+    A resumed run repeats the steps after its checkpoint. Lines of these steps, and a line that a kill left
+    incomplete, are removed first, so that every step is in the file once.
 
     Args:
         folder: made if it is not there.
         tensorboard: True for its events, False for none, "auto" for events if the package is installed.
         enabled: False writes nothing; for all processes but the first.
-        resume_step: the step that the run goes on from; None begins anew, and replaces what was there.
+        resume_step: the step of the checkpoint that the run resumes from; None replaces an existing file.
         wandb: project of Weights & Biases to which records are written, too, in a run of the folder's name;
             None for none.
 
     Raises:
-        ValueError: `tensorboard` is something else, or there are other columns in the file to go on with.
+        ValueError: `tensorboard` is something else, or the file to continue has other columns.
         RuntimeError: `tensorboard` is True or `wandb` is given, and the package is not installed.
         OSError: it cannot be written.
     """
@@ -65,7 +65,7 @@ class Metrics:
         self._file: Any = None
         self._events: Any = None
         self._wandb: Any = None
-        #: Steps and kinds at the step that the run goes on from, which may come again.
+        #: Steps and kinds of the records at the step of the checkpoint, which may be written again.
         self._there: set[tuple[int, str]] = set()
         if not enabled:
             return
@@ -85,13 +85,13 @@ class Metrics:
             self._events = writer(str(Path(folder) / "tensorboard"), purge_step=purge_step)
 
     def write(self, step: int, epoch: int, kind: str, **figures: float | None) -> None:
-        """Write a record; one that the file had already, of this step and kind, is left as it is.
+        """Write a record, unless the file of a resumed run has one of this step and kind.
 
         Args:
             step: optimizer steps done.
             epoch: from 1.
             kind: one of :data:`KINDS`.
-            figures: of :data:`FIGURES`; top1 and top5 in percent, memory in bytes. None is nothing said.
+            figures: of :data:`FIGURES`; top1 and top5 in percent, memory in bytes; None for an empty cell.
 
         Raises:
             ValueError: another kind or another figure.
@@ -110,7 +110,7 @@ class Metrics:
             _writer(self._file).writerow([step, epoch, kind, *cells])
             self._file.flush()
         except OSError as error:
-            error.filename = str(self.path)  # which a failed write, of a full disk for instance, does not say
+            error.filename = str(self.path)  # an error of a full disk does not name the file
             raise
         if self._events is not None:
             for name, value in said.items():
@@ -120,7 +120,7 @@ class Metrics:
             self._wandb.log({f"{kind}/{name}": value for name, value in said.items()}, step=step)
 
     def sync(self) -> None:
-        """Return when all lines are on the disk, where a power failure leaves them."""
+        """Write all lines to the disk, so that they survive a power failure."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
@@ -153,14 +153,14 @@ def _number(value: Any) -> int | float:
 
 
 def _lines_up_to(path: Path, step: int) -> list[list[str]]:
-    """Return the whole lines of the file up to a step, without the header; none where there is no file.
+    """Return the complete lines of the file up to a step, without the header; none if there is no file.
 
     Raises:
         ValueError: it has other columns.
     """
     if not path.exists():
         return []
-    # A kill may leave half a line, and a power failure bytes that are no text.
+    # A kill can leave an incomplete line, and a power failure zeros or other bytes.
     whole, _, _ = path.read_text(errors="replace").replace("\0", "").rpartition("\n")
     header, *lines = list(csv.reader(whole.splitlines())) or [list(_COLUMNS)]
     if tuple(header) != _COLUMNS:
@@ -189,14 +189,14 @@ def _start_wandb(project: str, folder: Path) -> Any:
 
 
 def _summary_writer(tensorboard: bool | str) -> Any:
-    """Return TensorBoard's class of writers; None where the package is not there and need not be."""
+    """Return TensorBoard's class of writers; None if the package is neither installed nor required."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         if tensorboard == "auto":
             return None
         raise RuntimeError(
-            f"TensorBoard's events are wanted but it cannot be imported ({error}): "
-            'pip install "evit_ext[train]", or do without'
+            f"TensorBoard's events are to be written, but it cannot be imported ({error}): "
+            'pip install "evit_ext[train]", or leave out --tensorboard'
         ) from error
     return SummaryWriter
