@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import evit_ext
 from evit_ext import models
-from evit_ext.training.run.summary import peak_memory
+from evit_ext._util.memory import peak_memory
 
 WARM_UP = 2
 

@@ -12,12 +12,13 @@ from typing import Any
 import timm
 import torch
 
-import evit_ext
 from evit_ext import _C
 from evit_ext._util.tables import aligned
+from evit_ext._util.version import VERSION
 from evit_ext.cli.options import add_keep_rates
 from evit_ext.cost import budget
 from evit_ext.cost.layers import LayerCost, layer_costs
+from evit_ext.cost.macs import count_macs
 from evit_ext.models.by_name import create_evit
 from evit_ext.patching.families import locate
 from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
@@ -102,7 +103,7 @@ def _info(options: argparse.Namespace) -> None:
 
 def _build() -> dict[str, Any]:
     return {
-        "evit_ext": evit_ext.__version__,
+        "evit_ext": VERSION,
         "torch": torch.__version__,
         "timm": timm.__version__,
         "python": platform.python_version(),
@@ -136,7 +137,7 @@ def _facts(
         set_keep_rate(model, rate)
         costs.append(layer_costs(model, size))
     set_keep_rate(model, 1.0)
-    dense = evit_ext.count_macs(model, size)
+    dense = count_macs(model, size)
     return {
         "model": name,
         "class": type(model).__name__,
@@ -264,7 +265,7 @@ def _fits(name: str, options: argparse.Namespace) -> dict[str, Any]:
             f"--budget must be GMACs, 10^9 multiply-accumulates, above 0 and at most "
             f"{budget.MOST_MACS / 1e9:g}, or a model's name, got {options.budget}"
         )
-    fits = evit_ext.fit_budget(name, macs, options.keep_rates or budget.KEEP_RATES, tolerance)
+    fits = budget.fit_budget(name, macs, options.keep_rates or budget.KEEP_RATES, tolerance)
     return {
         "model": name,
         "gmacs": macs / 1e9,

@@ -15,9 +15,9 @@ from timm.models._hub import save_config_for_hf
 from timm.utils.model import unwrap_model
 from torch import nn
 
-import evit_ext
 from evit_ext._util.files import private_folder, put
 from evit_ext._util.messages import shown
+from evit_ext._util.version import VERSION
 from evit_ext.cost.macs import input_size
 from evit_ext.models.building import is_connection_error
 from evit_ext.models.by_name import rule_of
@@ -136,9 +136,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         # Before any request to the hub, so that a model that cannot be saved does not leave a repository.
         save_pretrained(model, folder, repo_id=repo_id, **settings)
-        api = huggingface_hub.HfApi(
-            token=token, library_name="evit_ext", library_version=evit_ext.__version__
-        )
+        api = huggingface_hub.HfApi(token=token, library_name="evit_ext", library_version=VERSION)
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             if api.file_exists(repo_id, _CARD, revision=revision):
@@ -215,7 +213,7 @@ def _write_config(
     for name in _OF_BEGINNINGS:
         config.get("model_args", {}).pop(name, None)
     dtype = next(vit.parameters()).dtype
-    config[ENTRY] = {**evit, "dtype": str(dtype).removeprefix("torch."), "version": evit_ext.__version__}
+    config[ENTRY] = {**evit, "dtype": str(dtype).removeprefix("torch."), "version": VERSION}
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return config
 

@@ -1,4 +1,4 @@
-"""The house: no circle of imports, type checkers' included, and no function that shares its name with a module."""
+"""The house: no circle of imports, type checkers' included, and no function named like a module."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def test_no_public_function_shares_its_name_with_a_module() -> None:
 
 
 def test_folders_and_files_are_of_a_size_to_read() -> None:
-    long = {name: lines for name, file in MODULES.items() if (lines := len(file.read_text().splitlines())) > 400}
+    long = {
+        name: lines for name, file in MODULES.items() if (lines := len(file.read_text().splitlines())) > 400
+    }
     assert long == {}
     for folder in {file.parent for file in MODULES.values()}:
         assert len(list(folder.glob("*.py"))) <= 30, folder

@@ -234,6 +234,6 @@ def test_classes_that_differ_are_named(folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(folder, data)
     (data / "val" / "flower").rename(data / "val" / "tree")
-    message = "only the training data has flower; only the validation data has tree"
+    message = "val has the class tree, which the training data does not know; it knows the class flower"
     with pytest.raises(ValueError, match=message):
         loaders(data)

@@ -48,7 +48,7 @@ def test_a_run_that_is_refused_takes_nothing_from_the_one_at_work(tmp_path: Path
     command = [sys.executable, "-c", _HOLDS, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "locked\n"
-        with pytest.raises(ValueError, match=f"another run is at work in {folder}"):
+        with pytest.raises(ValueError, match=f"another run is using {folder}"):
             FolderLock(folder, ALONE)
         assert (folder / "lock").exists()
         other.communicate()

@@ -1,4 +1,4 @@
-"""What was seen of an epoch: sums that are kept where the model computes."""
+"""Loss and accuracy of an epoch, summed on the device where the model computes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class EpochResult(NamedTuple):
     images_per_second: float
 
 
-class Seen:
-    """Sums of losses and of right answers of this process, on its device, and the images."""
+class EpochSums:
+    """Sums of losses and right answers over the images of this process, on its device."""
 
     def __init__(self, device: torch.device) -> None:
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -36,12 +36,12 @@ class Seen:
 
     @property
     def mean_loss(self) -> float:
-        """The mean over this process' images; waits for a GPU."""
+        """The mean over the images of this process; waits for a GPU."""
         return self._loss.item() / self.images
 
     @property
     def accuracy(self) -> float:
-        """In percent, of this process' images; waits for a GPU."""
+        """In percent, of the images of this process; waits for a GPU."""
         return 100 * self._correct.item() / self.images
 
     def state_dict(self, ranks: Ranks) -> dict[str, float]:
@@ -50,7 +50,7 @@ class Seen:
         return {"loss": loss, "correct": correct, "images": images}
 
     def load_state_dict(self, state: Mapping[str, float], ranks: Ranks) -> None:
-        """Go on from sums over all processes: the first one takes them."""
+        """Continue from sums over all processes; the first process keeps them."""
         share = state if ranks.is_first else dict.fromkeys(state, 0)
         self._loss.fill_(share["loss"])
         self._correct.fill_(int(share["correct"]))
