@@ -27,7 +27,7 @@ from evit_ext.tokens.trail import TokenTrail
 class PredictedSelection(KeepRateRule, name="dynamicvit"):
     """Keep the patches that a predictor rates highest, a share of all patches of the image; drop the others.
 
-    For the models of :mod:`evit_ext.models.dynamicvit`, which have the predictors.
+    For models such as :func:`evit_ext.models.dynamicvit_small`, which have the predictors.
 
     Args:
         keep_rate: share of the patches that a stage keeps of those that enter it, in (0, 1].
@@ -42,15 +42,15 @@ class PredictedSelection(KeepRateRule, name="dynamicvit"):
     has_schedule = False
 
     def wants(self) -> frozenset[str]:
-        """See :meth:`Rule.wants`."""
+        """See `Rule.wants`."""
         return frozenset({"predictions"})
 
     def num_out(self, num_patches: int, num_image_patches: int) -> int:
-        """See :meth:`Rule.num_out`."""
+        """See `Rule.num_out`."""
         return max(1, int(num_image_patches * self.keep_ratio))
 
     def plan(self, seen: Seen) -> Plan:
-        """See :meth:`Rule.plan`."""
+        """See `Rule.plan`."""
         return BestPlan(seen, self.num_out(seen.num_patches, seen.num_image_patches), fuse=False)
 
     def in_turn(self, rules: list[PredictedSelection]) -> list[PredictedSelection]:
@@ -64,7 +64,7 @@ class PredictedSelection(KeepRateRule, name="dynamicvit"):
         return [replace(rule, keep_ratio=ratio) for rule, ratio in zip(rules, ratios, strict=True)]
 
     def settings(self) -> dict[str, Any]:
-        """See :meth:`Rule.settings`."""
+        """See `Rule.settings`."""
         return {"keep_rate": self.keep_rate}
 
     @property
@@ -73,7 +73,7 @@ class PredictedSelection(KeepRateRule, name="dynamicvit"):
         return "probability of being kept, as the predictor says"
 
     def shown_scores(self, scores: Tensor) -> Tensor:
-        """See :meth:`Rule.shown_scores`: probabilities, of which the scores are the logarithms."""
+        """See `Rule.shown_scores`: probabilities, of which the scores are the logarithms."""
         return scores.exp()
 
     @property

@@ -73,7 +73,7 @@ class BestPlan(Plan):
     def add_apply_norm(
         self, x: Tensor, branch: Tensor, num_prefix_tokens: int, norm: nn.LayerNorm
     ) -> tuple[Tensor, Tensor] | None:
-        """See :meth:`Plan.add_apply_norm`."""
+        """See `Plan.add_apply_norm`."""
         if self.keeps_all:
             return None
         assert self._token_scores is not None
@@ -91,7 +91,7 @@ class BestPlan(Plan):
         return tokens, normed
 
     def settled(self) -> Plan:
-        """See :meth:`Plan.settled`."""
+        """See `Plan.settled`."""
         return Plan(self.kept, self.num_patches, self.num_made, scores=self.scores)
 
 
@@ -129,23 +129,23 @@ class EViT(KeepRateRule, name="evit"):
         return "EViT"
 
     def wants(self) -> frozenset[str]:
-        """See :meth:`Rule.wants`."""
+        """See `Rule.wants`."""
         return frozenset({"scores"})
 
     def num_kept(self, num_patches: int, num_image_patches: int) -> int:
-        """See :meth:`Rule.num_kept`."""
+        """See `Rule.num_kept`."""
         return math.ceil(self.keep_rate * num_patches)
 
     def num_out(self, num_patches: int, num_image_patches: int) -> int:
-        """See :meth:`Rule.num_out`."""
+        """See `Rule.num_out`."""
         num_kept = self.num_kept(num_patches, num_image_patches)
         return num_kept + (1 if self.fuse_token and num_kept < num_patches else 0)
 
     def plan(self, seen: Seen) -> Plan:
-        """See :meth:`Rule.plan`."""
+        """See `Rule.plan`."""
         num_kept = self.num_kept(seen.num_patches, seen.num_image_patches)
         return BestPlan(seen, num_kept, self.fuse_token)
 
     def describe(self) -> str:
-        """See :meth:`Rule.describe`."""
+        """See `Rule.describe`."""
         return "fused into one token" if self.fuse_token else "dropped"

@@ -26,11 +26,11 @@ class RandomSelection(KeepRateRule, name="random"):
     keep_rate: float = 0.7
 
     def num_out(self, num_patches: int, num_image_patches: int) -> int:
-        """See :meth:`Rule.num_out`."""
+        """See `Rule.num_out`."""
         return math.ceil(self.keep_rate * num_patches)
 
     def plan(self, seen: Seen) -> Plan:
-        """See :meth:`Rule.plan`."""
+        """See `Rule.plan`."""
         drawn = torch.rand(seen.batch, seen.num_patches, device=seen.device)
         return BestPlan(
             seen.with_scores(drawn), self.num_out(seen.num_patches, seen.num_image_patches), False

@@ -1,7 +1,7 @@
 """The seam of the method: a rule decides how one block of a vision transformer reduces its tokens.
 
 A new rule is a subclass of :class:`Rule`; nothing else has to know it. It answers two questions: from sizes
-alone, how many tokens leave (:meth:`Rule.num_out`), and for given tokens, which ones (:meth:`Rule.plan`).
+alone, how many tokens leave (`Rule.num_out`), and for given tokens, which ones (`Rule.plan`).
 
 Notation: B batch, H heads, N tokens, P prefix tokens, K kept patches, M patch tokens that leave, C channels,
 D channels per head.
@@ -19,7 +19,7 @@ from evit_ext._util.messages import reason, shown
 from evit_ext.tokens.keep_rate import check_keep_rate
 from evit_ext.tokens.plan import Plan
 
-#: What a rule may want of the attention; see :meth:`Rule.wants`.
+#: What a rule may want of the attention; see `Rule.wants`.
 WANTED = frozenset({"scores", "keys"})
 
 Self = TypeVar("Self", bound="Rule")
