@@ -12,11 +12,13 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 
-.PHONY: help env demo bench test test-python test-faults test-cpp test-cuda-on-host test-sanitize test-oldest-torch lint format docs wheels gpu-check clean
+.PHONY: help env demo bench test test-quick test-all test-python test-faults test-cpp test-cuda-on-host test-sanitize test-oldest-torch lint format docs wheels gpu-check clean
 
 help:
 	@echo "make demo               train a DeiT and EViTs on real digits, compare them (about 10 minutes)"
-	@echo "make test               every test, C++ and Python"
+	@echo "make test               the tests, C++ and Python (about 10 minutes on two cores)"
+	@echo "make test-quick         those of the operators and the method (about 2 minutes)"
+	@echo "make test-all           what takes longer, too: builds, compilers, processes, CUDA kernels on the CPU"
 	@echo "make test-faults        kill a hundred training runs at random moments; none must be lost"
 	@echo "make test-sanitize      the C++ tests with address and undefined-behaviour sanitizers"
 	@echo "make test-oldest-torch  one binary, built on the newest torch, tested on the oldest supported"
@@ -46,10 +48,23 @@ env: $(BIN)/.installed-dev
 demo: $(BIN)/.installed-demo
 	$(BIN)/python -m evit_ext.demo --output runs/demo $(ARGS)
 
-test: env test-cpp test-python test-cuda-on-host
+# As many tests at a time as there are cores, each with one thread.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+
+test: env test-cpp test-python
+
+test-quick: env
+	$(PYTEST) python_tests/ops python_tests/tokens python_tests/patching --ignore python_tests/patching/families \
+	    python_tests/models/test_golden.py python_tests/cost python_tests/weights python_tests/tools/test_house.py
+
+# What takes longer, too: what python_tests/thorough.py lists, and the CUDA kernels under the Python tests.
+# These one at a time: some measure, and some have processes of their own.
+test-all: test test-cuda-on-host
+	$(BIN)/pytest -m thorough
 
 test-python: env
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-faults: env
 	$(BIN)/pytest -m faults -s python_tests/training
@@ -61,7 +76,7 @@ test-cpp: env
 
 # The tests of operators and models once more, with the CUDA kernels, which the CPU executes.
 test-cuda-on-host: test-cpp
-	$(BIN)/pytest python_tests/ops python_tests/models python_tests/patching/test_block.py \
+	$(PYTEST) python_tests/ops python_tests/models python_tests/patching/test_block.py \
 	    python_tests/patching/test_block_at_once.py \
 	    --cuda-on-host build/cmake/libevit_cuda_on_host.so
 
