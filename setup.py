@@ -79,9 +79,7 @@ def check_folder():
 
 def check_compiler():
     if not os.environ.get("CXX", "c++").strip():
-        del os.environ[
-            "CXX"
-        ]  # set to nothing, which torch takes for a name
+        del os.environ["CXX"]  # set to nothing, which torch takes for a name
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         stop(

@@ -265,7 +265,7 @@ def _read(recipe: str | Path) -> Mapping[str, Any]:
         values = yaml.safe_load(file.read_text("utf-8"))
     except _NOT_YAML as error:
         mark = getattr(error, "problem_mark", None)
-        said = reason(error) if mark is None else f"line {mark.line + 1}: {shortened(error.problem)}"
+        said = f"line {mark.line + 1}: {shortened(getattr(error, 'problem', ''))}" if mark else reason(error)
         raise ValueError(f"{recipe} is not YAML: {said}") from error
     if not isinstance(values, Mapping):
         raise ValueError(f"{recipe} must be a mapping of fields to values, got {type(values).__name__}")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fuzzed import fuzzed
-from hypothesis import given
+from hypothesis import event, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,27 +21,51 @@ OPERATORS = sorted(
     }
 )
 
-#: Shapes that are right, by the arguments' names; T is three times all heads' channels.
+#: Shapes that are right, by the arguments' names: B batch, H heads, N tokens, D channels a head, C channels,
+#: K kept, W all heads' channels, T three times as many, S the tokens that a stage leaves.
 SHAPES = {
     "q": "BHD", "k": "BHND", "logsumexp": "BH", "grad_scores": "BN", "qkv": "BNT", "x": "BNC", "index": "BK",
     "weights": "BN", "grad": "BC", "scores": "BN", "branch": "BNC", "weight": "C", "bias": "C", "kept": "BK",
-    "tokens": "BNC", "fill": "C", "grad_out": "BNC", "grad_tokens": "BNC",
+    "tokens": "BSC", "fill": "BNC", "grad_out": "BNW", "grad_tokens": "BSC",
+    "scatter_tokens.x": "BKC", "restore_tokens_backward.grad": "BNC",
 }  # fmt: skip
+NUMBERS = {"num_heads": "H", "num_keep": "K", "num_tokens": "N", "num_patches": "R", "num_prefix_tokens": "P"}
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.int32]
 EXTREME = st.sampled_from([-(2**63), -1, 0, 1, 2**31, 2**62, 2**63 - 1])
 
 
 @st.composite
-def tensors(draw: Any, name: str, sizes: dict[str, int], dtype: torch.dtype) -> Tensor:
-    shape = [sizes[letter] for letter in SHAPES.get(name, "BNC")]
-    if draw(st.integers(0, 5)) == 0:
+def all_sizes(draw: Any) -> dict[str, int]:
+    sizes = {letter: draw(st.integers(0, 5)) for letter in "BHND"}
+    sizes["N"] += draw(st.sampled_from([0, 2, 30]))
+    sizes["P"] = draw(st.integers(0, min(2, sizes["N"])))
+    sizes["R"] = sizes["N"] - sizes["P"]
+    sizes["K"] = draw(st.integers(0, sizes["R"]))
+    sizes["S"] = sizes["P"] + sizes["K"] + 1
+    sizes["W"] = sizes["H"] * sizes["D"]
+    return {**sizes, "T": 3 * sizes["W"], "C": draw(st.sampled_from([0, 1, 7, 33]))}
+
+
+@st.composite
+def tensors(draw: Any, operator: str, name: str, sizes: dict[str, int], dtype: torch.dtype) -> Tensor:
+    letters = SHAPES.get(f"{operator}.{name}", SHAPES.get(name, "BNC"))
+    shape = [sizes[letter] for letter in letters]
+    odd = draw(st.integers(0, 40))
+    if odd == 0:
         shape = draw(st.lists(st.integers(0, 6), max_size=5))
-    if draw(st.integers(0, 9)) == 0:
+    elif odd == 1:
         dtype = draw(st.sampled_from(DTYPES))
+    elif name == "grad_scores":
+        dtype = torch.promote_types(dtype, torch.float32)
     seed = draw(st.integers(0, 9))
     generator = torch.Generator().manual_seed(seed)
-    if name in ("index", "kept") and draw(st.integers(0, 5)):
-        low, high = draw(st.sampled_from([(0, max(sizes["N"], 1)), (-3, 9), (-(2**62), 2**62)]))
+    if letters == "BK" and odd > 3:
+        most = sizes["R"] if name == "kept" else sizes["N"]
+        rows = [torch.randperm(most, generator=generator)[: sizes["K"]] for _ in range(sizes["B"])]
+        value = torch.stack(rows) if rows else torch.zeros(shape, dtype=torch.int64)
+        value = value.sort(dim=1).values if name == "kept" else value
+    elif letters == "BK":
+        low, high = draw(st.sampled_from([(-3, 9), (-(2**62), 2**62)]))
         value = torch.randint(low, high, shape, generator=generator)
     else:
         value = torch.randn(shape, generator=generator).mul(3).to(dtype)
@@ -66,9 +90,7 @@ def test_there_are_operators() -> None:
 @given(st.data())
 def test_operators(name: str, data: Any) -> None:
     """They compute, or raise; they read and write nothing else, which a crash or a sanitizer would tell."""
-    sizes = {letter: data.draw(st.integers(0, 6), letter) for letter in "BHNDK"}
-    sizes["C"] = data.draw(st.sampled_from([sizes["H"] * sizes["D"], 0, 1, 7, 33]))
-    sizes["T"] = 3 * sizes["H"] * sizes["D"]
+    sizes = data.draw(all_sizes())
     dtype = data.draw(st.sampled_from(DTYPES[:4]))
     operator = getattr(torch.ops.evit, name).default
     arguments: list[Any] = []
@@ -77,20 +99,25 @@ def test_operators(name: str, data: Any) -> None:
         if kind == "Optional[Tensor]" and data.draw(st.booleans()):
             arguments.append(None)
         elif "Tensor" in kind:
-            arguments.append(data.draw(tensors(argument.name, sizes, dtype), argument.name))
+            arguments.append(data.draw(tensors(name, argument.name, sizes, dtype)))
         elif kind == "bool":
             arguments.append(data.draw(st.booleans()))
         elif kind == "float":
             arguments.append(data.draw(st.floats()))
         else:
-            usual = sizes["H"] if argument.name == "num_heads" else 1
-            arguments.append(data.draw(st.just(usual) | st.integers(-1, 7) | EXTREME, argument.name))
+            usual = sizes[NUMBERS[argument.name]]
+            if (name, argument.name) == ("restore_tokens_backward", "num_tokens"):
+                usual = sizes["S"]
+            odd = data.draw(st.integers(0, 40))
+            arguments.append(usual if odd else data.draw(st.integers(-1, 7) | EXTREME))
     before = [value.clone() if isinstance(value, Tensor) else value for value in arguments]
     try:
         results = operator(*arguments)
     except (RuntimeError, IndexError, ValueError, TypeError, MemoryError) as error:
         assert str(error)
+        event("refused")
     else:
+        event("computed")
         for result in results if isinstance(results, tuple) else (results,):
             result.double().sum()  # every element can be read
     for value, copy in zip(arguments, before, strict=True):
