@@ -12,7 +12,8 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 
-.PHONY: help env demo bench test test-quick test-all test-python test-faults test-cpp test-cuda-on-host test-sanitize test-oldest-torch lint format docs wheels gpu-check clean
+.PHONY: help env demo bench test test-quick test-all test-python test-faults test-cpp test-cuda-on-host \
+    test-sanitize test-threads fuzz test-oldest-torch lint format docs wheels gpu-check clean
 
 help:
 	@echo "make demo               train a DeiT and EViTs on real digits, compare them (about 10 minutes)"
@@ -21,6 +22,8 @@ help:
 	@echo "make test-all           what takes longer, too: builds, compilers, processes, CUDA kernels on the CPU"
 	@echo "make test-faults        kill a hundred training runs at random moments; none must be lost"
 	@echo "make test-sanitize      the C++ tests with address and undefined-behaviour sanitizers"
+	@echo "make test-threads       the C++ tests of the CPU kernels with the thread sanitizer"
+	@echo "make fuzz MINUTES=10    images, checkpoints, configurations and operators that nobody means"
 	@echo "make test-oldest-torch  one binary, built on the newest torch, tested on the oldest supported"
 	@echo "make bench              DeiT-S next to what people would use instead; its growth with the image"
 	@echo "make gpu-check          tests and benchmarks on a GPU, with the installed Python and without a network"
@@ -85,6 +88,17 @@ test-sanitize: env
 	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DEVIT_SANITIZE=address,undefined
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/sanitize --output-on-failure
+
+# The kernels of the CPU only: the execution of CUDA code on the host switches stacks, which confuses it.
+test-threads: env
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/thread -G Ninja -DEVIT_LIBRARY=OFF \
+	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DEVIT_SANITIZE=thread
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/thread --target evit_tests
+	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/thread --output-on-failure -R ^kernels_
+
+MINUTES ?= 10
+fuzz: env
+	PATH="$(abspath $(BIN)):$$PATH" scripts/fuzz $(MINUTES)
 
 test-oldest-torch: env
 	scripts/test-oldest-torch $(BIN)/python

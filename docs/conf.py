@@ -53,7 +53,7 @@ NAVIGATION: dict[str, list[str]] = {
         "docs/api/benchmark",
         "docs/api/data",
     ],
-    "Project": ["CONTRIBUTING", "CHANGELOG"],
+    "Project": ["CONTRIBUTING", "SECURITY", "CHANGELOG"],
 }
 
 project = "evit_ext"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import lzma
 import os
@@ -200,8 +201,13 @@ def _member(archive: zipfile.ZipFile, name: str) -> str:
     """Return the text of a file in an archive, which may claim another size than it has."""
     if archive.getinfo(name).flag_bits & 1:
         raise ValueError(f"{shortened(name)} in it is encrypted")
-    with archive.open(name) as file:
-        data = file.read(_LARGEST + 1)
+    try:
+        with archive.open(name) as file:
+            data = file.read(_LARGEST + 1)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise  # of the disk, not of what is on it
+        raise ValueError(f"{shortened(name)} would lie outside of it") from error
     if len(data) > _LARGEST:
         raise ValueError(f"{shortened(name)} in it has more than {_LARGEST} bytes")
     return data.decode()

@@ -84,6 +84,4 @@ def _check_tied(own: Mapping[str, Tensor], ready: Mapping[str, Tensor]) -> None:
             continue
         other = first.setdefault((ours.device, ours.data_ptr(), ours.shape, ours.stride()), key)
         if other != key and not torch.equal(ready[other], value):
-            raise ValueError(
-                f"{other} and {key} are one tensor of the model, but two different ones of the file"
-            )
+            raise ValueError(f"{other} and {key} are one tensor of the model, but differ in the file")

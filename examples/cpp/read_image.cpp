@@ -18,7 +18,11 @@
 namespace {
 
 // More would be gigabytes of pixels, which no camera makes and a damaged header claims.
+#ifdef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION
+constexpr int64_t kMaxPixels = int64_t{1} << 20;  // as all that is large is slow, too
+#else
 constexpr int64_t kMaxPixels = int64_t{1} << 28;
+#endif
 
 // Of a progressive JPEG, of which a few hundred bytes may go over the whole image once more; usual are ten.
 constexpr int kMaxScans = 100;
@@ -182,21 +186,21 @@ std::vector<unsigned char> read_bytes(const std::string& path) {
   return bytes;
 }
 
-at::Tensor decode(const std::vector<unsigned char>& bytes) {
+}  // namespace
+
+at::Tensor decode_image(const std::vector<unsigned char>& bytes) {
   constexpr unsigned char jpeg[] = {0xff, 0xd8, 0xff}, png[] = {0x89, 'P', 'N', 'G', '\r', '\n', 0x1a, '\n'};
   const auto starts_with = [&](const auto& magic) {
     return bytes.size() >= sizeof magic && std::equal(std::begin(magic), std::end(magic), bytes.begin());
   };
-  if (starts_with(jpeg)) return decode_jpeg(bytes);
-  if (starts_with(png)) return decode_png(bytes);
+  if (starts_with(jpeg)) return decode_jpeg(bytes).permute({2, 0, 1});
+  if (starts_with(png)) return decode_png(bytes).permute({2, 0, 1});
   throw std::runtime_error("expected a PNG or JPEG image");
 }
 
-}  // namespace
-
 at::Tensor read_image(const std::string& path) {
   try {
-    return decode(read_bytes(path)).permute({2, 0, 1});
+    return decode_image(read_bytes(path));
   } catch (const std::runtime_error& error) {
     throw std::runtime_error(path + ": " + error.what());
   }

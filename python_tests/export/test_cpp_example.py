@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import resource
 import shutil
-import struct
 import subprocess
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -262,10 +259,7 @@ def test_help(classify: Path) -> None:
         ("{package} cut.png", "cut.png: the file ends too early"),
         ("{package} cut.jpg", "cut.jpg: Premature end of JPEG file"),
         ("{package} damaged.png", "damaged.png: IDAT: CRC error"),
-        (
-            "{package} narrow.png",
-            "narrow.png: too narrow: its 10000 x 1 pixels would be resized to 690000 x 69",
-        ),
+        ("{package} narrow.png", "narrow.png: too narrow: its 20000 x 1 pixels would be resized to 1380000"),
         ("{package} tall.jpg", "tall.jpg: too narrow: its 1 x 60000 pixels would be resized to "),
         ("{package} bomb.jpg", "bomb.jpg: expected at most 268435456 pixels, got 30000 x 30000"),
         ("{package} bomb.png", "bomb.png: expected at most 268435456 pixels, got 30000 x 30000"),
@@ -309,27 +303,6 @@ def test_refused_before_memory_is_spent(classify: Path, package: Path, bad_files
     assert process.returncode == 2 and usage.ru_maxrss < max(ours, 800_000) + 50_000  # KiB
 
 
-def hostile_images(folder: Path) -> None:
-    """Images of few bytes that would take much memory, or much time."""
-    Image.new("RGB", (20_000, 1)).save(folder / "narrow.png")
-    Image.new("RGB", (1, 60_000)).save(folder / "tall.jpg")
-    small = io.BytesIO()
-    Image.new("RGB", (64, 64)).save(small, "JPEG", progressive=True)
-    jpeg = small.getvalue()
-    size = jpeg.index(b"\xff\xc2") + 5  # of the frame: height and width
-    (folder / "bomb.jpg").write_bytes(jpeg[:size] + struct.pack(">HH", 30_000, 30_000) + jpeg[size + 4 :])
-    first = jpeg.index(b"\xff\xda")
-    scan = bytearray(jpeg[first : jpeg.index(b"\xff\xc4", first)])
-    scan[13] = 0  # of full precision, so that it may be repeated
-    (folder / "scans.jpg").write_bytes(jpeg[:first] + scan * 150 + jpeg[first:])
-    image = io.BytesIO()
-    Image.new("RGB", (64, 64)).save(image, "PNG")
-    png = bytearray(image.getvalue())
-    png[16:24] = struct.pack(">II", 30_000, 30_000)
-    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
-    (folder / "bomb.png").write_bytes(png)
-
-
 @pytest.fixture(scope="module")
 def bad_files(package: Path, photos: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bad")
@@ -342,9 +315,8 @@ def bad_files(package: Path, photos: list[Path], tmp_path_factory: pytest.TempPa
     torch.export.save(program, folder / "program.pt2")
     image = Image.open(photos[0].with_name("wide.png"))
     image.save(folder / "photo.png")
-    image.convert("CMYK").save(folder / "cmyk.jpg")
     (folder / "empty.png").touch()
-    hostile_images(folder)
+    shutil.copytree(ROOT / "python_tests" / "fuzz" / "images", folder, dirs_exist_ok=True)
     for name in ("wide.png", "wide.jpg"):
         data = photos[0].with_name(name).read_bytes()
         (folder / f"cut{name[4:]}").write_bytes(data[: len(data) // 2])
