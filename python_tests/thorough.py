@@ -1,7 +1,7 @@
 """The tests that `make test` leaves to `make test-all`: they start processes, compile or build for seconds.
 
 Each guards something that others guard too, in a smaller way, or that changes rarely. They are marked here
-and not where they are, so that one sees what is left out. A line is a file, or a test with all its parameters.
+and not where they are, so that one sees what is left out. A line is a file, or a test with its parameters.
 """
 
 from __future__ import annotations

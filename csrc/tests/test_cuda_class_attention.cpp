@@ -132,6 +132,7 @@ TEST(cuda_class_attention_agrees_where_heads_have_blocks) {
     agrees<BFloat16>({1, 4, 512, 128, 0.1}, padding);
     agrees<float>({2, 3, 171, 256, 0.1}, padding);
   }
+  agrees<double>({1, 2, 512, 64, 0.1}, 0);
   agrees<Half>({1, 4, 511, 128, 0.1}, 0);
   agrees<BFloat16>({1, 3, 683, 128, 1.0}, 0, true);
   CHECK(cuda::class_attention_workspace<BFloat16>({8, 4, 512, 128, 0.1}, false) > 0);

@@ -3,15 +3,15 @@
 // Up to kSelectInPlace patches, one launch does everything: every block selects for itself, which costs less
 // than a launch, then moves its slice of the columns, in one pass over the rows in their order. In a large
 // batch the slice is all of 384 columns in 16 bits, and the selection is made once. Longer sequences take
-// three launches: the selection, with a block for each sequence; the rows, in chunks, with partial sums; the
-// sum of those.
+// three launches: the selection, with a block for each sequence (or several: select_chunks.cuh); the rows, in
+// chunks, with partial sums; the sum of those.
 #pragma once
 
 #include <algorithm>
 
 #include "../reorganize_tokens.h"
 #include "rows.cuh"
-#include "select.cuh"
+#include "select_chunks.cuh"
 
 namespace evit::cuda {
 
@@ -219,8 +219,15 @@ void reorganize(const char* what, const ReorganizeSizes& sizes, const Tokens<T>&
   } else {
     job.chunks = static_cast<int>(ReorganizeWorkspace<A>::chunks(sizes));
     job.workspace = ReorganizeWorkspace<A>::in(memory, sizes);
-    launch(what, select_kernel<S, A>, sizes.batch, kSelectThreads, SharedParts::bytes<SelectScratch>(1),
-           stream, sizes, scores, kept, job.workspace.place, job.workspace.weights);
+    int* place = job.workspace.place;
+    A* weights = job.workspace.weights;
+    if (selects_in_chunks<S>(sizes))
+      select_in_chunks(what, sizes, scores,
+                       {static_cast<unsigned char*>(memory) + ReorganizeWorkspace<A>::bytes(sizes), sizes},
+                       kept, place, weights, stream);
+    else
+      launch(what, select_kernel<S, A>, sizes.batch, kSelectThreads, SharedParts::bytes<SelectScratch>(1),
+             stream, sizes, scores, kept, place, weights);
   }
   // Without channels there still are kept tokens to name.
   const int64_t columns = std::max<int64_t>(sizes.channels, 1);
