@@ -79,7 +79,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(abc|collections|contextlib|numpy|os|pathlib|timm|torch|typing)\..*|Tensor"),
     ("py:class", r"(dict|tuple)\[.*|.*~typing.*"),  # parts of annotations
     ("py:class", r"evit_ext\..*\.Model"),  # type variables
-    ("py:class", r"evit_ext\.override\.Override"),  # a base class
+    ("py:class", r"evit_ext\._util\.overriding\.Override"),  # a base class
 ]
 
 html_theme = "furo"
