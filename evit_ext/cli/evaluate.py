@@ -61,7 +61,7 @@ _FIELDS = (
 
 _EXAMPLES = """examples:
   evit eval runs/small --keep-rate 1 0.7 0.5
-  evit eval runs/small --last --data photos/test
+  evit eval runs/small --last --data other-photos
   evit eval deit_small --checkpoint evit.pth --data imagenet
   evit eval vit_small_patch16_224 --pretrained --keep-rate 1 0.7 --data imagenet
   torchrun --nproc-per-node 8 --no-python evit eval runs/imagenet-300

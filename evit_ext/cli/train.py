@@ -18,7 +18,7 @@ from evit_ext.cli.output import going_on_unread, say_next
 from evit_ext.cli.train_checks import checked_config
 from evit_ext.training.config import TrainConfig, load_config, recipe_names
 from evit_ext.training.data_fit import RECIPE
-from evit_ext.training.ranks import Ranks, is_lost, join
+from evit_ext.training.ranks import ALONE, Ranks, is_lost, join
 from evit_ext.training.waiting import GRACE
 
 # The first field of each group of options, in the order of TrainConfig.
@@ -98,7 +98,9 @@ def _train(options: argparse.Namespace) -> int:
         recipe = RECIPE
     output = options.output or Path("runs") / _name(options, recipe, given)
     if options.print_config:
-        print(load_config(recipe, **given).to_yaml(), end="")
+        fits = recipe == RECIPE and given.get("data")
+        config = checked_config(recipe, given, output, ALONE) if fits else load_config(recipe, **given)
+        print(config.to_yaml(), end="")
         return 0
     with going_on_unread(f"evit train: the run goes on in {output}"):
         try:

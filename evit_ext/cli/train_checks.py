@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,7 @@ def _fitted(config: TrainConfig, given: Mapping[str, Any], output: Path, ranks: 
         print(
             f"the pretrained weights of {config.model} cannot be had ({reason}): training from random ones, "
             "which takes far more images to be good; weights of a file: --initial-checkpoint FILE",
+            file=sys.stderr,
             flush=True,
         )
     return fitted

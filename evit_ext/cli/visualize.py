@@ -60,7 +60,7 @@ _EXAMPLES = """examples:
   evit visualize photo.jpg --model deit_small --checkpoint evit.pth -o photo.png
   evit visualize photo.jpg --model vit_small_patch16_224 --pretrained --keep-rate 0.7 0.5
   evit visualize photo.jpg --checkpoint runs/small --html photo.html
-  evit visualize photos/ --checkpoint runs/small -o sheet.png
+  evit visualize holiday/ --checkpoint runs/small -o sheet.png
 """
 
 _UNTRAINED = "untrained weights: the patches mean nothing"

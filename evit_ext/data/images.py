@@ -30,7 +30,7 @@ _warned: set[str] = set()
 
 
 class Unreadable(NamedTuple):
-    """An image that could not be read: its path, as `printable` returns it, and what was wrong."""
+    """An image that could not be read: its path as printable text, and what was wrong."""
 
     path: str
     reason: str

@@ -52,11 +52,11 @@ class Watch:
         finally:
             self.what = ""
 
-    def waited_for(self, items: Iterable[_Item], what: str) -> Iterator[_Item]:
-        """Yield the items, each waited for, interruptibly."""
+    def waited_for(self, items: Iterable[_Item], what: str, interruptible: bool) -> Iterator[_Item]:
+        """Yield the items, each waited for."""
         iterator = iter(items)
         while True:
-            with self.waiting(what, interruptible=True):
+            with self.waiting(what, interruptible):
                 try:
                     item = next(iterator)
                 except StopIteration:

@@ -168,6 +168,7 @@ def test_runs(
         "only commands of evit are run here: give the reason in NOT_RUN why not"
     )
     monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr("evit_ext.training.hub._unreachable", lambda *_: "")  # there is a network
     more = further_options(str(command), tmp_path / "new")
     status = main([*command.words[1:], *more])
     out, error = capfd.readouterr()

@@ -178,11 +178,10 @@ class Run:
             try:
                 self._train_epochs()
             except StoppedWaiting as waiting:
-                if self.ranks.world_size == 1 and trainer.step not in self._checkpoints.steps():
+                if trainer.step not in self._checkpoints.steps():
                     self._save()
                 said = f"{waiting}: {self.advice()}; the same command goes on from it"
-                # Its frames hold the loader, whose workers end when they are let go of, or never.
-                waiting.with_traceback(None)
+                waiting.with_traceback(None)  # its frames hold the loader and its workers
                 self._watch.leave()
                 raise Stopped(said, self._stop.number) from None
         return self._finish()
@@ -222,9 +221,14 @@ class Run:
         return f"the newest checkpoint is {self._checkpoints.path(steps[-1])}"
 
     def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in self._watch.waited_for(batches, self._loaders.described):
+        for batch in self._waited_for(batches):
             self._unreadable.add(batch.unreadable)
             yield batch
+
+    def _waited_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        # Several processes stop at the same step, so none may leave while it waits.
+        alone = self.ranks.world_size == 1
+        return self._watch.waited_for(batches, self._loaders.described, interruptible=alone)
 
     def _after_step(self) -> None:
         trainer, config = self.trainer, self.config
@@ -321,7 +325,7 @@ class Run:
 
     def _interruptible(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield batches until a signal asks to stop: the processes then meet at the end of the evaluation."""
-        for batch in self._watch.waited_for(batches, self._loaders.described):
+        for batch in self._waited_for(batches):
             yield batch
             if self._stop.number:
                 return

@@ -65,7 +65,7 @@ def test_a_lock_that_was_taken_away_is_none(tmp_path: Path, monkeypatch: pytest.
         return file
 
     monkeypatch.setattr(os, "open", open_and_lose)
-    with pytest.raises(ValueError, match="another run is at work"):
+    with pytest.raises(ValueError, match="another run is using"):
         FolderLock(tmp_path / "run", ALONE)
 
 
