@@ -18,7 +18,7 @@ from evit_ext.models.building import explaining_missing_network
 from evit_ext.patching.applying import apply, remove
 from evit_ext.patching.block import AdoptedBlock
 from evit_ext.tokens.evit import EViT
-from evit_ext.tokens.rule import Rule
+from evit_ext.tokens.rule import Rule, rules_by_name
 from evit_ext.tokens.stage import find_stages
 
 
@@ -27,7 +27,8 @@ def create_evit(
     keep_rate: float | Sequence[float] | None = None,
     drop_loc: Sequence[int] | None = None,
     fuse_token: bool | None = None,
-    rule: Rule | Sequence[Rule] | None = None,
+    rule: str | Rule | Sequence[Rule] | None = None,
+    rule_args: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> nn.Module:
     """Build a model that drops patches.
@@ -38,7 +39,9 @@ def create_evit(
             for the model's default.
         drop_loc: numbers of the blocks where patches are dropped; None is those at the quarters of the depth.
         fuse_token: fuse the patches that are not kept into one token; ignored by a DynamicViT. None is True.
-        rule: see :func:`evit_ext.apply`; then `keep_rate` and `fuse_token` must be None.
+        rule: see :func:`evit_ext.apply`; then `keep_rate` and `fuse_token` must be None. Or the name of a
+            rule, which gets the keep rate if it has one; `fuse_token` is then ignored.
+        rule_args: further settings of a rule that is given by its name.
         arguments: of the model, such as ``img_size``, ``num_classes`` and ``pretrained``.
 
     Raises:
@@ -46,6 +49,11 @@ def create_evit(
         ValueError: there is no such model, it cannot be an EViT, or an argument is out of range.
         RuntimeError: the pretrained weights could not be fetched.
     """
+    if isinstance(rule, str):
+        rule = rules_by_name(rule, keep_rate, rule_args or {})
+        keep_rate = fuse_token = None
+    elif rule_args:
+        raise ValueError(f"rule_args are settings of a rule that is given by its name, got rule {rule!r}")
     if rule is not None:
         return apply(create_dense(name, **arguments), keep_rate, drop_loc, fuse_token, rule=rule)
     fuse_token = fuse_token is None or fuse_token

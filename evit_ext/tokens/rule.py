@@ -10,7 +10,7 @@ D channels per head.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
@@ -243,3 +243,25 @@ def make_rule(name: str, settings: Mapping[str, Any]) -> Rule:
         return cls(**settings)
     except TypeError as error:
         raise ValueError(f"the rule {name} does not take these settings: {reason(error)}") from error
+
+
+def rules_by_name(
+    name: str, keep_rate: float | Sequence[float] | None, settings: Mapping[str, Any]
+) -> Rule | list[Rule]:
+    """Return the rule of a name, or a list of one for each of several keep rates.
+
+    Args:
+        name: of the rule.
+        keep_rate: None is the rule's own; for a rule without a keep rate it must be None or 1.
+        settings: the others.
+
+    Raises:
+        TypeError, ValueError: as :func:`make_rule`; or the rule has no keep rate, and one is given.
+    """
+    if keep_rate is None or (keep_rate == 1 and not issubclass(rule_class(name), KeepRateRule)):
+        return make_rule(name, settings)
+    if not issubclass(rule_class(name), KeepRateRule):
+        raise ValueError(f"the rule {name} has no keep rate, got {shown(keep_rate)}")
+    if isinstance(keep_rate, (list, tuple)):
+        return [make_rule(name, {**settings, "keep_rate": rate}) for rate in keep_rate]
+    return make_rule(name, {**settings, "keep_rate": keep_rate})

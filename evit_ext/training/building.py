@@ -79,6 +79,8 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
         config.keep_rate,
         config.drop_loc,
         config.fuse_token,
+        config.rule,
+        config.rule_args,
         pretrained=config.pretrained,
         **arguments,
         **config.model_args,

@@ -41,6 +41,10 @@ class TrainConfig(Recipe):
         None, "numbers of the reorganising blocks, from 0; none is those at the quarters of the depth"
     )
     fuse_token: bool = option(True, "fuse the patches that are not kept into one token")
+    rule: str | None = option(
+        None, "how tokens are reduced, by the name of a rule, such as random; none is the model's own"
+    )
+    rule_args: dict[str, Any] = option({}, "further settings of the rule, name=value, not its keep rate")
     drop_path: float = option(0.0, "drop path rate of the last block; falls linearly towards the first")
     pretrained: bool = option(False, "start from the model's pretrained weights, as timm downloads them")
     initial_checkpoint: str | None = option(
