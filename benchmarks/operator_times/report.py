@@ -8,8 +8,8 @@ from typing import Any
 
 Row = dict[str, Any]
 
-#: Of the bandwidth of a copy of x, at batch 256 in bfloat16: as many bytes as the operators move, within a factor
-#: of two. A copy of a GiB would be the wrong measure, as no kernel of some 10 µs reaches its bandwidth.
+#: Of the bandwidth of a copy of x, at batch 256 in bfloat16: as many bytes as the operators move, within a
+#: factor of two. A copy of a GiB would be the wrong measure: no kernel of some 10 µs reaches its bandwidth.
 SHARES = {
     ("reorganize_tokens", "forward"): 0.85,
     ("class_attention", "forward"): 0.75,
