@@ -120,6 +120,21 @@ def test_attention_runs_on_tensor_cores(machine_code: list[str]) -> None:
         assert not [i for i in instructions if i.startswith(("LDL", "STL", "STS.U16", "STS.U8"))]
 
 
+def test_class_attention_runs_on_tensor_cores(machine_code: list[str]) -> None:
+    """In 16 bits: two matrices of 16 keys, with 64 channels at once and with what is left of them."""
+    name = ""
+    products: Counter[str] = Counter()
+    for line in machine_code:
+        if match := re.search(r"Function : (\S+)", line):
+            name = match[1]
+        elif re.search(r"(class_attention|class_attention_backward)_kernelI", name):
+            products[name] += "HMMA.16816.F32" in line
+    assert len(products) == 4 * (2 + 4)  # element types; alignments, and with or without a tile
+    for kernel, count in products.items():
+        in_16_bits = re.search(r"_kernelI\S*?(BFloat16|Half)E", kernel) is not None
+        assert count == (2 * 8 if in_16_bits else 0), kernel
+
+
 def test_rows_move_16_bytes_at_a_time(machine_code: list[str]) -> None:
     """An assignment of 16 bytes may become several instructions: the machine code says what it became."""
     name = ""

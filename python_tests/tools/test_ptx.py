@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def fusible_products(ptx: str) -> list[str]:
-    """Sums that ptxas may make a fused multiply-add: neither they nor a product in them name a rounding."""
+    """Sums that ptxas may fuse with a product: neither names a rounding."""
     found, kernel = [], ""
     products: dict[str, str] = {}
     for line in ptx.splitlines():
@@ -47,9 +47,10 @@ def test_a_fusible_product_is_found() -> None:
 
 @pytest.mark.parametrize("source", BUILD["cuda_kernels"], ids=lambda source: Path(source).stem)
 def test_the_compiler_has_no_choice_in_sums(source: str, tmp_path: Path) -> None:
-    """ptxas fuses a product with the sum after it where it likes: in one kernel and not in its variant, or
-    for one architecture. So every product that is added says what it is (device.cuh): multiply_add, or
-    multiply and add."""
+    """ptxas fuses a product with the sum after it where it likes, be it in one kernel and not in its variant.
+
+    So every product that is added says what it is (device.cuh): multiply_add, or multiply and add.
+    """
     ptx = tmp_path / "kernels.ptx"
     flags = [f"-std=c++{BUILD['cxx_standard']}", *BUILD["nvcc_flags"]]
     command = ["nvcc", *flags, "-arch=compute_90", "-ptx", str(ROOT / source), "-o", str(ptx)]

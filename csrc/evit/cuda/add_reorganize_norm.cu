@@ -12,11 +12,17 @@ constexpr int kNormThreads = 256;
 template <typename T>
 constexpr int kNormElements = 128 / sizeof(accumulate_t<T>);
 
+// Of a multiprocessor, so that the registers suffice.
+template <typename T, int kVectors>
+constexpr int norm_blocks = kVectors * kWidth<T> * sizeof(accumulate_t<T>) <= 64 ? 4
+                            : sizeof(T) < 8                                      ? 3
+                                                                                 : 2;
+
 // A warp normalises a row. kVectors: of those 16 bytes, a thread has so many of the row in registers; with 0
 // it reads the row three times, from the second time on out of the first-level cache. In either case a thread
 // adds up its elements in their order.
 template <typename T, bool kAligned, int kVectors>
-__global__ void __launch_bounds__(kNormThreads, kVectors* kWidth<T> * sizeof(accumulate_t<T>) > 64 ? 3 : 4)
+__global__ void __launch_bounds__(kNormThreads, norm_blocks<T, kVectors>)
     layer_norm_kernel(const T* tokens, int64_t rows, int64_t channels, LayerNorm<T> norm, T* normed) {
   using A = accumulate_t<T>;
   constexpr int W = kWidth<T>;

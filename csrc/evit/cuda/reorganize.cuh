@@ -221,13 +221,19 @@ void reorganize(const char* what, const ReorganizeSizes& sizes, const Tokens<T>&
     job.workspace = ReorganizeWorkspace<A>::in(memory, sizes);
     int* place = job.workspace.place;
     A* weights = job.workspace.weights;
-    if (selects_in_chunks<S>(sizes))
-      select_in_chunks(what, sizes, scores,
-                       {static_cast<unsigned char*>(memory) + ReorganizeWorkspace<A>::bytes(sizes), sizes},
-                       kept, place, weights, stream);
-    else
+    const auto select_by_one_block = [&] {
       launch(what, select_kernel<S, A>, sizes.batch, kSelectThreads, SharedParts::bytes<SelectScratch>(1),
              stream, sizes, scores, kept, place, weights);
+    };
+    if constexpr (sizeof(S) == kKeyBytes) {
+      auto* more = static_cast<unsigned char*>(memory) + ReorganizeWorkspace<A>::bytes(sizes);
+      if (selects_in_chunks<S>(sizes))
+        select_in_chunks(what, sizes, scores, {more, sizes}, kept, place, weights, stream);
+      else
+        select_by_one_block();
+    } else {
+      select_by_one_block();
+    }
   }
   // Without channels there still are kept tokens to name.
   const int64_t columns = std::max<int64_t>(sizes.channels, 1);

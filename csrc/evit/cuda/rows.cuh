@@ -37,12 +37,13 @@ Slices share_out_columns(int64_t parts, int64_t channels, const Stream& stream) 
   return parts * wide.count >= 2 * multiprocessors(stream) ? wide : slices(8);
 }
 
-// The same, but the widest slices where they are enough for all multiprocessors.
+// The same, but the widest slices where they are enough for all multiprocessors: most of them have two then,
+// of which the one loads while the other selects.
 template <typename T>
 Slices share_out_columns_widely(int64_t parts, int64_t channels, const Stream& stream) {
   const int64_t vectors = (channels + kWidth<T> - 1) / kWidth<T>;
   const int count = static_cast<int>((vectors + kWideVectors - 1) / kWideVectors);
-  if (parts * count < multiprocessors(stream)) return share_out_columns<T>(parts, channels, stream);
+  if (2 * parts * count < 3 * multiprocessors(stream)) return share_out_columns<T>(parts, channels, stream);
   // A multiple of four, for whole warps.
   return {static_cast<int>((vectors + 4 * count - 1) / (4 * count)) * 4, count, kUnroll};
 }

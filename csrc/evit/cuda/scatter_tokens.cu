@@ -11,7 +11,7 @@ constexpr char kOperator[] = "scatter_tokens";
 // x go there and the first of them. Rows that get several are written by a second loop, in which a warp looks
 // through the index for them in ascending order.
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kWriteThreads, sizeof(T) == 8 ? 2 : 4 + kAligned)
+__global__ void __launch_bounds__(kWriteThreads, sizeof(T) == 8 ? 2 : 4)
     scatter_kernel(GatherSizes sizes, Tokens<T> x, TokenIndex index, T* out, int chunks) {
   using A = accumulate_t<T>;
   constexpr int W = kWidth<T>;
