@@ -266,7 +266,8 @@ def _read(recipe: str | Path) -> Mapping[str, Any]:
     except _NOT_YAML as error:
         mark = getattr(error, "problem_mark", None)
         said = f"line {mark.line + 1}: {shortened(getattr(error, 'problem', ''))}" if mark else reason(error)
-        raise ValueError(f"{recipe} is not YAML: {said}") from error
+        text = ", not even text" if isinstance(error, UnicodeDecodeError) else ""
+        raise ValueError(f"{recipe} is not YAML{text}: {said}") from error
     if not isinstance(values, Mapping):
         raise ValueError(f"{recipe} must be a mapping of fields to values, got {type(values).__name__}")
     _check_size(values, str(recipe))
