@@ -108,8 +108,8 @@ def _zip_format(path: Path, name: str, size: int) -> str:
         raise ValueError(f"{name} is a zip archive that torch.save did not write; {_EXPECTED}")
     if compressed:
         raise ValueError(
-            f"{name} is compressed (in it {shortened(compressed[0])}), as torch.save's files never are: unpack "
-            "it and zip it without compression, or save the weights again"
+            f"{name} is compressed (in it {shortened(compressed[0])}), as torch.save's files never are: "
+            "unpack it and zip it without compression, or save the weights again"
         )
     return "zip"
 
@@ -156,9 +156,10 @@ def read_file(path: Path, name: str) -> Any:
                 raise ValueError(f"{name} is damaged, or no checkpoint ({said})") from error
             raise ValueError(
                 f"{name} holds more than weights: {', '.join(map(shortened, refused[:40]))}. To make these, "
-                "Python would have to execute what the file says, so it was refused; nothing was executed. If "
-                "you trust where the file comes from, convert it once: torch.load(path, weights_only=False) reads it, executing "
-                "it, and torch.save(its state dict, new_path) writes a file of weights alone"
+                "Python would have to execute what the file says, so it was refused; nothing was executed. "
+                "If you trust where the file comes from, convert it once: torch.load(path, "
+                "weights_only=False) reads it, executing it, and torch.save(its state dict, new_path) writes "
+                "a file of weights alone"
             ) from error
 
 
