@@ -7,7 +7,6 @@ The packages ``training``, ``data``, ``export``, ``visualize`` and ``benchmark``
 """
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 import torch  # noqa: F401  # loads the libraries that the compiled module needs
@@ -21,7 +20,8 @@ except ImportError as error:
         "install the clone with: pip install --no-build-isolation --editable ."
     ) from error
 
-from evit_ext import models, ops
+from evit_ext import models, ops, tokens
+from evit_ext._util.version import VERSION as __version__
 from evit_ext.cost.budget import fit_budget
 from evit_ext.cost.comparison import compare_costs
 from evit_ext.cost.layers import layer_costs
@@ -33,11 +33,6 @@ from evit_ext.patching.prepacking import prepack
 from evit_ext.patching.recording import record_tokens
 from evit_ext.tokens.schedule import keep_rate_levels, keep_rate_schedule
 from evit_ext.weights import from_pretrained, load_checkpoint, push_to_hub, save_pretrained
-
-try:
-    __version__ = version("evit_ext")
-except PackageNotFoundError:  # run from a source tree that is not installed
-    __version__ = "0+unknown"
 
 __all__ = [
     "Oracle",
@@ -59,6 +54,7 @@ __all__ = [
     "remove",
     "save_pretrained",
     "set_keep_rate",
+    "tokens",
 ]
 
 #: Imported when first asked for: ``import evit_ext`` alone would otherwise wait for all of them.

@@ -1,4 +1,4 @@
-"""How much memory a call needs beyond what was in use before it."""
+"""Memory in use: the most that a process had, and what a call needs beyond what was in use before it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import ctypes
 import gc
 import os
+import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-from evit_ext.training.run.summary import peak_memory
 
 
 def memory_added(call: Callable[[], object], device: torch.device | str = "cpu") -> int | None:
@@ -41,6 +41,20 @@ def memory_added(call: Callable[[], object], device: torch.device | str = "cpu")
     resident = _count_anew()
     call()
     return None if resident is None else max(0, peak_memory(device) - resident)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most memory that was in use, in bytes: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # getrusage says at least what the process that started this one had.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _count_anew() -> int | None:

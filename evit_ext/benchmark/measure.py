@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from evit_ext._util.modes import eval_mode
 from evit_ext._util.timing import Here, Timed, time_in_turns
 from evit_ext.benchmark.apart import apart as in_processes
 from evit_ext.benchmark.contestants import Contestant
@@ -100,14 +101,16 @@ def measure(
         if mode == "cudagraph" and (task == "training" or not images.is_cuda):
             raise ValueError("CUDA graphs are for inference on a GPU: leave the mode 'cudagraph' out")
     precision = precision or Precision(torch.float32, "the default")
-    if task == "inference":
-        images = images.to(precision.dtype)
-        models = [replace(model, model=cast(model.model, precision.dtype)) for model in models]
-    cases = {f"{mode} {model.name}": (mode, model) for mode in modes for model in models}
-    makes = {
-        name: (_call, (mode, task, model.model, images, precision)) for name, (mode, model) in cases.items()
-    }
     with contextlib.ExitStack() as stack:
+        stack.enter_context(eval_mode(*(model.model for model in models)))
+        if task == "inference":
+            images = images.to(precision.dtype)
+            models = [replace(model, model=cast(model.model, precision.dtype)) for model in models]
+        cases = {f"{mode} {model.name}": (mode, model) for mode in modes for model in models}
+        makes = {
+            name: (_call, (mode, task, model.model, images, precision))
+            for name, (mode, model) in cases.items()
+        }
         calls: Mapping[str, Timed]
         if apart if apart is not None else not images.is_cuda:
             calls = stack.enter_context(in_processes(makes))
@@ -144,8 +147,7 @@ def measure(
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a model in eval mode with weights in `dtype`: itself if they already are, else a copy."""
-    model.eval()
+    """Return a model with weights in `dtype`: itself if they already are, else a copy."""
     if all(parameter.dtype == dtype for parameter in model.parameters()):
         return model
     return copy.deepcopy(model).to(dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import signal
 import sys
@@ -11,13 +10,16 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import evit_ext
-from evit_ext.cli import benchmark, completion, evaluate, export, info, train, visualize
+from evit_ext._util.spelling import nearest
+from evit_ext._util.version import VERSION
+from evit_ext.cli import benchmark, completion, evaluate, export, info, report, train, visualize
 
 _EXAMPLES = """examples:
   evit info deit_base
+  evit train --data photos                # a folder for each class
   evit train --recipe cluttered-digits
   evit eval runs/cluttered-digits --keep-rate 1 0.7 0.5
+  evit report runs/photos
   evit visualize photo.jpg --model deit_small --checkpoint evit.pth -o photo.png
   evit benchmark deit_small --batch-size 1 16
   evit export deit_small --checkpoint evit.pth --format onnx
@@ -39,8 +41,8 @@ class _CommandParser(_Parser):
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             options = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], options, 1)
-            hint = f" (the nearest is {near[0]})" if near else ""
+            near = nearest(unknown[0].partition("=")[0], options)
+            hint = f" (the nearest is {near})" if near else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return namespace, unknown
 
@@ -53,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"evit_ext {evit_ext.__version__}")
+    parser.add_argument("--version", action="version", version=f"evit_ext {VERSION}")
     parser.add_argument(
         "--completion",
         action=completion.Completion,
@@ -65,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", required=True, parser_class=_CommandParser
     )
-    for command in (train, evaluate, visualize, benchmark, export, info):
+    for command in (train, evaluate, report, visualize, benchmark, export, info):
         command.add_parser(commands)
     for subparser in commands.choices.values():
         # No default: it would override a --verbose given before the subcommand.
@@ -86,6 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller, such as a cron job with >&-
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # until Python ends
+        elif hasattr(stream := getattr(sys, name), "reconfigure"):
+            # A terminal or file that cannot show a letter shows its code, instead of ending the command.
+            stream.reconfigure(errors="backslashreplace")
     try:
         options = parser().parse_args(arguments)
         status = options.run(options)

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
-from evit_ext._util.tables import aligned, check_writable
+from evit_ext._util.tables import aligned
 from evit_ext.benchmark import MODES, TASKS, Row, contestants, measure
-from evit_ext.cli.options import add_device, chosen_device, keep_rate
+from evit_ext.cli.options import add_device, add_output, chosen_device, keep_rate
+from evit_ext.cli.output import check_writable
+from evit_ext.cli.runs import run_classes, run_config, run_of
 from evit_ext.training.precision import PRECISIONS, choose_precision
 from evit_ext.training.progress import Progress
 
@@ -33,7 +35,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "benchmark",
         help="speed of a model, dense and at several keep rates, side by side",
-        usage="evit benchmark [MODEL] [--keep-rate RATE ...] [--batch-size N ...] [OPTION ...]",
+        usage="evit benchmark [RUN|MODEL] [--keep-rate RATE ...] [--batch-size N ...] [OPTION ...]",
         description="Time a model and what drops patches of it, in turns, so that what else happens on the\n"
         "machine happens to all. Weights and images are random: they do not change how long\n"
         "it takes. In the table, ms is the median time of a call, MiB what a call needs at its\n"
@@ -42,19 +44,19 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "model",
+        "named",
         nargs="?",
         default="deit_small",
-        metavar="MODEL",
-        help="of evit_ext.models, or any of timm's that evit_ext.apply supports (default: deit_small)",
+        metavar="RUN|MODEL",
+        help="folder of a run, whose model and keep rate are timed; or a model: of evit_ext.models, or any "
+        "of timm's that evit_ext.apply supports (default: deit_small)",
     )
     parser.add_argument(
         "--keep-rate",
         nargs="+",
         type=keep_rate,
-        default=[0.7, 0.5],
         metavar="RATE",
-        help="(default: 0.7 0.5)",
+        help="(default: 0.7 0.5; of a run its own)",
     )
     parser.add_argument(
         "--batch-size", nargs="+", type=int, metavar="N", help="(default: 1 4 16; on a GPU 1 8 64 256)"
@@ -95,7 +97,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="at least, of each model at batch 1 in inference (default: 100, for the 99th percentile)",
     )
-    parser.add_argument("--output", type=Path, metavar="STEM", help="write STEM.json and STEM.md, too")
+    add_output(parser, "STEM", "write STEM.json and STEM.md, too")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=_benchmark)
 
@@ -107,9 +109,9 @@ def _benchmark(options: argparse.Namespace) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = chosen_device(options)
-    size = {} if options.img_size is None else {"img_size": options.img_size}
+    name, rates, arguments = _model(options)
     torch.manual_seed(0)
-    models = contestants(options.model, options.keep_rate, device, **size)
+    models = contestants(name, rates, device, **arguments)
     embed: Any = models[0].model.patch_embed
     groups = [
         (task, precision, batch)
@@ -127,7 +129,7 @@ def _benchmark(options: argparse.Namespace) -> None:
             rows += measure(models, images, task, modes, chosen, options.seconds, least)
             progress.step(task=task, precision=precision, batch=str(batch))
     everything = {
-        "model": options.model,
+        "model": options.named,
         "device": _device_name(device),
         "rows": [asdict(row) for row in rows],
     }
@@ -135,8 +137,23 @@ def _benchmark(options: argparse.Namespace) -> None:
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
-        options.output.with_suffix(".md").write_text(f"# {options.model}\n\n{text}\n")
+        options.output.with_suffix(".md").write_text(f"# {options.named}\n\n{text}\n")
     print(json.dumps(everything, indent=2) if options.json else text)
+
+
+def _model(options: argparse.Namespace) -> tuple[str, list[float], dict[str, Any]]:
+    """Return the model's name, the keep rates, and arguments of the model."""
+    size = {} if options.img_size is None else {"img_size": options.img_size}
+    if not Path(options.named).is_dir() or run_of(options.named) is None:
+        return options.named, options.keep_rate or [0.7, 0.5], size
+    config = run_config(options.named, size)
+    given = {"img_size": config.img_size, "drop_loc": config.drop_loc, "num_classes": config.num_classes}
+    names = run_classes(options.named)
+    if names is not None:
+        given["num_classes"] = len(names)
+    arguments = {**config.model_args, **{name: value for name, value in given.items() if value is not None}}
+    rates = options.keep_rate or ([0.7, 0.5] if config.keep_rate is None else [config.keep_rate])
+    return config.model, rates, arguments
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -5,17 +5,32 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import timm.data
 import torch
 from torch import nn
 
-import evit_ext
+from evit_ext._util.files import replacing
 from evit_ext._util.tables import aligned
-from evit_ext.cli.options import add_device, add_keep_rates, add_options, add_weights
-from evit_ext.cli.trained import check_classes, configuration, load_weights
+from evit_ext.cli.options import (
+    add_classes,
+    add_device,
+    add_keep_rates,
+    add_model,
+    add_options,
+    add_output,
+    add_weights,
+    overrides,
+)
+from evit_ext.cli.output import check_writable, say_next
+from evit_ext.cli.runs import run_config
+from evit_ext.cli.trained import check_classes, class_names, configuration, load_weights, name_model
+from evit_ext.cost.macs import count_macs
+from evit_ext.data.classes import weights_class_names
+from evit_ext.models.by_name import create_dense
 from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
 from evit_ext.training.config import TrainConfig
 from evit_ext.training.evaluation import Evaluation, evaluate
@@ -31,10 +46,13 @@ _FIELDS = (
     "num_classes",
     "drop_loc",
     "fuse_token",
+    "rule",
+    "rule_args",
     "pretrained",
     "dataset",
     "data",
     "val_split",
+    "val_fraction",
     "difficulty",
     "workers",
     "max_image_pixels",
@@ -45,8 +63,9 @@ _FIELDS = (
 
 _EXAMPLES = """examples:
   evit eval runs/small --keep-rate 1 0.7 0.5
-  evit eval --model deit_small --checkpoint evit.pth --data imagenet
-  evit eval --model vit_small_patch16_224 --pretrained --keep-rate 1 0.7 --data imagenet
+  evit eval runs/small --last --data other-photos
+  evit eval deit_small --checkpoint evit.pth --data imagenet
+  evit eval vit_small_patch16_224 --pretrained --keep-rate 1 0.7 --data imagenet
   torchrun --nproc-per-node 8 --no-python evit eval runs/imagenet-300
 """
 
@@ -59,14 +78,14 @@ def add_parser(commands: Any) -> None:
         description="Evaluate what a run has trained, or a model with the weights of a file or its\n"
         "pretrained ones, on the validation split. Under torchrun or srun, the processes share\n"
         "the images, and each counts once.",
-        usage="evit eval [RUN | --model NAME (--checkpoint FILE | --pretrained) --data FOLDER] [OPTION ...]",
+        usage="evit eval RUN|MODEL [--checkpoint FILE | --pretrained] [--data FOLDER] [OPTION ...]",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "run_folder", nargs="?", metavar="RUN", help="folder of a run: its config.yaml and newest checkpoint"
-    )
+    add_model(parser)
     add_weights(parser)
+    add_classes(parser)
+    add_output(parser, "FILE", "write the figures there, too, as JSON")
     add_keep_rates(parser, "each in (0, 1], a row each (default: the configured one)")
     parser.add_argument(
         "--batch-size",
@@ -97,13 +116,15 @@ class _Row:
     gmacs: float
     alone: float | None
     found: Evaluation
+    classes: int
 
     def cells(self) -> list[str]:
         found = self.found
         return [
             " ".join(f"{rate:g}" for rate in self.keep_rate),
             f"{found.top1:.2f}",
-            f"{found.top5:.2f}",
+            # Of five classes or fewer, every image is right among five.
+            f"{found.top5:.2f}" if self.classes > 5 else "–",
             f"{found.loss:.4f}",
             f"{found.images}",
             f"{found.images_per_second:.0f}",
@@ -134,10 +155,13 @@ def _eval(options: argparse.Namespace) -> None:
             f"expected --batch-size of at least 1 and --repeats of at least 0, got {options.at_once} and "
             f"{options.repeats}"
         )
-    config = configuration(options)
+    if options.output is not None:
+        check_writable(options.output)
+    name_model(options, options.named)
+    config = _whole(configuration(options), options)
     with join(options.device) as ranks:
-        model, loaders = _prepare(config, ranks, options.at_once)
-        source = load_weights(model, options)
+        model, loaders = _prepare(config, ranks, options)
+        source = load_weights(model, options).words
         model.to(ranks.device)
         precision = choose_precision(ranks.device, config.precision)
         shape = (options.at_once, *loaders.image["input_size"])
@@ -149,9 +173,9 @@ def _eval(options: argparse.Namespace) -> None:
             if rate is not None:
                 set_keep_rate(model, rate)
             found = evaluate(model, loaders.val(), precision, ranks, not options.json, batches)
-            gmacs = evit_ext.count_macs(model, tuple(shape[2:])) / 1e9
+            gmacs = count_macs(model, tuple(shape[2:])) / 1e9
             alone = _speed(model, shape, options.repeats, precision, ranks)
-            rows.append(_Row(keep_rates(model), gmacs, alone, found))
+            rows.append(_Row(keep_rates(model), gmacs, alone, found, loaders.num_classes))
     if ranks.is_first:
         facts = {
             "model": config.model,
@@ -160,21 +184,61 @@ def _eval(options: argparse.Namespace) -> None:
             "device": ranks.device.type,
             "processes": ranks.world_size,
         }
-        _print(facts, rows, options.json)
+        _print(facts, rows, loaders.words, options)
 
 
-def _prepare(config: TrainConfig, ranks: Ranks, at_once: int) -> tuple[nn.Module, Any]:
+def _whole(config: TrainConfig, options: argparse.Namespace) -> TrainConfig:
+    """Return the configuration; of data not the run's own, a folder without splits is evaluated whole."""
+    given = overrides(options)
+    of_run = options.run_folder is not None and "data" not in given
+    if of_run or "val_fraction" in given:
+        return config
+    if options.run_folder is not None:
+        own = run_config(options.run_folder, {}).data
+        if own is not None and config.data is not None and Path(own).resolve() == Path(config.data).resolve():
+            return config
+    return replace(config, val_fraction=1.0)
+
+
+def _prepare(config: TrainConfig, ranks: Ranks, options: argparse.Namespace) -> tuple[nn.Module, Any]:
     """Return the model, built for the data's classes, and the validation data, prepared for the model."""
     # Imported here, because it takes a while.
     from evit_ext.training.building import build_model
     from evit_ext.training.loaders import Loaders
 
-    loaders = Loaders(config, ranks, at_once, training=False)
+    names = class_names(options, config)
+    of_model = options.run_folder or config.model
+    loaders = Loaders(config, ranks, options.at_once, training=False, classes=names, of_model=of_model)
+    if names is None:
+        _match_without_names(loaders, config)
     model: Any = build_model(config, loaders.num_classes)
     check_classes(config, model)
     size = model.patch_embed.img_size
     loaders.image = timm.data.resolve_model_data_config(model, {"img_size": size[0]} if size else {})
     return model, loaders
+
+
+def _match_without_names(loaders: Any, config: TrainConfig) -> None:
+    """Match the data's classes to a model that does not name its own: as ImageNet's, or in order."""
+    if not loaders.classes:
+        return  # labels are numbers
+    probe: Any = None
+    if config.num_classes is None and config.pretrained:
+        with torch.device("meta"):
+            dense: Any = create_dense(config.model, **config.model_args)
+        probe = dense.pretrained_cfg.get("num_classes")
+    known = weights_class_names(config.num_classes or probe or len(loaders.classes), loaders.classes)
+    if known is not None:
+        loaders.know_classes(known, config.model)
+    elif loaders.named_classes < loaders.num_classes:
+        raise ValueError(
+            f"the data has {loaders.named_classes} classes and the model {loaders.num_classes}, whose names "
+            "are not known: give them, in the order of its logits, with --classes FILE"
+        )
+    else:
+        loaders.words.append(
+            "the weights do not name their classes: matched by the order of the data's names"
+        )
 
 
 def _speed(
@@ -189,15 +253,24 @@ def _speed(
     return speed
 
 
-def _print(facts: dict[str, Any], rows: list[_Row], as_json: bool) -> None:
+def _print(facts: dict[str, Any], rows: list[_Row], words: list[str], options: argparse.Namespace) -> None:
     unreadable = rows[0].found.unreadable
-    if as_json:
-        listed = [{"path": path, "reason": reason} for path, reason in unreadable]
-        everything = {**facts, "rows": [row.plain() for row in rows], "unreadable": listed}
+    listed = [{"path": path, "reason": reason} for path, reason in unreadable]
+    everything = {**facts, "notes": words, "rows": [row.plain() for row in rows], "unreadable": listed}
+    if options.output is not None:
+        with replacing(options.output) as file:
+            file.write(json.dumps(everything, indent=2) + "\n")
+    if options.json:
         print(json.dumps(everything, indent=2))
         return
-    print("\n".join(f"{name}: {fact}" for name, fact in facts.items()))
+    print("\n".join([*(f"{name}: {fact}" for name, fact in facts.items()), *words]))
     print(f"\n{aligned([_HEADINGS, *(row.cells() for row in rows)])}")
     if unreadable:
         print(f"\nimages that could not be read and were left out: {len(unreadable)}")
         print("\n".join(f"  {path}: {reason}" for path, reason in unreadable))
+    if options.run_folder is not None:
+        page = f"{Path(options.run_folder).name}.html"
+        say_next(
+            ["evit", "visualize", "PHOTO", "--checkpoint", options.run_folder, "--html", page],
+            ["evit", "export", options.run_folder, "--format", "onnx"],
+        )

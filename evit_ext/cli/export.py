@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,24 +13,41 @@ import timm.data
 import torch
 from torch import nn
 
-import evit_ext
-from evit_ext import models
-from evit_ext.cli.options import add_keep_rates, add_options, add_weights, overrides
-from evit_ext.cli.runs import newest_weights
-from evit_ext.cli.trained import build, configuration, is_of_digits, load_weights, preparation
-from evit_ext.models.by_name import unknown_model
+from evit_ext.cli.options import (
+    add_classes,
+    add_keep_rates,
+    add_model,
+    add_options,
+    add_output,
+    add_random_weights,
+    add_weights,
+)
+from evit_ext.cli.output import check_writable
+from evit_ext.cli.trained import build, class_names, configuration, load_weights, name_model, preparation
 from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
-from evit_ext.training.config import TrainConfig, load_config
+from evit_ext.training.config import TrainConfig
+from evit_ext.weights import save_pretrained
 
 #: The fields of a configuration that define the model; the keep rate has its own option.
-_FIELDS = ("model_args", "img_size", "num_classes", "drop_loc", "fuse_token", "pretrained", "crop_pct")
+_FIELDS = (
+    "model",
+    "model_args",
+    "img_size",
+    "num_classes",
+    "drop_loc",
+    "fuse_token",
+    "rule",
+    "rule_args",
+    "pretrained",
+    "crop_pct",
+)
 
 _FORMATS = ("pt2", "onnx", "aoti", "hf")
 
 _EXAMPLES = """examples:
   evit export runs/small --format onnx
-  evit export deit_small --checkpoint evit.pth --keep-rate 0.7 --format aoti --output small.pt2
-  evit export runs/small --format hf --output small    # then: hf upload owner/small small
+  evit export deit_small --checkpoint evit.pth --keep-rate 0.7 --format aoti -o small.pt2
+  evit export runs/small --format hf -o small    # then: hf upload owner/small small
 """
 
 
@@ -47,11 +63,7 @@ def add_parser(commands: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "model",
-        metavar="RUN|MODEL",
-        help="folder of a run, or a model: of evit_ext.models, or any of timm's that evit_ext.apply supports",
-    )
+    add_model(parser)
     parser.add_argument(
         "--format",
         choices=_FORMATS,
@@ -60,28 +72,15 @@ def add_parser(commands: Any) -> None:
         "aoti: compiled by AOTInductor for this kind of machine, with this package's operators; hf: a folder "
         "for the Hugging Face hub, which evit_ext.from_pretrained and timm read (default: pt2)",
     )
-    parser.add_argument(
-        "--output",
-        metavar="FILE|FOLDER",
-        type=Path,
-        help="(default: the model's name and .pt2, .onnx, -aoti.pt2 or -hf)",
-    )
+    add_output(parser, "FILE|FOLDER", "(default: the model's name and .pt2, .onnx, -aoti.pt2 or -hf)")
     add_weights(parser)
-    parser.add_argument(
-        "--random-weights", action="store_true", help="export a model without training, to measure its speed"
-    )
+    add_random_weights(parser)
     add_keep_rates(parser, "in (0, 1], one or one for each stage (default: the configured one)")
     parser.add_argument(
         "--max-batch", type=int, metavar="N", help="the most images at once, at least 2 (default: any number)"
     )
     parser.add_argument("--opset", type=int, metavar="N", help="of --format onnx (default: 20)")
-    parser.add_argument(
-        "--classes",
-        type=Path,
-        metavar="FILE",
-        help="text file with the name of a class on each line, to be put into the exported file (default: "
-        "ImageNet's with --pretrained models of 1000 classes, else none)",
-    )
+    add_classes(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_options(parser.add_argument_group("model, as in a run's configuration"), _FIELDS)
     parser.set_defaults(run=_export)
@@ -96,8 +95,10 @@ def _export(options: argparse.Namespace) -> None:
         raise ValueError("--max-batch is for files, and not for --format hf, whose model takes any number")
     if options.format != "onnx" and options.opset is not None:
         raise ValueError(f"--opset is for --format onnx, got --format {options.format}")
-    classes = None if options.classes is None else _names(options.classes)
-    config, model, source = _trained(options)
+    if options.output is not None:
+        check_writable(options.output)
+    name_model(options, options.named)
+    config, model, source, classes = _trained(options)
     if options.keep_rates is not None:
         rates: Any = options.keep_rates
         set_keep_rate(model, rates[0] if len(rates) == 1 else rates)
@@ -106,8 +107,6 @@ def _export(options: argparse.Namespace) -> None:
     endings = {**FORMATS, "aoti": "-aoti.pt2", "hf": "-hf"}  # pt2 has the same ending as aoti
     file = options.output or Path(config.model.replace("/", "-") + endings[options.format])
     images = preparation(config)
-    if classes is None and is_of_digits(config):
-        classes = [str(digit) for digit in range(10)]
     if options.format == "hf":
         _write_folder(model, file, classes, images, source, options.json)
         return
@@ -134,14 +133,8 @@ def _export(options: argparse.Namespace) -> None:
     print(
         f"compared with the model at batches of {batches}: differs by at most {exported.max_difference:.2g}"
     )
-
-
-def _names(file: Path) -> list[str]:
-    """Return the lines of a text file."""
-    try:
-        return file.read_text("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} must be a text file with a class a line, in UTF-8: {error}") from error
+    named = "" if classes is None else f"{len(classes)} names in it"
+    print(f"classes: {named or 'without names; to give them: --classes FILE'}")
 
 
 def _write_folder(
@@ -153,7 +146,7 @@ def _write_folder(
     as_json: bool,
 ) -> None:
     """Write a model's folder for the hub, and report it."""
-    evit_ext.save_pretrained(model, folder, label_names=classes, pretrained_cfg=images)
+    save_pretrained(model, folder, label_names=classes, pretrained_cfg=images)
     rates = keep_rates(model)
     if as_json:
         facts = {"file": str(folder), "format": "hf", "keep_rate": rates, "weights": source}
@@ -164,44 +157,13 @@ def _write_folder(
     print(f"to load it: evit_ext.from_pretrained({str(folder)!r}); to the hub: hf upload OWNER/NAME {folder}")
 
 
-def _trained(options: argparse.Namespace) -> tuple[TrainConfig, nn.Module, str]:
-    """Return the configuration, the model with its weights, and a description of the weights."""
-    # A folder may have a model's name without being a run.
-    is_model = options.model in models.__all__ or timm.is_model(options.model)
-    folder = Path(options.model)
-    is_run = folder.is_dir() and (not is_model or (folder / "config.yaml").is_file())
-    options.run_folder = options.model if is_run else None
-    name = vars(options).pop("model")
-    given = overrides(options)
-    if not is_run and not is_model:
-        if folder.is_file():
-            raise ValueError(
-                f"{folder} is a file, expected the folder of a run or a model's name; a file of weights is "
-                f"given as evit export NAME --checkpoint {folder}"
-            )
-        where = f"there is no folder {folder}, nor a model of that name" if os.sep in name else ""
-        raise ValueError(where or str(unknown_model(name)))
-    ways = sum(
-        (is_run, options.checkpoint is not None, options.random_weights, bool(given.get("pretrained")))
-    )
-    if ways != 1:
-        raise ValueError(
-            "expected a run's folder, or a model with one of --checkpoint FILE, --pretrained and "
-            f"--random-weights; got {ways or 'none'} of these"
-        )
-    if options.ema is not None and (options.random_weights or given.get("pretrained")):
-        raise ValueError("--ema and --no-ema are for the weights of a run or of a file")
-    state: Any = None
-    if is_run:
-        config = configuration(options)
-        state, _ = newest_weights(options.run_folder, ema=False)
-    else:
-        config = load_config(model=name, **given)
+def _trained(options: argparse.Namespace) -> tuple[TrainConfig, nn.Module, str, list[str] | None]:
+    """Return the configuration, the model with its weights, a description of these, and its class names."""
+    config = configuration(options)
+    names = class_names(options, config)
     torch.manual_seed(config.seed)  # for random weights
-    model = build(config, state)
-    if options.random_weights:
-        return config, model, "random"
-    return config, model, load_weights(model, options)
+    model = build(config, options, names)
+    return config, model, load_weights(model, options).words, names
 
 
 def _imagenet_classes(model: Any) -> list[str] | None:

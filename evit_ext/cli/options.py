@@ -7,6 +7,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,45 @@ def add_weights(parser: Any, metavar: str = "FILE", more: str = "") -> None:
         "--ema",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="take the moving average of the weights (default: of a run where it has one, of a file not)",
+        help="take the moving average of the weights (default: of a file not, of a run's best weights what "
+        "they are, of its last ones where it has one)",
+    )
+    parser.add_argument(
+        "--last", action="store_true", help="take the last weights of a run (default: its best ones)"
+    )
+
+
+def add_model(parser: Any) -> None:
+    """Add the argument RUN|MODEL, stored as ``named``."""
+    parser.add_argument(
+        "named",
+        nargs="?",
+        metavar="RUN|MODEL",
+        help="folder of a run, which knows its model, classes and weights; or a model: of evit_ext.models, "
+        "or any of timm's that evit_ext.apply supports",
+    )
+
+
+def add_output(parser: Any, metavar: str, text: str) -> None:
+    """Add ``-o`` and ``--output``, a path."""
+    parser.add_argument("-o", "--output", type=Path, metavar=metavar, help=text)
+
+
+def add_classes(parser: Any) -> None:
+    """Add ``--classes``, a file with the names of the model's classes."""
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="text file with the name of a class on each line, in the order of the model's logits (default: "
+        "those that the run or the file of weights knows)",
+    )
+
+
+def add_random_weights(parser: Any) -> None:
+    """Add ``--random-weights``."""
+    parser.add_argument(
+        "--random-weights", action="store_true", help="take a model without training, to try things out"
     )
 
 

@@ -1,12 +1,21 @@
-"""Output of a command that must go on even if nobody can read the output any more."""
+"""Output of the commands: whether a file can be written, and going on when nobody reads any more."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+
+def say_next(*commands: Sequence[str | Path]) -> None:
+    """Print the commands that come next, ready to be typed; words in capitals are to be replaced."""
+    lines = ("  " + " ".join(shlex.quote(str(word)) for word in command) for command in commands)
+    print("\n".join(["next:", *lines]))
 
 
 class _Lasting:
@@ -64,3 +73,14 @@ def going_on_unread(where: str) -> Iterator[None]:
         contextlib.redirect_stderr(_Lasting(sys.stderr, tell)),
     ):
         yield
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError, before any work, if no file can be made at `path`; its folders may be missing."""
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, expected a folder", str(folder))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "nothing may be written there", str(folder))

@@ -1,17 +1,30 @@
-"""The folder of a run of ``evit train``: its configuration and its newest weights."""
+"""The folder of a run of ``evit train``: its configuration, the names of its classes and its weights."""
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from evit_ext.data.classes import read_class_names
 from evit_ext.training.config import TrainConfig, load_config
 from evit_ext.training.run.checkpoints import RunCheckpoints
+from evit_ext.training.run.folder import CLASSES_FILE
+
+
+def run_of(path: str) -> str | None:
+    """Return the folder of the run that a path is or lies in, such as runs/a for runs/a/best.safetensors."""
+    given = Path(path)
+    for folder in (given, given.parent, given.parent.parent):
+        if (folder / "config.yaml").is_file():
+            return str(folder)
+    return None
 
 
 def run_config(folder: str, given: Mapping[str, Any]) -> TrainConfig:
@@ -33,17 +46,56 @@ def run_config(folder: str, given: Mapping[str, Any]) -> TrainConfig:
     return replace(load_config(file, **given), pretrained=False, initial_checkpoint=None)
 
 
-def newest_weights(folder: str, ema: bool | None) -> tuple[Mapping[str, Any], str]:
-    """Return the newest readable weights of a run, and a description of them.
+def run_classes(folder: str) -> list[str] | None:
+    """Return the names of a run's classes, in the order of its logits; None if its data has none."""
+    file = Path(folder) / CLASSES_FILE
+    return read_class_names(file) if file.is_file() else None
+
+
+def file_classes(path: str) -> list[str] | None:
+    """Return the names of the classes that a file of weights knows; None if it does not say."""
+    try:
+        with safe_open(path, "pt") as file:
+            names = json.loads((file.metadata() or {}).get("classes", "null"))
+    except (SafetensorError, OSError, ValueError):  # of other formats, or none: loading it will say
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def run_weights(folder: str, last: bool, ema: bool | None) -> tuple[Mapping[str, Any], str]:
+    """Return weights of a run, and a description of them.
 
     Args:
         folder: of the run.
-        ema: whether to take the moving average of the weights; None takes it if the run has one.
+        last: take those of the newest readable checkpoint instead of the best ones.
+        ema: with `last`, whether to take the moving average; None takes it if the run has one. Without, None
+            takes what is best, and anything else must be what the best weights are.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: `ema` is True but there is no moving average.
+        FileNotFoundError: there are no weights.
+        ValueError: `ema` asks for what there is not.
     """
+    best = Path(folder) / "best.safetensors"
+    if last or not best.is_file():
+        state, words = _newest(folder, ema)
+        return (
+            state,
+            words if last else f"{words} (the run was not evaluated yet, so no weights are its best)",
+        )
+    with safe_open(str(best), "pt") as file:
+        facts = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    is_ema = facts.get("weights") == "ema"
+    if ema is not None and ema != is_ema:
+        kind = "the moving average" if is_ema else "the model itself"
+        raise ValueError(
+            f"the best weights of {folder} are of {kind}: leave out --ema and --no-ema, or add --last"
+        )
+    what = f"{best}, the best: epoch {facts.get('epoch')}, top-1 {float(facts.get('top1', 'nan')):.2f} %"
+    return tensors, what + (", moving average" if is_ema else "")
+
+
+def _newest(folder: str, ema: bool | None) -> tuple[Mapping[str, Any], str]:
     checkpoints = Path(folder) / "checkpoints"
     found = RunCheckpoints(checkpoints).load_latest()
     if found is None:
@@ -52,12 +104,12 @@ def newest_weights(folder: str, ema: bool | None) -> tuple[Mapping[str, Any], st
     average = None if ema is False else state.get("model_ema")
     if ema and average is None:
         raise ValueError(f"{folder} has no moving average of the weights: leave out --ema")
-    words = f"{checkpoints}, step {step}" + ("" if average is None else ", moving average")
+    words = f"{checkpoints}, the last: step {step}" + ("" if average is None else ", moving average")
     return (state["model"] if average is None else average), words
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Any], folder: str) -> None:
-    """Load weights from :func:`newest_weights`; ValueError if they do not fit the model."""
+    """Load weights from :func:`run_weights`; ValueError if they do not fit the model."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
+import threading
 import traceback
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from evit_ext.cli.options import add_options, overrides
-from evit_ext.cli.output import going_on_unread
+from evit_ext.cli.options import add_options, add_output, overrides
+from evit_ext.cli.output import going_on_unread, say_next
+from evit_ext.cli.train_checks import checked_config
 from evit_ext.training.config import TrainConfig, load_config, recipe_names
-from evit_ext.training.ranks import Ranks, is_lost, join
+from evit_ext.training.data_fit import RECIPE
+from evit_ext.training.ranks import ALONE, Ranks, is_lost, join
+from evit_ext.training.waiting import GRACE
 
 # The first field of each group of options, in the order of TrainConfig.
 _GROUPS = {
@@ -26,10 +32,11 @@ _GROUPS = {
 }
 
 _EXAMPLES = """examples:
+  evit train --data photos                               # photos/cat/*.jpg, photos/dog/*.jpg, ...
   evit train --recipe cluttered-digits
   evit train --recipe imagenet-finetune-30 --data imagenet --keep-rate 0.6
   torchrun --nproc-per-node 8 --no-python evit train --recipe imagenet-300 --data imagenet
-  evit train --recipe runs/a/config.yaml --output runs/b
+  evit train --recipe runs/a/config.yaml -o runs/b
 """
 
 
@@ -38,7 +45,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         help="train an EViT after a recipe, on one process or many, or go on with a run",
-        usage="evit train [--recipe NAME|FILE] [--output FOLDER] [--FIELD VALUE ...]",
+        usage="evit train [--data FOLDER] [--recipe NAME|FILE] [-o FOLDER] [--FIELD VALUE ...]",
         description="Train an EViT. A recipe gives all fields, options change single ones, and the run's\n"
         "folder gets what came of them as config.yaml. The same command goes on with a run\n"
         "that was interrupted. Under torchrun or srun, all processes train together.",
@@ -46,14 +53,13 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--recipe", metavar="NAME|FILE", help=f"{', '.join(recipe_names())}, or a YAML file of fields"
+        "--recipe",
+        metavar="NAME|FILE",
+        help=f"{', '.join(recipe_names())}, or a YAML file of fields (default: {RECIPE} with --data of a "
+        "folder of images, which fits batch size, epochs and learning rate to their number)",
     )
-    parser.add_argument(
-        "--output",
-        metavar="FOLDER",
-        type=Path,
-        help="folder of the run (default: runs/ and the recipe's name)",
-    )
+    text = "folder of the run (default: runs/ and the name of the recipe, or of the data without a recipe)"
+    add_output(parser, "FOLDER", text)
     parser.add_argument(
         "--resume",
         choices=("auto", "never"),
@@ -69,6 +75,11 @@ def add_parser(commands: Any) -> None:
         help="write TensorBoard's event files (default: where its package is installed)",
     )
     parser.add_argument(
+        "--wandb",
+        metavar="PROJECT",
+        help="write the figures to this project of Weights & Biases, too, whose package must be installed",
+    )
+    parser.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, default=True, help="show progress"
     )
     parser.add_argument("--print-config", action="store_true", help="print all fields as YAML, and stop")
@@ -81,16 +92,30 @@ def add_parser(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    config = load_config(options.recipe, **overrides(options))
+    given = overrides(options)
+    recipe = options.recipe
+    if recipe is None and given.get("data") and not given.get("dataset"):
+        recipe = RECIPE
+    output = options.output or Path("runs") / _name(options, recipe, given)
     if options.print_config:
+        fits = recipe == RECIPE and given.get("data")
+        config = checked_config(recipe, given, output, ALONE) if fits else load_config(recipe, **given)
         print(config.to_yaml(), end="")
         return 0
-    output = options.output or Path("runs") / Path(options.recipe or config.model).stem
-    try:
-        with going_on_unread(f"evit train: the run goes on in {output}"), join(options.device) as ranks:
-            return _run(config, output, ranks, options)
-    except _Failed:
-        return 1
+    with going_on_unread(f"evit train: the run goes on in {output}"):
+        try:
+            with join(options.device) as ranks:
+                config = checked_config(recipe, given, output, ranks)
+                return _run(config, output, ranks, options)
+        except _Failed:
+            return 1
+
+
+def _name(options: argparse.Namespace, recipe: str | None, given: Mapping[str, Any]) -> str:
+    """Return the name of a run that was given none: that of its data, recipe or model."""
+    if options.recipe is None and recipe == RECIPE:
+        return Path(given["data"]).resolve().name
+    return Path(recipe or given.get("model") or TrainConfig.model).stem
 
 
 class _Failed(Exception):
@@ -103,14 +128,16 @@ def _run(config: TrainConfig, output: Path, ranks: Ranks, options: argparse.Name
     from evit_ext.training.run.stopping import Stopped
     from evit_ext.training.run.unreadable import TooManyUnreadable
 
-    run = Run(config, output, ranks, options.resume, options.progress, options.tensorboard)
+    run = Run(config, output, ranks, options.resume, options.progress, options.tensorboard, options.wandb)
     try:
         summary = run.train()
     except Stopped as stopped:
         if ranks.is_first:
             print(f"evit train: {stopped}", flush=True)
         # The exit status of a process ended by the signal, for schedulers.
-        return 128 + (stopped.signal or signal.SIGTERM)
+        status = 128 + (stopped.signal or signal.SIGTERM)
+        _end_within(GRACE, status)
+        return status
     except (FloatingPointError, TooManyUnreadable) as error:  # raised in all processes
         if options.verbose:
             traceback.print_exc()
@@ -126,7 +153,20 @@ def _run(config: TrainConfig, output: Path, ranks: Ranks, options: argparse.Name
         raise _Failed from error
     if ranks.is_first:
         print(summary)
+        say_next(
+            ["evit", "report", output],
+            ["evit", "eval", output],
+            ["evit", "visualize", "PHOTO", "--checkpoint", output, "--html", f"{output.name}.html"],
+            ["evit", "export", output, "--format", "onnx"],
+        )
     return 0
+
+
+def _end_within(seconds: float, status: int) -> None:
+    """End the process if it does not end by itself: it may wait for workers that wait for a dead mount."""
+    timer = threading.Timer(seconds, os._exit, [status])
+    timer.daemon = True
+    timer.start()
 
 
 def _tell(error: str) -> None:

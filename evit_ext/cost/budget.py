@@ -13,6 +13,7 @@ from evit_ext._util.messages import shown
 from evit_ext.cost.macs import count_macs
 from evit_ext.models.by_name import create_dense, create_evit
 from evit_ext.patching.keep_rates import set_keep_rate
+from evit_ext.tokens.stage import find_stages
 
 #: From 1, where nothing is dropped, to the lowest keep rate in the paper.
 KEEP_RATES = tuple(percent / 100 for percent in range(100, 45, -5))
@@ -110,7 +111,7 @@ def cost_of(model: str) -> int:
     """
     with torch.device("meta"):
         dense = create_dense(model).eval()
-    if hasattr(dense, "score_predictor"):
+    if find_stages(dense):
         set_keep_rate(dense, 1.0)
     return count_macs(dense)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 from evit_ext._util.randomness import derive_seed, seeded
 from evit_ext.data.cluttered_digits import ClutteredDigits
 from evit_ext.data.digits import Digits
-from evit_ext.data.images import ImageFiles, Unreadable
+from evit_ext.data.images import Unreadable, printable
 from evit_ext.data.order import Place
+from evit_ext.data.splits import ImageFiles
 from evit_ext.data.token_label_maps import patch_labels, read_label_map
 from evit_ext.data.transforms import CropWithLabels, Transform
 
@@ -44,6 +45,10 @@ class Batch(NamedTuple):
     labels: Tensor
     token_labels: Tensor | None = None
     unreadable: tuple[Unreadable, ...] = ()
+
+
+#: An image as the model sees it, its token labels or None, and its label.
+Sample = tuple[Tensor, Tensor | None, int]
 
 
 class TokenLabels(NamedTuple):
@@ -94,37 +99,42 @@ class ImageBatches(Dataset[Batch]):
             ValueError: a label is out of range, or token labels are malformed.
             FileNotFoundError: an image has no token labels.
         """
-        made: list[tuple[Tensor, Tensor | None, int]] = []
+        made: list[Sample] = []
         unreadable: list[Unreadable] = []
         for place in places:
-            index, found = self._read(place.image, unreadable)
-            if found is None:
-                continue
-            image, label = found
-            check_label(label, self.num_classes, self.files.path(index))
-            with seeded(derive_seed(self.seed, place.epoch, place.position, AUGMENTATION)):
-                made.append((*self._transformed(image, index, label), label))
+            sample = self._sample(place, unreadable)
+            if sample is not None:
+                made.append(sample)
         return collate(made, self.image_size, unreadable)
 
-    def _read(self, index: int, unreadable: list[Unreadable]) -> tuple[int, tuple[Image.Image, int] | None]:
-        """Return the first readable image from `index` on; without `replace`, only `index` is tried."""
+    def _sample(self, place: Place, unreadable: list[Unreadable]) -> Sample | None:
+        """Return the first readable image from a place on; without `replace`, only that one is tried."""
+        seed, index = derive_seed(self.seed, place.epoch, place.position, AUGMENTATION), place.image
         for _ in range(min(MAX_IN_A_ROW, len(self.files)) if self.replace else 1):
-            found = self.files.read(index)
+            found = self._transformed(index, seed)
             if not isinstance(found, Unreadable):
-                return index, found
+                return found
             unreadable.append(found)
             index = (index + 1) % len(self.files)
         if self.replace:
-            raise too_many(unreadable[-1])
-        return index, None
+            raise broken_data_set(unreadable[-1])
+        return None
 
-    def _transformed(self, image: Image.Image, index: int, label: int) -> tuple[Tensor, Tensor | None]:
-        if self.token_labels is None:
-            return self.transform(image), None  # type: ignore[return-value]
-        view, crop = self.transform(image)
+    def _transformed(self, index: int, seed: int) -> Sample | Unreadable:
+        found = self.files.read(index)
+        if isinstance(found, Unreadable):
+            return found
+        image, label = found
+        path = self.files.path(index)
+        check_label(label, self.num_classes, path)
+        with seeded(seed):
+            seen = transformed(image, self.transform, path)
+        if isinstance(seen, Unreadable) or self.token_labels is None:
+            return seen if isinstance(seen, Unreadable) else (seen, None, label)
+        view, crop = seen
         folder, patch_grid, num_classes = self.token_labels
-        scores, classes = read_label_map(folder / f"{self.files.stem(index, label)}.pt", num_classes)
-        return view, patch_labels(scores, classes, crop, patch_grid, num_classes)
+        scores, classes = read_label_map(folder / f"{self.files.stem(index)}.pt", num_classes)
+        return view, patch_labels(scores, classes, crop, patch_grid, num_classes), label
 
 
 class DigitBatches(Dataset[Batch]):
@@ -151,7 +161,7 @@ class DigitBatches(Dataset[Batch]):
 
 
 def collate(
-    made: Sequence[tuple[Tensor, Tensor | None, int]],
+    made: Sequence[Sample],
     image_size: tuple[int, int],
     unreadable: Sequence[Unreadable],
 ) -> Batch:
@@ -162,22 +172,37 @@ def collate(
     return Batch(images, labels, torch.stack(token_labels) if token_labels else None, tuple(unreadable))
 
 
+def transformed(image: Image.Image, transform: Callable[[Image.Image], Any], path: str) -> Any:
+    """Return what a transform makes of an image; a transform that fails makes the image :class:`Unreadable`.
+
+    Raises:
+        MemoryError: the machine has run out of memory.
+    """
+    try:
+        return transform(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # of Pillow, torchvision and timm
+        size = f"{image.width}x{image.height} pixels"
+        return Unreadable(printable(path), f"cannot be prepared ({size}): {type(error).__name__}: {error}")
+
+
 def check_label(label: int, num_classes: int, path: str) -> None:
     """Raise ValueError unless a label is in [0, num_classes)."""
     if not 0 <= label < num_classes:
         raise ValueError(f"{path} has label {label}: expected one from 0 to {num_classes - 1}")
 
 
-def too_many(last: Unreadable) -> RuntimeError:
-    """Return the error for a broken data set."""
+def broken_data_set(last: Unreadable) -> RuntimeError:
+    """Return the error for a data set of which :data:`MAX_IN_A_ROW` images in a row cannot be read."""
     return RuntimeError(
         f"too many images in a row cannot be read (at most {MAX_IN_A_ROW}), the last of them "
         f"{last.path}: {last.reason}"
     )
 
 
-def as_it_is(batch: Any) -> Any:
-    """Return the batch unchanged: the data sets make whole batches, so DataLoader has nothing to collate."""
+def unchanged(batch: Any) -> Any:
+    """Return the batch: the data sets make whole batches, so DataLoader has nothing to collate."""
     return batch
 
 
@@ -188,12 +213,13 @@ def start_worker(worker: int) -> None:
     SIGTERM from its own main process, which torch sends to workers that do not respond, or, as all torch
     workers do, within seconds after that process has ended.
     """
+    signal.set_wakeup_fd(-1)  # that of the run, whose copy this process has
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_leave_when_told, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_on_sigterm, args=(os.getppid(),), daemon=True).start()
 
 
-def _leave_when_told(master: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != master:
+def _exit_on_sigterm(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         continue
     os._exit(128 + signal.SIGTERM)

@@ -1,137 +1,144 @@
-"""Images from files, read so that a bad image is reported instead of ending the run.
+"""Reading one image, alike for training, evaluation and pictures; a bad image is a report, not an error.
 
-timm's readers list and open the images. We decode them ourselves, because timm's decoding skips unreadable
-images with only a line in the log and has no limit on image size.
+timm's decoding would skip unreadable images with only a line in the log, ignores the camera's orientation,
+turns 16-bit images white, and has no limit on their size.
 """
 
 from __future__ import annotations
 
 import errno
-import importlib.util
+import logging
 import os
-import tarfile
+import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
-from PIL import Image, UnidentifiedImageError
-from timm.data.readers import create_reader
-from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Other folder names that timm's scripts accept for a split.
-_SYNONYMS = (
-    ("train", "training"),
-    ("val", "valid", "validation", "eval", "evaluation"),
-)
-# Formats for which Pillow runs another program, Ghostscript, on an untrusted file.
-_NOT_OPENED = {"EPS"}
-_LAYOUT = "<class>/<image> in it, or a .tar of these"
+_logger = logging.getLogger(__name__)
+
+# For EPS, Pillow runs another program, Ghostscript, on an untrusted file. It only recognises the others.
+_NOT_OPENED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 # Errors of the machine, not of the image: the next image would fail as well.
 _MACHINE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+# What was warned about in this process, each once.
+_warned: set[str] = set()
 
 
 class Unreadable(NamedTuple):
-    """An image that could not be read: its path and what was wrong."""
+    """An image that could not be read: its path as printable text, and what was wrong."""
 
     path: str
     reason: str
 
 
-class ImageFiles:
-    """The images of a split, by index.
-
-    Args:
-        reader: one of timm's readers.
-        source: where the images come from, for messages.
-        max_pixels: a larger image counts as unreadable; the size in its header is checked before anything is
-            decoded.
+class ImageLimits(NamedTuple):
+    """What counts as too large to read.
 
     Attributes:
-        classes: the number of every class by name; empty if the data set does not list them.
+        max_pixels: of the image, by the size in its header, before anything is decoded; and of what is made
+            of it when its shorter side is resized to `shorter_side`, as in evaluation: a strip of 5000 x 1
+            pixels would become 1,280,000 x 256.
+        shorter_side: in pixels; 0 for an image that is not resized.
     """
 
-    def __init__(self, reader: Any, source: str, max_pixels: int) -> None:
-        self.reader = reader
-        self.source = source
-        self.max_pixels = max_pixels
-        # Readers of tar files use another name.
-        classes = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
-        self.classes: Mapping[str, int] = classes or {}
-        self._names = {label: name for name, label in self.classes.items()}
+    max_pixels: int
+    shorter_side: int = 0
 
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def path(self, index: int) -> str:
-        """Return an image's path: its file, or its name inside a tar file or data set."""
-        name = self.reader.filename(index, absolute=True)
-        if isinstance(self.reader, ReaderImageInTar):
-            parent = self.reader.samples[index][1]
-            return f"{os.path.join(self.source, parent) if parent else self.source}: {name}"
-        if isinstance(self.reader, ReaderImageFolder):
-            return name
-        return f"{self.source}[{index}]" + (f": {name}" if name else "")
-
-    def stem(self, index: int, label: int) -> str:
-        """Return `<class>/<name>` of an image, without its ending."""
-        name = self.reader.filename(index)
-        if name is None or label not in self._names:
-            raise ValueError(f"{self.path(index)} has no file name or no class name: it has no token labels")
-        return f"{self._names[label]}/{Path(name).stem}"
-
-    def read(self, index: int) -> tuple[Image.Image, int] | Unreadable:
-        """Return an RGB image and its label, or the reason why it is unreadable.
-
-        Raises:
-            MemoryError, OSError: the machine has run out of memory or open files.
-        """
-        label = -1
-
-        def open_image() -> IO[bytes]:
-            nonlocal label
-            file, target = self.reader[index]
-            label = int(target)
-            return file
-
-        image = read_image(open_image, self.path(index), self.max_pixels)
-        return image if isinstance(image, Unreadable) else (image, label)
+    def check(self, size: tuple[int, int]) -> None:
+        """Raise ValueError for an image of this width and height that is too large."""
+        width, height = size
+        if width * height > self.max_pixels:
+            raise ValueError(f"{width}x{height} pixels, more than max_image_pixels {self.max_pixels}")
+        short, long = min(size), max(size)
+        resized = self.shorter_side * -(-self.shorter_side * long // max(short, 1))
+        if self.shorter_side > short and resized > self.max_pixels:
+            raise ValueError(
+                f"{width}x{height} pixels: resized to a shorter side of {self.shorter_side} it would have "
+                f"{resized}, more than max_image_pixels {self.max_pixels}"
+            )
 
 
-def read_image(open_file: Callable[[], IO[bytes]], path: str, max_pixels: int) -> Image.Image | Unreadable:
-    """Decode an image.
+def printable(name: str | os.PathLike[str]) -> str:
+    """Return a file's name as text that any UTF-8 file can hold, on one line.
+
+    Bytes that are not UTF-8, such as GBK names from a Windows archive, and control characters become escapes
+    (``\\xc4``). Composed and decomposed letters, which look the same, become the same (NFC).
+    """
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return unicodedata.normalize("NFC", text)
+
+
+@cache
+def endings() -> frozenset[str]:
+    """Return the endings of names that are read as images, such as ``.webp``: those that Pillow opens."""
+    opened = _formats()
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in opened)
+
+
+def read_image(
+    open_file: Callable[[], IO[bytes]], path: str, limits: ImageLimits
+) -> Image.Image | Unreadable:
+    """Decode an image to RGB, 8 bits a channel, the way up that its camera noted (EXIF orientation).
+
+    Grey images of 16 bits are scaled from their whole range, black to white. Images of 32 bits (whole numbers
+    or floats) have no known white and are unreadable. Transparency is dropped, as timm and torchvision do:
+    the colours stored below it show. Of several frames the first is read.
 
     Args:
         open_file: returns the file; if it raises, the image counts as unreadable.
         path: for the report.
-        max_pixels: a larger image counts as unreadable and is not decoded.
+        limits: a larger image counts as unreadable; the size in its header is checked before it is decoded.
 
     Returns:
-        The RGB image, or a report of why it is unreadable.
+        The image, or a report of why it is unreadable.
 
     Raises:
         MemoryError, OSError: the machine has run out of memory or open files.
     """
     try:
-        with open_file() as file, _pixel_limit(None), Image.open(file, formats=_formats()) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ValueError(f"{width}x{height} pixels, more than max_image_pixels {max_pixels}")
+        with (
+            _warnings_of(path),
+            open_file() as file,
+            _pixel_limit(None),
+            Image.open(file, formats=_formats()) as image,
+        ):
+            limits.check(image.size)
             # In some formats the image's size can differ from the header's, so Pillow checks again.
-            with _pixel_limit(max_pixels):
-                return image.convert("RGB")
+            with _pixel_limit(limits.max_pixels):
+                ImageOps.exif_transpose(image, in_place=True)
+                return _rgb(image)
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        return Unreadable(path, "not an image that Pillow knows")
+        return Unreadable(printable(path), "not an image that Pillow knows")
     # On damaged data, Pillow's decoders raise nearly anything, from SyntaxError to struct.error.
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
             raise
-        return Unreadable(path, f"{type(error).__name__}: {error}")
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return Unreadable(printable(path), f"{type(error).__name__}: {text}")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        white = 65535
+        bits = getattr(image, "tag_v2", {}).get(258)  # of a TIFF: 12 bits are stored in 16
+        if bits and bits[0] < 16:
+            white = 2 ** bits[0] - 1
+        grey = np.asarray(image).astype(np.float32) * (255 / white)
+        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "whole numbers" if image.mode == "I" else "floats"
+        raise ValueError(f"its pixels are {kind} of 32 bits, whose white is not known: store 8 or 16 bits")
+    if "transparency" in image.info and image.mode == "P":
+        image = image.convert("RGBA")  # without this step, Pillow warns
+    return image.convert("RGB")
 
 
 @cache
@@ -146,85 +153,20 @@ def _pixel_limit(limit: int | None) -> Iterator[None]:
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = limit
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
+        yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def open_images(dataset: str, data: str | None, split: str, max_pixels: int) -> ImageFiles:
-    """Open a split of a data set whose images can be read in any order.
-
-    Args:
-        dataset: "" for a folder or tar files, or "hfds/NAME" for a Hugging Face Arrow data set, from the hub
-            or a local folder of, say, Parquet files. Code that comes with a data set is never run.
-        data: the folder with the splits. Each split is a folder `split` (or a common synonym) with a folder
-            for each class, a file `split`.tar, or a folder of tar files. For "hfds/NAME": the cache folder.
-        split: name of the split.
-        max_pixels: see :class:`ImageFiles`.
-
-    Raises:
-        ValueError: `data` is not given, or there are no images, or none in class folders.
-        FileNotFoundError: the folder or split does not exist.
-        ModuleNotFoundError: "hfds" needs `datasets`.
-    """
-    if dataset:
-        need("datasets", dataset)
-        return ImageFiles(create_reader(dataset, root=data, split=split), f"{dataset} {split}", max_pixels)
-    root = find_split(data, split)
-    try:
-        if root.suffix == ".tar" or any(root.glob("*.tar")):
-            # No cache: timm would store a pickle in the data folder, where others may be able to write.
-            reader = ReaderImageInTar(str(root), cache_tarinfo=False)
-        else:
-            reader = create_reader("", root=str(root))
-    except (RuntimeError, ValueError, AssertionError, tarfile.TarError) as error:
-        raise ValueError(f"{root} holds no images: expected {_LAYOUT} ({error})") from error
-    files = ImageFiles(reader, str(root), max_pixels)
-    if "" in files.classes:
-        raise ValueError(f"{root} holds images outside of the classes' folders: expected {_LAYOUT}")
-    return files
-
-
-def find_split(data: str | None, split: str) -> Path:
-    """Return the folder or tar file of a split.
-
-    Unlike timm's search, this does not fall back to the whole folder: a run without a validation split would
-    then silently be evaluated on its training images.
-
-    Raises:
-        ValueError: `data` is not given.
-        FileNotFoundError: `data` is not a folder, or does not have the split.
-    """
-    folder = find_folder(data)
-    names = [split, *(name for group in _SYNONYMS if split in group for name in group)]
-    for name in names:
-        for path in (folder / name, folder / f"{name}.tar"):
-            if path.exists():
-                return path
-    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8])
-    raise FileNotFoundError(
-        f"{data} has no split {split!r}: expected a folder {split} with {_LAYOUT}, found {found or 'nothing'}"
-    )
-
-
-def find_folder(data: str | None) -> Path:
-    """Return the folder of a data set.
-
-    Raises:
-        ValueError: `data` is not given.
-        FileNotFoundError: `data` is not a folder.
-    """
-    if data is None:
-        raise ValueError("data must be the folder that has the data set's splits, got none")
-    if not Path(data).is_dir():
-        there = f"{data} is a file" if Path(data).is_file() else f"there is no {data}"
-        raise FileNotFoundError(f"data must be a folder with the data set's splits; {there}")
-    return Path(data)
-
-
-def need(package: str, dataset: str) -> None:
-    """Raise ModuleNotFoundError with advice unless a package is installed."""
-    if importlib.util.find_spec(package) is None:
-        raise ModuleNotFoundError(f'data set {dataset!r} needs {package}: pip install "evit_ext[data]"')
+@contextmanager
+def _warnings_of(path: str) -> Iterator[None]:
+    """Log Pillow's warnings with the file's name, each once in a process; that of the size is an error."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+    for warning in caught:
+        text = " ".join(str(warning.message).split())
+        if text not in _warned:
+            _warned.add(text)
+            _logger.warning("%s: %s (reported once, of the first such image)", printable(path), text)

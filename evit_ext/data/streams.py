@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import io
 import random
-import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from PIL import Image
 from timm.data.readers import create_reader
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from evit_ext._util.randomness import derive_seed, seeded
@@ -30,25 +27,22 @@ from evit_ext.data.batches import (
     AUGMENTATION,
     MAX_IN_A_ROW,
     Batch,
+    Sample,
+    broken_data_set,
     check_label,
     collate,
-    too_many,
+    transformed,
 )
-from evit_ext.data.images import Unreadable, find_folder, need, read_image
+from evit_ext.data.classes import match_classes
+from evit_ext.data.images import ImageLimits, Unreadable, printable, read_image
+from evit_ext.data.shards import Encoded, read_tar
+from evit_ext.data.splits import find_folder, need
 from evit_ext.data.transforms import Transform
 
 #: Number of encoded images from which a shuffled stream draws the next one.
 SHUFFLE_BUFFER = 2048
 # Key of the random numbers that shuffle a stream.
 _STREAM = 3
-
-
-class Encoded(NamedTuple):
-    """An image as stored, its label and its path."""
-
-    data: bytes
-    label: int
-    path: str
 
 
 class Share(NamedTuple):
@@ -71,6 +65,13 @@ class Source(Protocol):
 
     num_images: int | None
     classes: Mapping[str, int]
+
+    def number_classes(self, known: Sequence[str], of_model: str) -> None:
+        """Number the classes as a model does, whose classes are called `known`; matched by name.
+
+        Raises:
+            ValueError: there is a class that the model does not know.
+        """
 
     def most_workers(self, world_size: int) -> int:
         """Return how many workers a process can have without any of them having nothing to read."""
@@ -118,6 +119,9 @@ class WebDataset:
             if not shard.is_file():
                 raise FileNotFoundError(f"split {split!r} of {folder} has no shard {shard}")
 
+    def number_classes(self, known: Sequence[str], of_model: str) -> None:
+        """Do nothing: labels are numbers, without names."""
+
     def most_workers(self, world_size: int) -> int:
         return 1 << 30
 
@@ -163,9 +167,14 @@ class HuggingFaceStream:
         self.num_images: int | None = num_images or known or None
         stream = reader.builder.as_streaming_dataset(split=split)
         names = getattr((stream.features or {}).get("label"), "names", None) or []
-        self.classes: Mapping[str, int] = {name: label for label, name in enumerate(names)}
+        self.classes: Mapping[str, int] = {printable(name): label for label, name in enumerate(names)}
+        self._numbers: dict[int, int] = {}
         self.stream = stream.cast_column("image", ImageFeature(decode=False))
         self.name = f"{name} {split}"
+
+    def number_classes(self, known: Sequence[str], of_model: str) -> None:
+        if self.classes:
+            self._numbers = match_classes(self.classes, known, self.name, of_model)
 
     def most_workers(self, world_size: int) -> int:
         return self._part(0, world_size).num_shards
@@ -196,54 +205,8 @@ class HuggingFaceStream:
                     continue
             if item.get("label") is None:
                 raise ValueError(f"{path} has no label")
-            yield Encoded(data, int(item["label"]), path)
-
-
-def read_tar(shard: Path) -> Iterator[Encoded | Unreadable]:
-    """Read the samples of a shard; if it is damaged, report that and stop at the damage."""
-    sample: dict[str, bytes] = {}
-    key = None
-    try:
-        with tarfile.open(shard, "r|*") as tar:
-            for member in tar:
-                file = tar.extractfile(member) if member.isfile() else None
-                if file is None:
-                    continue
-                path = PurePosixPath(member.name)
-                stem, _, ending = path.name.partition(".")
-                # As in WebDataset, a sample's name ends at the first dot.
-                if (path.parent, stem) != key:
-                    yield from _sample(shard, key, sample)
-                    key, sample = (path.parent, stem), {}
-                sample[ending.lower()] = file.read()
-            end = tar.offset
-        yield from _sample(shard, key, sample)
-        # tarfile does not notice when a file is cut off between two members.
-        if shard.suffix == ".tar" and not _has_end_mark(shard, end):
-            yield Unreadable(str(shard), "ReadError: the file breaks off, without the end mark of a tar file")
-    except (OSError, EOFError, tarfile.TarError) as error:
-        yield Unreadable(str(shard), f"{type(error).__name__}: {error}")
-
-
-def _has_end_mark(shard: Path, position: int) -> bool:
-    with shard.open("rb") as file:
-        file.seek(position)
-        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-
-
-def _sample(
-    shard: Path, key: tuple[PurePosixPath, str] | None, files: dict[str, bytes]
-) -> Iterator[Encoded | Unreadable]:
-    if key is None:
-        return
-    endings = [ending for ending in ("jpg", "jpeg", "png", "webp") if ending in files]
-    path = f"{shard}: {key[0] / key[1]}"
-    if not endings or "cls" not in files:
-        yield Unreadable(path, f"expected an image and .cls, found {', '.join(files)}")
-    elif not files["cls"].strip().isdigit():
-        yield Unreadable(path, f".cls must be a number, got {files['cls'][:20]!r}")
-    else:
-        yield Encoded(files[endings[0]], int(files["cls"]), f"{path}.{endings[0]}")
+            label = int(item["label"])
+            yield Encoded(data, self._numbers.get(label, label), path)
 
 
 class StreamBatches(IterableDataset[Batch]):
@@ -258,7 +221,7 @@ class StreamBatches(IterableDataset[Batch]):
         num_classes: labels must be in [0, num_classes).
         image_size: S.
         transform: from an RGB image to float32 [3, S, S].
-        max_pixels: a larger image counts as unreadable and is not decoded.
+        limits: see :class:`ImageLimits`.
         seed: of the run.
         training: shuffle the stream and repeat it without end.
         rank: of this process.
@@ -272,7 +235,7 @@ class StreamBatches(IterableDataset[Batch]):
         num_classes: int,
         image_size: tuple[int, int],
         transform: Transform,
-        max_pixels: int,
+        limits: ImageLimits,
         seed: int,
         training: bool,
         rank: int = 0,
@@ -283,7 +246,7 @@ class StreamBatches(IterableDataset[Batch]):
         self.num_classes = num_classes
         self.image_size = image_size
         self.transform = transform
-        self.max_pixels = max_pixels
+        self.limits = limits
         self.seed = seed
         self.training = training
         self.rank, self.world_size = rank, world_size
@@ -303,22 +266,21 @@ class StreamBatches(IterableDataset[Batch]):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         share = Share(self.rank * workers + worker, self.world_size * workers, self.rank, self.world_size)
-        made: list[tuple[Tensor, Tensor | None, int]] = []
+        made: list[Sample] = []
         unreadable: list[Unreadable] = []
         in_a_row = number = 0
         for sample in self._samples(share):
-            found = self._decoded(sample)
+            found = self._decoded(
+                sample, derive_seed(self.seed, self.epoch, share.worker, number, AUGMENTATION)
+            )
             if isinstance(found, Unreadable):
                 unreadable.append(found)
                 in_a_row += 1
                 if in_a_row >= MAX_IN_A_ROW:
-                    raise too_many(found)
+                    raise broken_data_set(found)
                 continue
             in_a_row = 0
-            image, label, path = found
-            check_label(label, self.num_classes, path)
-            with seeded(derive_seed(self.seed, self.epoch, share.worker, number, AUGMENTATION)):
-                made.append((self.transform(image), None, label))
+            made.append(found)
             number += 1
             if len(made) == self.batch_size:
                 yield collate(made, self.image_size, unreadable)
@@ -326,11 +288,16 @@ class StreamBatches(IterableDataset[Batch]):
         if made or unreadable:
             yield collate(made, self.image_size, unreadable)
 
-    def _decoded(self, sample: Encoded | Unreadable) -> tuple[Image.Image, int, str] | Unreadable:
+    def _decoded(self, sample: Encoded | Unreadable, seed: int) -> Sample | Unreadable:
         if isinstance(sample, Unreadable):
             return sample
-        image = read_image(partial(io.BytesIO, sample.data), sample.path, self.max_pixels)
-        return image if isinstance(image, Unreadable) else (image, sample.label, sample.path)
+        image = read_image(partial(io.BytesIO, sample.data), sample.path, self.limits)
+        if isinstance(image, Unreadable):
+            return image
+        check_label(sample.label, self.num_classes, sample.path)
+        with seeded(seed):
+            view = transformed(image, self.transform, sample.path)
+        return view if isinstance(view, Unreadable) else (view, None, sample.label)
 
     def _samples(self, share: Share) -> Iterator[Encoded | Unreadable]:
         if not self.training:

@@ -17,12 +17,15 @@ from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-import evit_ext
+from evit_ext._util.modes import eval_mode
+from evit_ext.cost.macs import count_macs
 from evit_ext.data import CanvasBatch, ClutteredDigits, denormalize, object_patches
 from evit_ext.demo.settings import Settings
 from evit_ext.demo.survival import object_survival, random_survival
 from evit_ext.demo.table import format_table
 from evit_ext.demo.tokens_picture import Column, save_tokens_picture
+from evit_ext.patching.applying import apply
+from evit_ext.patching.recording import record_tokens
 from evit_ext.training import (
     Precision,
     Recipe,
@@ -96,7 +99,7 @@ class Demo:
         first_epoch = s.dense.epochs
         for keep_rate in s.keep_rates:
             name = f"EViT/{keep_rate:g}"
-            evit = evit_ext.apply(copy.deepcopy(dense), keep_rate=keep_rate)
+            evit = apply(copy.deepcopy(dense), keep_rate=keep_rate)
             before = evaluate(evit, self._test.batches(_TEST_BATCH), self._precision).top1
             print(f"{name}: {before:.1f} % before fine-tuning")
             self._fit(name, evit, s.fine_tune, first_epoch)
@@ -132,7 +135,7 @@ class Demo:
             "model": name,
             "keep_rate": keep_rate,
             "top1": round(result.top1, 3),
-            "gmacs": evit_ext.count_macs(model) / 1e9,
+            "gmacs": count_macs(model) / 1e9,
             "object_patches_kept": [round(share, 4) for share in kept],
             "object_patches_kept_at_random": [round(share, 4) for share in at_random],
         }
@@ -148,11 +151,11 @@ class Demo:
 
     def _forward(self, model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor], list[int]]:
         """Predictions, what each stage kept, and among how many tokens it chose."""
-        model.eval()
         with (
+            eval_mode(model),
             torch.inference_mode(),
             autocast("cpu", self._precision),
-            evit_ext.record_tokens(model) as record,
+            record_tokens(model) as record,
         ):
             predicted = model(images).argmax(dim=1)
         return predicted, record.kept, [scores.shape[1] for scores in record.scores]

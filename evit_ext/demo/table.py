@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evit_ext._util.tables import aligned
+
 Row = Mapping[str, Any]
 
 
@@ -34,13 +36,4 @@ def format_table(rows: Sequence[Row]) -> str:
         shares = zip(row["object_patches_kept"], row["object_patches_kept_at_random"], strict=True)
         line += [f"{100 * share:.0f}% / {100 * random:.0f}%" for share, random in shares]
         cells.append(line + ["-"] * (len(header) - len(line)))
-    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in cells
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    return aligned(cells, rule=True)

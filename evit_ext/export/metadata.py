@@ -18,9 +18,9 @@ import timm.data
 import torch
 from torch import nn
 
-import evit_ext
 from evit_ext._util.hints import as_hinted
 from evit_ext._util.messages import reason, shortened, shown
+from evit_ext._util.version import VERSION
 from evit_ext.patching.keep_rates import keep_rates
 
 #: The name under which the formats hold it: a property of ONNX files, a key of AOTInductor's metadata.
@@ -64,7 +64,7 @@ class Metadata:
     dtype: str = "float32"
     max_batch: int | None = None
     classes: tuple[str, ...] | None = None
-    evit_ext: str = evit_ext.__version__
+    evit_ext: str = VERSION
     torch: str = torch.__version__
 
     def to_json(self) -> str:

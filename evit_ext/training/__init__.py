@@ -1,21 +1,23 @@
 """Training, thin over timm and torch.distributed; `Run` is all of ``evit train``."""
 
-from evit_ext.training.building import build_criterion, build_model, build_objective, load_initial
+from evit_ext.training.building import build_model, build_objective, load_initial
 from evit_ext.training.compiling import allow_recompiles
 from evit_ext.training.config import TrainConfig, load_config, recipe_names
+from evit_ext.training.epoch_sums import EpochResult
 from evit_ext.training.evaluation import Evaluation, evaluate
 from evit_ext.training.loaders import Batch, Loaders
-from evit_ext.training.objectives.dynamicvit import DynamicViTLoss
-from evit_ext.training.objectives.objectives import (
+from evit_ext.training.objectives import (
     Classification,
     Distillation,
+    DynamicViTLoss,
     DynamicViTTraining,
     Guided,
     Objective,
     ObjectiveOutput,
+    TokenLabelLoss,
     TokenLabelTraining,
+    build_criterion,
 )
-from evit_ext.training.objectives.token_labels import TokenLabelLoss
 from evit_ext.training.precision import (
     Precision,
     attention_for_training,
@@ -29,7 +31,6 @@ from evit_ext.training.run.checkpoints import RunCheckpoints
 from evit_ext.training.run.run import Run
 from evit_ext.training.run.stopping import Stopped
 from evit_ext.training.run.unreadable import TooManyUnreadable
-from evit_ext.training.seen import EpochResult
 from evit_ext.training.sharding import distribute
 from evit_ext.training.throughput import measure_throughput
 from evit_ext.training.trainer import StepResult, Trainer

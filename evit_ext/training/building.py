@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, cast
 
-import timm.loss
 import torch
 from timm.utils.model import unwrap_model
 from torch import nn
 
+from evit_ext.cost.macs import count_macs
 from evit_ext.models.by_name import create_dense, create_evit, takes_img_size
 from evit_ext.models.dynamicvit import DynamicViT
 from evit_ext.models.lvvit import LVViT
-from evit_ext.patching.block import ReorganizingBlock
-from evit_ext.patching.families import find_blocks
+from evit_ext.patching.families import drop_locations, locate
 from evit_ext.patching.oracle import Oracle
 from evit_ext.training.config import TrainConfig
-from evit_ext.training.objectives.dynamicvit import DynamicViTLoss
-from evit_ext.training.objectives.objectives import (
+from evit_ext.training.objectives import (
     Classification,
     Distillation,
+    DynamicViTLoss,
     DynamicViTTraining,
     Guided,
     Objective,
+    TokenLabelLoss,
     TokenLabelTraining,
+    build_criterion,
 )
-from evit_ext.training.objectives.token_labels import TokenLabelLoss
-from evit_ext.training.recipe import Recipe
 from evit_ext.weights import LoadedCheckpoint, load_checkpoint
 
 #: Arguments of models that are fields of their own, by the field.
@@ -79,6 +79,8 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
         config.keep_rate,
         config.drop_loc,
         config.fuse_token,
+        config.rule,
+        config.rule_args,
         pretrained=config.pretrained,
         **arguments,
         **config.model_args,
@@ -94,8 +96,17 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     return model.train()
 
 
+def gmacs_of_run(config: TrainConfig, num_classes: int, keep_rate: float | None = None) -> float:
+    """Return the multiply-accumulates of an image, in 10^9, at the configuration's keep rate or another."""
+    if keep_rate is not None:
+        config = replace(config, keep_rate=keep_rate)
+    with torch.device("meta"):
+        model = build_model(replace(config, pretrained=False), num_classes)
+    return count_macs(model.eval(), config.img_size) / 1e9
+
+
 def _check_img_size(model: Any) -> None:
-    """Raise ValueError where images are no whole number of patches, which timm tells at the first image."""
+    """Raise ValueError unless images are whole patches, which timm would only notice at the first image."""
     embed = getattr(model, "patch_embed", None)
     size, patch = getattr(embed, "img_size", None), getattr(embed, "patch_size", None)
     if (
@@ -111,7 +122,7 @@ def _check_img_size(model: Any) -> None:
 
 
 def load_initial(config: TrainConfig, model: nn.Module) -> LoadedCheckpoint | None:
-    """Give the model the weights of the configuration's `initial_checkpoint`; None where there is none.
+    """Give the model the weights of the configuration's `initial_checkpoint`; returns None if it has none.
 
     Position embeddings of another size are resized, and a head for other classes stays as it was.
 
@@ -122,18 +133,6 @@ def load_initial(config: TrainConfig, model: nn.Module) -> LoadedCheckpoint | No
     if config.initial_checkpoint is None:
         return None
     return load_checkpoint(model, config.initial_checkpoint, resize_pos_embed=True, resize_head=True)
-
-
-def build_criterion(recipe: Recipe) -> nn.Module:
-    """Return the cross-entropy for the targets that a recipe makes: of probabilities, smoothed, or plain.
-
-    With mixup or CutMix, timm's Mixup makes probabilities, and smooths them.
-    """
-    if recipe.mixup > 0 or recipe.cutmix > 0:
-        return timm.loss.SoftTargetCrossEntropy()
-    if recipe.label_smoothing > 0:
-        return timm.loss.LabelSmoothingCrossEntropy(recipe.label_smoothing)
-    return nn.CrossEntropyLoss()
 
 
 def build_objective(config: TrainConfig, model: nn.Module, device: torch.device | str) -> Objective:
@@ -161,10 +160,11 @@ def build_objective(config: TrainConfig, model: nn.Module, device: torch.device 
     if config.oracle is None:
         return objective
     vit = _other(config, "oracle", student, strict_head=False)
-    blocks, of_oracle = find_blocks(student) or (), find_blocks(vit) or ()
-    drop_loc = [number for number, block in enumerate(blocks) if isinstance(block, ReorganizingBlock)]
+    depth, depth_of_oracle = (
+        0 if found is None else len(found.blocks) for found in map(locate, (student, vit))
+    )
     # A deeper or shallower oracle is asked at the quarters of its depth.
-    oracle = Oracle(vit, drop_loc if len(of_oracle) == len(blocks) else None)
+    oracle = Oracle(vit, drop_locations(student) if depth == depth_of_oracle else None)
     return Guided(objective, oracle.to(device))
 
 
@@ -193,7 +193,7 @@ def _unguided(config: TrainConfig, student: Any, device: torch.device) -> Object
 
 
 def _check(config: TrainConfig, student: Any) -> None:
-    """Raise ValueError for what does not go together."""
+    """Raise ValueError for fields that contradict each other or the model."""
     for role in ("teacher", "oracle"):
         if getattr(config, role) is None and (
             getattr(config, f"{role}_args") or getattr(config, f"{role}_checkpoint") is not None
@@ -252,7 +252,7 @@ def _check(config: TrainConfig, student: Any) -> None:
 def _other(config: TrainConfig, role: str, student: Any, strict_head: bool) -> nn.Module:
     """Return the teacher or oracle, in eval mode, with its weights.
 
-    Without `strict_head`, its logits are of no use, and may be untrained.
+    Without `strict_head`, its logits are not used and may be untrained.
     """
     name: str = getattr(config, role)
     extra: Mapping[str, Any] = getattr(config, f"{role}_args")

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 import torch._dynamo
 
+from evit_ext.tokens.schedule import keep_rate_levels
+from evit_ext.training.config import TrainConfig
+
 
 @contextmanager
 def allow_recompiles(count: int) -> Iterator[None]:
@@ -38,3 +41,21 @@ def allow_recompiles(count: int) -> Iterator[None]:
         accumulated_recompile_limit=config.accumulated_recompile_limit + count,
     ):
         yield
+
+
+def programs_of_run(config: TrainConfig, num_patches: int) -> tuple[int, str]:
+    """Return how many programs torch.compile makes of a block at most, and that in words; 0 and "" for none.
+
+    Args:
+        config: of the run.
+        num_patches: of the model.
+    """
+    if not config.compile:
+        return 0, ""
+    levels = [1.0]
+    if config.keep_rate is not None and config.keep_rate_token_step is not None:
+        levels = keep_rate_levels(config.keep_rate, num_patches, config.keep_rate_token_step)
+    rates = "1 keep rate" if len(levels) == 1 else f"{len(levels)} keep rates"
+    words = f"torch.compile compiles for at most {rates}, for training and for evaluation"
+    # Besides training and evaluation, a last batch that is smaller.
+    return 3 * len(levels), words

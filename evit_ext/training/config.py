@@ -1,11 +1,10 @@
-"""A whole run as one flat file: recipe, model, data, losses and how it runs; written, read and overridden."""
+"""The configuration of a run as one flat file: recipe, model, data, losses and how it runs."""
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -16,7 +15,8 @@ import yaml
 from evit_ext._util.files import replacing
 from evit_ext._util.hints import as_hinted
 from evit_ext._util.messages import reason, shortened, shown
-from evit_ext.training.recipe import Recipe, option
+from evit_ext._util.spelling import nearest
+from evit_ext.training.recipe import Recipe, option, raise_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,10 @@ class TrainConfig(Recipe):
         None, "numbers of the reorganising blocks, from 0; none is those at the quarters of the depth"
     )
     fuse_token: bool = option(True, "fuse the patches that are not kept into one token")
+    rule: str | None = option(
+        None, "how tokens are reduced, by the name of a rule, such as random; none is the model's own"
+    )
+    rule_args: dict[str, Any] = option({}, "further settings of the rule, name=value, not its keep rate")
     drop_path: float = option(0.0, "drop path rate of the last block; falls linearly towards the first")
     pretrained: bool = option(False, "start from the model's pretrained weights, as timm downloads them")
     initial_checkpoint: str | None = option(
@@ -60,6 +64,11 @@ class TrainConfig(Recipe):
     data: str | None = option(None, "where the data set lies, with its splits in folders train and val")
     train_split: str = option("train", "name of the training split; of WebDataset, its shards")
     val_split: str = option("validation", "name of the split to evaluate on; of WebDataset, its shards")
+    val_fraction: float = option(
+        0.2,
+        "share of the images of each class that is held out for validation, where a folder has no validation "
+        "split; 1 evaluates all images of a folder without splits",
+    )
     train_images: int | None = option(
         None, "images an epoch: of cluttered-digits, and of streams whose size is not known"
     )
@@ -129,8 +138,9 @@ class TrainConfig(Recipe):
     eval_every: int = option(1, "epochs between evaluations; the last epoch is always evaluated")
     log_every: int = option(50, "optimizer steps between lines of metrics")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with the values, a sentence each."""
+        yield from super().problems()
         choices = {
             "distillation": ("none", "soft", "hard"),
             "difficulty": ("easy", "hard"),
@@ -141,9 +151,7 @@ class TrainConfig(Recipe):
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got {shown(getattr(self, name))}"
-                )
+                yield f"{name} must be one of {', '.join(allowed)}, got {shown(getattr(self, name))}"
         at_least = {
             "img_size": 1, "num_classes": 1, "train_images": 1, "micro_batch": 1, "checkpoint_every": 1,
             "workers": 0, "max_image_pixels": 1, "max_unreadable": 0, "recount": 1, "repeated_aug": 0,
@@ -152,30 +160,32 @@ class TrainConfig(Recipe):
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {shown(value)}")
+                yield f"{name} must be at least {least}, got {shown(value)}"
         for name in ("drop_path", "hflip", "color_jitter", "reprob", "distillation_alpha"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+                yield (f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0 < self.val_fraction <= 1:
+            yield (f"val_fraction must be in (0, 1], got {self.val_fraction}")
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
-                raise ValueError(f"{name} must be a range (low, high) of positive numbers, got {(low, high)}")
+                yield (f"{name} must be a range (low, high) of positive numbers, got {(low, high)}")
         if not self.distillation_tau > 0:
-            raise ValueError(f"distillation_tau must be positive, got {self.distillation_tau}")
+            yield (f"distillation_tau must be positive, got {self.distillation_tau}")
         if self.eval_mode and self.drop_path > 0:
-            raise ValueError(
+            yield (
                 "eval_mode trains without drop path: drop_path must be 0, or eval_mode false, got "
                 f"{self.drop_path}"
             )
         falls = self.keep_rate is not None and self.keep_rate < 1
         falls = falls and self.keep_rate_start_epoch < self.keep_rate_end_epoch
         if self.compile and falls and self.keep_rate_token_step is None:
-            raise ValueError(
+            yield (
                 "compile with a keep rate that falls at every step would compile at every step: set "
                 "keep_rate_token_step, such as 8, or compile false"
             )
         if self.distillation != "none" and self.teacher is None:
-            raise ValueError(f"distillation {self.distillation!r} needs a teacher, got none")
+            yield (f"distillation {self.distillation!r} needs a teacher, got none")
 
     def micro_batches(self, world_size: int) -> tuple[int, int]:
         """Return how many images each of the processes takes at once, and how often in an optimizer step.
@@ -265,7 +275,8 @@ def _read(recipe: str | Path) -> Mapping[str, Any]:
         values = yaml.safe_load(file.read_text("utf-8"))
     except _NOT_YAML as error:
         mark = getattr(error, "problem_mark", None)
-        said = f"line {mark.line + 1}: {shortened(getattr(error, 'problem', ''))}" if mark else reason(error)
+        problem = shortened(getattr(error, "problem", ""))
+        said = reason(error) if mark is None else f"line {mark.line + 1}: {problem}"
         text = ", not even text" if isinstance(error, UnicodeDecodeError) else ""
         raise ValueError(f"{recipe} is not YAML{text}: {said}") from error
     if not isinstance(values, Mapping):
@@ -307,17 +318,19 @@ def typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """
     hints = typing.get_type_hints(TrainConfig)
     known = [entry.name for entry in fields(TrainConfig)]
-    result = {}
+    result, unknown, mistyped = {}, [], []
     for name, value in values.items():
         if name not in known:
-            near = difflib.get_close_matches(str(name)[:100], known, 1)
-            raise ValueError(
-                f"{source}: there is no field {shown(name)}" + (f"; {near[0]!r}?" if near else "")
-            )
+            near = nearest(str(name)[:100], known)
+            unknown.append(f"{source}: there is no field {shown(name)}" + (f"; {near!r}?" if near else ""))
+            continue
         try:
             result[name] = as_hinted(value, hints[name])
         except (TypeError, ValueError, OverflowError):
-            raise TypeError(f"{source}: {name} must be {_words(hints[name])}, got {shown(value)}") from None
+            mistyped.append(f"{source}: {name} must be {_words(hints[name])}, got {shown(value)}")
+    if len(mistyped) == 1 and not unknown:
+        raise TypeError(mistyped[0])
+    raise_problems([*unknown, *mistyped])
     return result
 
 

@@ -1,9 +1,9 @@
-"""From a run's configuration to its batches: which data set, which transforms, which order, which workers."""
+"""The batches of a run, as its configuration says: transforms, order and workers."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,29 +15,25 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from evit_ext._util.randomness import derive_seed
 from evit_ext.data.batches import (
     Batch,
-    DigitBatches,
     ImageBatches,
     TokenLabels,
-    as_it_is,
     start_worker,
+    unchanged,
 )
-from evit_ext.data.cluttered_digits import ClutteredDigits
-from evit_ext.data.digits import Digits, load_scans
-from evit_ext.data.images import ImageFiles, Unreadable, open_images
+from evit_ext.data.classes import missing_classes
+from evit_ext.data.images import ImageLimits, Unreadable
 from evit_ext.data.order import EvaluationOrder, Place, TrainOrder, steps_per_epoch
-from evit_ext.data.streams import HuggingFaceStream, Source, StreamBatches, WebDataset
+from evit_ext.data.splits import ImageFiles
+from evit_ext.data.streams import Source, StreamBatches
 from evit_ext.data.transforms import CropWithLabels, Transform, train_transform
 from evit_ext.training.config import TrainConfig
+from evit_ext.training.data_sets import Canvases, count_images, open_data, size_of
 from evit_ext.training.ranks import Ranks
+from evit_ext.training.shared_memory import check_shared_memory
 
 __all__ = ["Batch", "Loaders", "Unreadable"]
 
-_logger = logging.getLogger(__name__)
-
-# The test canvases do not follow the seed of the training: runs with different seeds see the same ones.
-_TEST_SEED = 1797
-_DIGITS = ("digits", "cluttered-digits")
-# Names the random numbers that torch's loader wants for its workers.
+# Key of the random numbers that torch's loader draws for its workers.
 _WORKERS = 4
 
 
@@ -60,9 +56,15 @@ class Loaders:
             crop_pct and perhaps crop_mode. Digits use only input_size.
         patch_grid: rows and columns of the model's patches; for token labels.
         training: False opens the validation data only.
+        classes: names of the model's classes, in order, by which those of the data are matched; by default
+            those of the training data.
+        of_model: what knows these classes, for messages.
 
     Attributes:
-        num_classes: from the configuration, else from the data.
+        num_classes: from the configuration, else from `classes` or the data.
+        classes: names of the model's classes, in order; empty where the data does not name its classes.
+        words: what there is to say about the data, a line each: files that are skipped, images held out,
+            classes that the validation data lacks.
         steps_per_epoch: optimizer steps; 0 without training data.
         train_images: images that an epoch uses up: steps_per_epoch · batch_size.
         val_images: over all processes; None for a stream that does not say, or where `val_split` is "".
@@ -83,6 +85,8 @@ class Loaders:
         image: Mapping[str, Any] | None = None,
         patch_grid: tuple[int, int] | None = None,
         training: bool = True,
+        classes: Sequence[str] | None = None,
+        of_model: str = "the model",
     ) -> None:
         batch_size = micro_batch * accumulation * ranks.world_size
         if training and batch_size != config.batch_size:
@@ -93,18 +97,18 @@ class Loaders:
         self.config, self.ranks = config, ranks
         self.micro_batch, self.accumulation = micro_batch, accumulation
         self.image, self.patch_grid = image, patch_grid
-        self._train = _open(config, True) if training else None
-        self._val = _open(config, False) if config.val_split else None
-        _check_classes(self._train, self._val)
-        self.num_classes = _num_classes(config, self._train or self._val)
+        self._train, self._val = open_data(config, training)
+        self.words = [words for data in (self._train, self._val) for words in getattr(data, "words", ())]
+        self.classes: list[str] = []
+        self.know_classes(classes, of_model)
         self.steps_per_epoch = 0
         if self._train is not None:
-            size = _size(self._train)
+            size = size_of(self._train)
             if size is None:
                 raise ValueError(f"{config.dataset!r} does not say how many images it has: give train_images")
             self.steps_per_epoch = steps_per_epoch(size, batch_size)
         self.train_images = self.steps_per_epoch * batch_size
-        self.val_images = _size(self._val) if self._val is not None else None
+        self.val_images = size_of(self._val) if self._val is not None else None
         if config.token_labels is not None and not isinstance(self._train, ImageFiles | None):
             raise ValueError(f"token_labels need images that have names of their own, got {config.dataset!r}")
         if config.token_labels is not None and not config.augment:
@@ -119,6 +123,49 @@ class Loaders:
                 f"images of {config.dataset!r} are not augmented: auto_augment must be none and reprob 0, "
                 f"got {config.auto_augment} and {config.reprob}"
             )
+
+    @property
+    def described(self) -> str:
+        """What batches come from, to be said while one is waited for."""
+        source = self.config.data or self.config.dataset
+        return f"images of {source} from the loader ({self.config.workers} workers)"
+
+    @property
+    def named_classes(self) -> int:
+        """How many classes the training data, or else the validation data, names."""
+        data = self._train if self._train is not None else self._val
+        return 0 if data is None else len(data.classes)
+
+    def know_classes(self, classes: Sequence[str] | None, of_model: str = "the model") -> None:
+        """Number the classes of all data as a model does.
+
+        Args:
+            classes: names of the model's classes, in order; None takes those of the training data.
+            of_model: what knows them, for messages.
+
+        Raises:
+            ValueError: the data has a class that the model does not know, or more than `num_classes`.
+        """
+        self._name_classes(classes, of_model)
+        self.num_classes = _num_classes(self.config, self.classes)
+        if self.classes:
+            self.classes += [f"class {number}" for number in range(len(self.classes), self.num_classes)]
+
+    def _name_classes(self, classes: Sequence[str] | None, of_model: str) -> None:
+        train, val = self._train, self._val
+        if classes is not None:
+            self.classes = list(classes)
+        else:
+            first = train if train is not None and train.classes else val
+            self.classes = sorted(first.classes, key=first.classes.__getitem__) if first is not None else []
+            of_model = "the training data"
+        if not self.classes:
+            return
+        for data in (train, val):
+            if data is not None:
+                data.number_classes(self.classes, of_model)
+        if val is not None and val.classes and (missing := missing_classes(val.classes, self.classes)):
+            self.words.append(f"the validation data has no image of {missing}, which {of_model} has")
 
     def train(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield this process' batches of an epoch from a step on: `accumulation` for each step.
@@ -143,7 +190,7 @@ class Loaders:
             steps = slice(first_step * self.accumulation, self.steps_per_epoch * self.accumulation)
             return islice(loader, steps.start, steps.stop)
         order = TrainOrder(
-            _count(self._train),
+            count_images(self._train),
             self.micro_batch,
             self.accumulation,
             ranks.rank,
@@ -167,8 +214,26 @@ class Loaders:
             raise ValueError("there is no validation data: val_split is empty")
         if isinstance(self._val, Source):
             return self._loader(self._stream(self._val, training=False), None, 0)
-        order = EvaluationOrder(_count(self._val), self.micro_batch, self.ranks.rank, self.ranks.world_size)
+        order = EvaluationOrder(
+            count_images(self._val), self.micro_batch, self.ranks.rank, self.ranks.world_size
+        )
         return self._loader(self._batches(self._val, training=False), order, 0)
+
+    def some_val(self, count: int) -> Batch:
+        """Return up to `count` validation images, spread over the data; of a stream the first.
+
+        Raises:
+            ValueError: no validation data, or `image` is missing.
+        """
+        if self._val is None:
+            raise ValueError("there is no validation data: val_split is empty")
+        if isinstance(self._val, Source):
+            return next(iter(self._stream(self._val, training=False)))
+        images = min(count, size := count_images(self._val))
+        places = [Place(0, number * size // images, number * size // images) for number in range(images)]
+        batches: Any = self._batches(self._val, training=False)
+        found: Batch = batches.__getitems__(places)
+        return found
 
     def _loader(
         self, batches: Dataset[Batch], order: Sampler[list[Place]] | None, epoch: int
@@ -181,7 +246,7 @@ class Loaders:
             batch_sampler=order,
             batch_size=1 if order is not None else None,
             num_workers=workers,
-            collate_fn=as_it_is,
+            collate_fn=unchanged,
             pin_memory=pinned,
             worker_init_fn=start_worker,
             # Its own: otherwise it would draw from the process' random numbers.
@@ -200,6 +265,19 @@ class Loaders:
         height, width = self._image()["input_size"][-2:]
         return height, width
 
+    def check_shared_memory(self) -> None:
+        """Raise ValueError if the batches of the workers do not fit into /dev/shm."""
+        height, width = self._size()
+        numbers = 3 * height * width
+        if self.config.token_labels is not None and self.patch_grid is not None:
+            numbers += self.patch_grid[0] * self.patch_grid[1] * self.num_classes
+        check_shared_memory(self.config.workers, 4 * self.micro_batch * numbers)
+
+    def _limits(self) -> ImageLimits:
+        image = self._image()
+        shorter = min(self._size()) / (self.config.crop_pct or image["crop_pct"])
+        return ImageLimits(self.config.max_image_pixels, math.ceil(shorter))
+
     def _stream(self, source: Source, training: bool) -> StreamBatches:
         return StreamBatches(
             source,
@@ -207,7 +285,7 @@ class Loaders:
             self.num_classes,
             self._size(),
             self._transform(training),
-            self.config.max_image_pixels,
+            self._limits(),
             self.config.seed,
             training,
             self.ranks.rank,
@@ -218,6 +296,7 @@ class Loaders:
         if isinstance(data, Canvases):
             return data.batches(self._size())
         labelled = training and self.config.token_labels is not None
+        data.limits = self._limits()
         return ImageBatches(
             data,
             self.num_classes,
@@ -265,92 +344,8 @@ class Loaders:
         }
 
 
-class Canvases:
-    """A split of a digits data set, whose images are only drawn once their size is known."""
-
-    classes: Mapping[str, int] = {str(digit): digit for digit in range(10)}
-
-    def __init__(self, config: TrainConfig, training: bool) -> None:
-        self.config = config
-        self.training = training
-        self.split = "train" if training else "test"
-        scans = len(load_scans(self.split)[0])
-        self.size = scans if config.dataset == "digits" else 10 * scans
-        if training and config.train_images is not None:
-            if config.dataset == "digits":
-                raise ValueError(f"train_images is not for 'digits': it has {scans} images")
-            self.size = config.train_images
-
-    def batches(self, size: tuple[int, int]) -> DigitBatches:
-        """Return the batches of images [3, S, S]; ValueError unless they are square."""
-        side = size[0]
-        if size != (side, side):
-            raise ValueError(f"the images of {self.config.dataset!r} are square, got {size}")
-        if self.config.dataset == "digits":
-            return DigitBatches(Digits(self.split, side), fixed=True)
-        seed = self.config.seed if self.training else _TEST_SEED
-        digits = ClutteredDigits(self.split, side, self.size, seed, 0, self.config.difficulty)
-        return DigitBatches(digits, fixed=not self.training)
-
-
-_Data = ImageFiles | Canvases | Source
-
-
-def _open(config: TrainConfig, training: bool) -> _Data:
-    split = config.train_split if training else config.val_split
-    dataset, prefix = config.dataset, config.dataset.partition("/")[0]
-    number = config.train_images if training else None
-    if dataset in _DIGITS:
-        if config.data is not None:
-            raise ValueError(
-                f"dataset {dataset!r} needs no files: data must be none, or dataset, got {config.data!r}"
-            )
-        return Canvases(config, training)
-    if dataset == "wds":
-        return WebDataset(config.data, split, number)
-    if prefix == "hfids" and prefix != dataset:
-        return HuggingFaceStream(dataset, config.data, split, number)
-    if dataset == "" or (prefix == "hfds" and prefix != dataset):
-        if number is not None:
-            raise ValueError(f"train_images is for streams and cluttered-digits, not for {dataset!r}")
-        return open_images(dataset, config.data, split, config.max_image_pixels)
-    raise ValueError(
-        f"unknown dataset {dataset!r}: expected none for a folder of images or tar files, 'wds', "
-        "'hfds/NAME', 'hfids/NAME', 'digits' or 'cluttered-digits'"
-    )
-
-
-def _count(data: ImageFiles | Canvases) -> int:
-    return data.size if isinstance(data, Canvases) else len(data)
-
-
-def _size(data: _Data) -> int | None:
-    return data.num_images if isinstance(data, Source) else _count(data)
-
-
-def _check_classes(train: _Data | None, val: _Data | None) -> None:
-    """Raise ValueError where training and validation data both name their classes, and differ."""
-    ours = train.classes if train is not None else {}
-    theirs = val.classes if val is not None else {}
-    if not ours or not theirs or ours == theirs:
-        return
-    only = [
-        f"only {where} has {', '.join(sorted(names)[:8])}"
-        + (f" and {len(names) - 8} more" * (len(names) > 8))
-        for where, names in (
-            ("the training data", set(ours) - set(theirs)),
-            ("the validation data", set(theirs) - set(ours)),
-        )
-        if names
-    ]
-    raise ValueError(
-        "training and validation data must have the same classes: "
-        + ("; ".join(only) or "they are numbered differently")
-    )
-
-
-def _num_classes(config: TrainConfig, data: _Data | None) -> int:
-    found = len(data.classes) if data is not None else 0
+def _num_classes(config: TrainConfig, classes: Sequence[str]) -> int:
+    found = len(classes)
     if config.num_classes is None:
         if not found:
             raise ValueError(
@@ -359,11 +354,4 @@ def _num_classes(config: TrainConfig, data: _Data | None) -> int:
         return found
     if config.num_classes < found:
         raise ValueError(f"num_classes is {config.num_classes}, but the data has {found} classes")
-    if 0 < found < config.num_classes:
-        _logger.warning(
-            "the data has %d classes, the model %d: classes are numbered by their names among those that the "
-            "data has, so a part of the classes that a model was trained on is not evaluated rightly",
-            found,
-            config.num_classes,
-        )
     return config.num_classes

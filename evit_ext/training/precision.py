@@ -1,4 +1,4 @@
-"""In which precision to train and to run: chosen from what the processor has, and told in words."""
+"""The precision to train and run in: chosen from what the processor supports, with the reason in words."""
 
 from __future__ import annotations
 

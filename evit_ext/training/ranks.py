@@ -1,4 +1,4 @@
-"""The processes that train together: who they are, and the little they tell each other besides gradients."""
+"""The processes that train together, and the messages they exchange besides gradients."""
 
 from __future__ import annotations
 
@@ -87,15 +87,15 @@ class Ranks:
 
 ALONE = Ranks()
 
-#: In the place of the control group of a process that has left.
+#: Stands for the control group of a process that has left.
 _LEFT = object()
 
 
 def launched(environment: Mapping[str, str] | None = None) -> tuple[int, int, int] | None:
-    """Return rank, world size and local rank as the launcher said; None where there was none.
+    """Return rank, world size and local rank from the launcher's variables; None without a launcher.
 
     Raises:
-        ValueError: only some of a launcher's variables are set, or they are no numbers that make sense.
+        ValueError: only some of a launcher's variables are set, or their values make no sense.
     """
     environment = os.environ if environment is None else environment
     for names in _VARIABLES:
@@ -171,10 +171,10 @@ def join(device: str = "auto", timeout: float = 1800.0) -> Iterator[Ranks]:
 
 
 def _leave(here: Ranks) -> None:
-    """Leave the other processes, and let go of the groups, so that gloo's threads end.
+    """Leave the other processes and release the groups, so that gloo's threads end.
 
-    A thread of it that lets go of a tensor while Python shuts down aborts the process, all work done, and the
-    launcher then takes the whole run for failed. An abort at the very end was seen once, on a busy machine.
+    A thread of gloo that frees a tensor while Python shuts down aborts the process after all its work, and
+    the launcher then reports the run as failed. This was seen once, on a busy machine.
     """
     dist.destroy_process_group()
     # Not None, with which it would be alone: collectives of a group that is gone raise.
@@ -184,7 +184,7 @@ def _leave(here: Ranks) -> None:
 
 @contextmanager
 def _talking(rank: int, world_size: int) -> Iterator[None]:
-    """Say what torch's errors mean where another process does not answer."""
+    """Explain torch's errors about another process that does not answer."""
     try:
         yield
     except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -11,6 +12,14 @@ def option(default: Any, description: str) -> Any:
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata={"help": description})
     return field(default=default, metadata={"help": description})
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raise ValueError with all problems, a line each, if there are any."""
+    if len(problems) == 1:
+        raise ValueError(problems[0])
+    if problems:
+        raise ValueError("\n  ".join([f"{len(problems)} things are wrong:", *problems]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,34 +64,38 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
+        raise_problems(list(self.problems()))
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with the values, a sentence each."""
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                yield (f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "mixup", "cutmix"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+                yield (f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("mix_prob", "cutmix_share"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+                yield (f"{name} must be in [0, 1], got {getattr(self, name)}")
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be less than epochs {self.epochs}")
+            yield (f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if self.warmup_epochs >= self.epochs >= 1:
+            yield (f"warmup_epochs {self.warmup_epochs} must be less than epochs {self.epochs}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in (0, 1), got {self.ema_decay}")
+            yield (f"ema_decay must be in (0, 1), got {self.ema_decay}")
         if self.clip_grad is not None and not self.clip_grad > 0:
-            raise ValueError(f"clip_grad must be positive, got {self.clip_grad}")
+            yield (f"clip_grad must be positive, got {self.clip_grad}")
         if self.keep_rate is not None and not 0 < self.keep_rate <= 1:
-            raise ValueError(f"keep_rate must be in (0, 1], got {self.keep_rate}")
+            yield (f"keep_rate must be in (0, 1], got {self.keep_rate}")
         if self.keep_rate_token_step is not None and self.keep_rate_token_step < 1:
-            raise ValueError(f"keep_rate_token_step must be at least 1, got {self.keep_rate_token_step}")
+            yield (f"keep_rate_token_step must be at least 1, got {self.keep_rate_token_step}")
         if not 0 <= self.keep_rate_start_epoch <= self.keep_rate_end_epoch:
-            raise ValueError(
+            yield (
                 "expected 0 <= keep_rate_start_epoch <= keep_rate_end_epoch, got "
                 f"{self.keep_rate_start_epoch} and {self.keep_rate_end_epoch}"
             )
         if self.keep_rate is not None and self.keep_rate < 1 and self.keep_rate_end_epoch > self.epochs:
-            raise ValueError(
+            yield (
                 f"keep_rate_end_epoch {self.keep_rate_end_epoch} must be at most epochs {self.epochs}: the "
                 f"keep rate would not reach {self.keep_rate}"
             )

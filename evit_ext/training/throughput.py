@@ -1,4 +1,4 @@
-"""Images a second, measured so that models can be compared."""
+"""Images per second, measured so that models can be compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop: timm's optimizer, scheduler, mixup and EMA; ours are the keep rate and what is random when."""
+"""The training loop around timm's optimizer, scheduler, mixup and EMA, with a keep rate that falls."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from evit_ext._util.randomness import derive_seed, random_state, seeded, set_random_state
-from evit_ext.patching.families import reorganizing_blocks
 from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
 from evit_ext.tokens.schedule import keep_rate_schedule
-from evit_ext.training.building import build_criterion
-from evit_ext.training.objectives.objectives import Classification, Objective
+from evit_ext.tokens.stage import find_stages
+from evit_ext.training.epoch_sums import EpochResult, EpochSums
+from evit_ext.training.objectives import Classification, Objective, build_criterion
 from evit_ext.training.precision import (
     Precision,
     attention_for_training,
@@ -31,7 +31,6 @@ from evit_ext.training.precision import (
 from evit_ext.training.progress import Progress
 from evit_ext.training.ranks import ALONE, Ranks
 from evit_ext.training.recipe import Recipe
-from evit_ext.training.seen import EpochResult, Seen
 from evit_ext.training.sharding import (
     gradients_stay,
     is_sharded,
@@ -41,9 +40,9 @@ from evit_ext.training.sharding import (
     whole_state,
 )
 
-# Reading a figure waits for a GPU: there, whether all is finite is asked every so many steps.
+# Reading a figure waits for a GPU, so there finiteness is checked only every so many steps.
 _STEPS_BETWEEN_CHECKS = 10
-# It begins at 65536 and is halved where a gradient overflows; so far down, every one did for long.
+# The scale begins at 65536 and is halved when a gradient overflows; below this, all have overflowed for long.
 _SMALLEST_SCALE = 2.0**-14
 _MODEL_STREAM = 1  # of the random numbers that mixup, drop path and dropout draw
 
@@ -116,7 +115,7 @@ class Trainer:
                 "timm.optim.list_optimizers() lists what it has, and a newer timm may have more"
             )
         self.model = model
-        # What a wrapper (DistributedDataParallel, torch.compile) hides: names, blocks, the number of classes.
+        # A wrapper (DistributedDataParallel, torch.compile) hides names, blocks and the number of classes.
         self._unwrapped: nn.Module = unwrap_model(model)
         self.recipe = recipe
         self.steps_per_epoch = steps_per_epoch
@@ -146,9 +145,12 @@ class Trainer:
         self.last: StepResult | None = None
         self._ranks, self._accumulation, self._seed = ranks, accumulation, seed
         self._step = 0
-        self._seen = Seen(self.device)
+        self._sums = EpochSums(self.device)
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self._reorganizes = bool(reorganizing_blocks(self._unwrapped)) and recipe.keep_rate is not None
+        stages = find_stages(self._unwrapped)
+        self._has_schedule = bool(stages) and all(
+            stage.keep_rate is not None and stage.rule.has_schedule for stage in stages
+        )
         embed: Any = getattr(self._unwrapped, "patch_embed", None)
         self._num_patches: int | None = getattr(embed, "num_patches", None)
         self._mixup = self._make_mixup(num_classes)
@@ -207,8 +209,8 @@ class Trainer:
         """
         self.model.train(not self.recipe.eval_mode)
         if self.step_in_epoch == 0:
-            self._seen = Seen(self.device)
-        seen, done = self._seen, self.step_in_epoch
+            self._sums = EpochSums(self.device)
+        sums, done = self._sums, self.step_in_epoch
         trained, start = 0, time.perf_counter()
 
         def images_per_second() -> float:
@@ -226,11 +228,11 @@ class Trainer:
                 trained += self._optimize(step)
                 done += 1
                 assert self.last is not None
-                if self._looks(done):
+                if self._reads_figures(done):
                     self._check_finite()
                     bar.step(
-                        loss=f"{seen.mean_loss:.3f}",
-                        top1=f"{seen.accuracy:.1f}%",
+                        loss=f"{sums.mean_loss:.3f}",
+                        top1=f"{sums.accuracy:.1f}%",
                         keep=f"{self.last.keep_rate:.2f}",
                         speed=f"{images_per_second():.0f}/s",
                     )
@@ -241,8 +243,8 @@ class Trainer:
         if done < self.steps_per_epoch:
             raise ValueError(f"the epoch has {done} steps, {self.steps_per_epoch} were announced")
         keep_rate = 1.0 if self.last is None else self.last.keep_rate
-        self._set_keep_rate()  # of what is evaluated now: at the end, the recipe's own
-        return seen.result(self._ranks, keep_rate, images_per_second())
+        self._set_keep_rate()  # for the evaluation that follows; at the end, the recipe's own
+        return sums.result(self._ranks, keep_rate, images_per_second())
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to resume: weights, average, optimizer, scaler, schedules, generators.
@@ -261,7 +263,7 @@ class Trainer:
             "optimizer": whole_optimizer_state(self.model, self.optimizer),
             "scaler": self._scaler.state_dict(),
             "step": self._step,
-            "seen": self._seen.state_dict(self._ranks),
+            "seen": self._sums.state_dict(self._ranks),
             "recipe": self.recipe.optimisation(),
             "steps_per_epoch": self.steps_per_epoch,
             "seed": self._seed,
@@ -269,7 +271,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned.
+        """Continue from what :meth:`state_dict` returned.
 
         Raises:
             ValueError: it is of a run with another recipe, seed or number of steps in an epoch.
@@ -292,16 +294,16 @@ class Trainer:
             load_whole_state(self.ema.module, state["model_ema"])
         load_whole_optimizer_state(self.model, self.optimizer, state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
-        self._step = state["step"]  # all that the scheduler knows; the optimizer has its learning rates
-        self._seen = Seen(self.device)
-        self._seen.load_state_dict(state["seen"], self._ranks)
+        self._step = state["step"]  # the scheduler needs no more; the optimizer has its learning rates
+        self._sums = EpochSums(self.device)
+        self._sums.load_state_dict(state["seen"], self._ranks)
         self._set_keep_rate()
         set_random_state(state["random"])
 
     def _set_keep_rate(self) -> float:
         recipe = self.recipe
-        if not self._reorganizes or recipe.keep_rate is None:
-            return min(keep_rates(self._unwrapped))
+        if not self._has_schedule or recipe.keep_rate is None:
+            return min(keep_rates(self._unwrapped), default=1.0)
         keep_rate = keep_rate_schedule(
             self._step,
             steps_per_epoch=self.steps_per_epoch,
@@ -313,7 +315,7 @@ class Trainer:
         )
         set_keep_rate(self._unwrapped, keep_rate)
         if self.ema is not None:
-            set_keep_rate(self.ema.module, keep_rate)  # an attribute, which the average does not follow
+            set_keep_rate(self.ema.module, keep_rate)  # an attribute, which is not averaged
         return keep_rate
 
     def _optimize(self, batches: list[Any]) -> int:
@@ -333,13 +335,13 @@ class Trainer:
             ):
                 loss, logits = self._forward(images, labels, getattr(batch, "token_labels", None))
                 self._scaler.scale(loss / len(batches)).backward()
-            self._seen.add(loss.detach(), logits.detach(), labels)
+            self._sums.add(loss.detach(), logits.detach(), labels)
             losses.append(loss.detach())
             images_seen += len(labels)
         grad_norm = self._step_optimizer()
         loss = torch.stack(losses).mean()
         self._finite &= loss.isfinite()
-        if not self._scaler.is_enabled():  # which meets infinite gradients by itself
+        if not self._scaler.is_enabled():  # the scaler skips steps with infinite gradients
             self._finite &= grad_norm.isfinite()
         self.last = StepResult(loss, grad_norm, self.optimizer.param_groups[0]["lr"], keep_rate)
         self._step += 1
@@ -356,7 +358,7 @@ class Trainer:
                 raise ValueError(
                     f"mixup and CutMix mix pairs of images: a micro-batch must be even, got {len(images)}"
                 )
-            images, targets = self._mixup(images.clone(), labels)  # which it changes in place
+            images, targets = self._mixup(images.clone(), labels)  # mixup changes them in place
         if token_labels is not None:
             token_labels = token_labels.to(self.device, non_blocking=True)
         with autocast(self.device, self.precision):
@@ -376,8 +378,8 @@ class Trainer:
         self._scaler.update()
         return norm.detach()
 
-    def _looks(self, done: int) -> bool:
-        """Whether figures are read after so many steps of the epoch: on a GPU it costs time."""
+    def _reads_figures(self, done: int) -> bool:
+        """Return whether figures are read after this step of the epoch; on a GPU, reading takes time."""
         every = 1 if self.device.type == "cpu" else _STEPS_BETWEEN_CHECKS
         return done % every == 0 or done == self.steps_per_epoch
 

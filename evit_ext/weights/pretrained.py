@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from evit_ext._util.messages import reason, shown
-from evit_ext.models.by_name import create, is_ours
+from evit_ext.models.by_name import create, create_dense, is_ours
 from evit_ext.patching.applying import apply
 from evit_ext.patching.keep_rates import set_keep_rate
-from evit_ext.weights import load_checkpoint
+from evit_ext.tokens.evit import EViT
+from evit_ext.tokens.rule import Rule, make_rule
 from evit_ext.weights.limits import no_larger_than
+from evit_ext.weights.loading import load_checkpoint
 from evit_ext.weights.source import HUB_PREFIXES, hub_file
 
 #: The files of a model, as timm names them.
@@ -25,6 +27,9 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 #: The entry of config.json about token reorganisation, which timm ignores.
 ENTRY = "evit"
 
+#: Entries of it that are no settings of the rule.
+_NOT_OF_A_RULE = frozenset({"rule", "drop_loc", "dtype", "version"})
+
 #: Bytes that a config.json has at most; that of ImageNet's 21,841 classes with descriptions has 3 million.
 _LARGEST = 2**24
 
@@ -32,6 +37,9 @@ _LARGEST = 2**24
 _NOT_OF_A_MODEL = frozenset(
     {"model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 )
+
+#: Entries of config.json's `ENTRY` that are no settings of the rule.
+_NOT_OF_A_RULE = frozenset({"rule", "drop_loc", "dtype", "version"})
 
 
 def from_pretrained(
@@ -113,6 +121,22 @@ def _read(file: Path) -> dict[str, Any]:
     return dict(config)
 
 
+def _rules(name: str, settings: dict[str, Any]) -> Rule | list[Rule]:
+    """Return the rule of a config.json, or one for each stage; TypeError or ValueError if there is none."""
+    if not isinstance(name, str):
+        raise ValueError(f"rule must be the name of a rule, got {type(name).__name__}")
+    lists = {key: value for key, value in settings.items() if isinstance(value, list)}
+    if len({len(value) for value in lists.values()}) > 1:
+        raise ValueError("settings of a rule must have one value, or one for each stage")
+    if not lists:
+        return make_rule(name, settings)
+    stages = len(next(iter(lists.values())))
+    return [
+        make_rule(name, {**settings, **{key: value[stage] for key, value in lists.items()}})
+        for stage in range(stages)
+    ]
+
+
 def _build(config: dict[str, Any]) -> nn.Module:
     """Build the model of a config.json, without its weights; TypeError or ValueError if that fails."""
     name, evit = config["architecture"], config[ENTRY]
@@ -129,11 +153,13 @@ def _build(config: dict[str, Any]) -> nn.Module:
         if entry in config:
             cfg[entry] = config[entry]
     arguments.setdefault("num_classes", cfg.get("num_classes"))
-    settings = {key: evit[key] for key in ("keep_rate", "drop_loc", "fuse_token") if key in evit}
-    if is_ours(name):
-        model = create(name, pretrained_cfg=cfg, **{**arguments, **settings})
+    settings = {key: value for key, value in evit.items() if key not in _NOT_OF_A_RULE}
+    drop_loc = evit.get("drop_loc")
+    if "rule" not in evit and is_ours(name):
+        model = create(name, pretrained_cfg=cfg, **{**arguments, **settings, "drop_loc": drop_loc})
     else:
-        model = apply(create(name, pretrained_cfg=cfg, **arguments), **settings)
+        dense = create_dense(name, pretrained_cfg=cfg, **arguments)
+        model = apply(dense, drop_loc=drop_loc, rule=_rules(evit.get("rule", EViT.name), settings))
     dtype = getattr(torch, str(evit.get("dtype", "float32")), None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype must be one of torch's, such as 'float32', got {shown(evit['dtype'])}")

@@ -37,12 +37,15 @@ class Batch(NamedTuple):
 class Data:
     """Images whose labels a model that was built with seed 1 knows, apart from three."""
 
-    num_classes = 5
+    num_classes = named_classes = 5
+    classes = words = ()
     val_images = 12
     image: Any = None
 
-    def __init__(self, config: TrainConfig, ranks: Any, micro_batch: int, training: bool = True) -> None:
-        assert not training
+    def __init__(
+        self, config: TrainConfig, ranks: Any, micro_batch: int, training: bool, classes: Any, of_model: str
+    ) -> None:
+        assert not training and classes is None
         self.config, self.micro_batch = config, micro_batch
 
     def val(self) -> Iterator[Batch]:
@@ -94,9 +97,9 @@ def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, 
 
 def test_a_run(capsys: pytest.CaptureFixture[str], run_folder: Path, stand_ins: list[TrainConfig]) -> None:
     rates = ["--keep-rate", "0.7", "1"]
-    assert main(["eval", str(run_folder), "--batch-size", "5", *rates, "--repeats", "1"]) == 0
+    assert main(["eval", str(run_folder), "--last", "--batch-size", "5", *rates, "--repeats", "1"]) == 0
     out = capsys.readouterr().out
-    assert f"weights: {run_folder}/checkpoints, step 20, moving average" in out
+    assert f"weights: {run_folder}/checkpoints, the last: step 20, moving average" in out
     assert "precision: float32 (as asked)" in out
     lines = [line.split() for line in out.splitlines()]
     # 12 images in batches of 5; the batch without an image comes on top of these in the stand-in only.
@@ -111,14 +114,14 @@ def test_a_run(capsys: pytest.CaptureFixture[str], run_folder: Path, stand_ins: 
 
 
 def test_weights_of_a_run(capsys: pytest.CaptureFixture[str], run_folder: Path) -> None:
-    ema = evaluated(capsys, str(run_folder))
-    plain = evaluated(capsys, str(run_folder), "--no-ema")
+    ema = evaluated(capsys, str(run_folder), "--last")
+    plain = evaluated(capsys, str(run_folder), "--last", "--no-ema")
     assert ema["rows"][0]["top1"] == 75.0 > plain["rows"][0]["top1"]
-    assert plain["weights"] == f"{run_folder}/checkpoints, step 20"
+    assert plain["weights"] == f"{run_folder}/checkpoints, the last: step 20"
     (run_folder / "checkpoints" / "checkpoint-000000020.pth").write_bytes(b"truncated")
-    older = evaluated(capsys, str(run_folder))
+    older = evaluated(capsys, str(run_folder), "--last")
     assert older["weights"].endswith("step 10") and older["rows"] != ema["rows"]
-    assert main(["eval", str(run_folder), "--ema"]) == 2
+    assert main(["eval", str(run_folder), "--last", "--ema"]) == 2
     assert "has no moving average of the weights: leave out --ema" in capsys.readouterr().err
 
 
@@ -145,11 +148,11 @@ def test_pretrained(capsys: pytest.CaptureFixture[str], stand_ins: list[TrainCon
     [
         (
             ["--model", "deit_small"],
-            "expected a run, or --model with either --checkpoint FILE or --pretrained",
+            "expected a run's folder, or a model with one of --checkpoint FILE, --pretrained; got none",
         ),
-        (["--pretrained", "--checkpoint", "x"], "either --checkpoint FILE or --pretrained"),
-        (["nowhere"], "there is no nowhere/config.yaml: nowhere is not the folder of a run"),
-        (["nowhere", "--checkpoint", "x"], "got more than one of them"),
+        (["--pretrained", "--checkpoint", "x"], "one of --checkpoint FILE, --pretrained; got more than one"),
+        (["nowhere"], "there is no model 'nowhere'"),
+        (["deit_small", "--model", "deit_tiny", "--pretrained"], "expected one model, got deit_small and"),
         (["--pretrained", "--batch-size", "0"], "expected --batch-size of at least 1"),
         (["--pretrained", "--keep-rate", "1.5"], "keep_rate must be in (0, 1], got 1.5"),
         (["--checkpoint", "nowhere.pth"], "nowhere.pth"),

@@ -23,6 +23,7 @@ from evit_ext.visualize import picture, view_images
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = ["--model", "deit_tiny", "--model-args", "depth=4", "--img-size", "64"]
+RANDOM = [*SMALL, "--random-weights"]
 
 
 def save_photo(path: Path, width: int = 90, height: int = 70, seed: int = 0) -> Path:
@@ -49,12 +50,9 @@ def data_of(path: Path) -> Any:
 def run_folder(tmp_path: Path) -> Path:
     """A run of three classes, whose moving average of the weights is another model."""
     folder = tmp_path / "run"
-    for name in ("ant", "bee", "cow"):
-        (tmp_path / "data" / "validation" / name).mkdir(parents=True)
-    config = TrainConfig(
-        model="deit_tiny", model_args={"depth": 4}, img_size=64, keep_rate=0.6, data=str(tmp_path / "data")
-    )
+    config = TrainConfig(model="deit_tiny", model_args={"depth": 4}, img_size=64, keep_rate=0.6)
     folder.mkdir()
+    (folder / "classes.txt").write_text("ant\nbee\ncow\n")
     config.save(folder / "config.yaml")
     weights = {"model": build(seed=4).state_dict(), "model_ema": build(seed=5).state_dict()}
     RunCheckpoints(folder / "checkpoints").save(weights, 20)
@@ -65,12 +63,17 @@ def test_the_page_is_what_the_model_does(
     tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photo, html = save_photo(tmp_path / "photo.png"), tmp_path / "new" / "page.html"
-    assert main(["visualize", str(photo), "--checkpoint", str(run_folder), "--html", str(html)]) == 0
+    assert (
+        main(["visualize", str(photo), "--checkpoint", str(run_folder), "--last", "--html", str(html)]) == 0
+    )
     captured = capsys.readouterr()
     assert f"{html}: photo.png, keep rate 0.9 0.8 0.7 0.6 0.5" in captured.out and not captured.err
     assert not (tmp_path / "evit.png").exists()
     data = data_of(html)
-    assert data["weights"] == f"{run_folder}/checkpoints, step 20, moving average" and not data["warning"]
+    assert (
+        data["weights"] == f"{run_folder}/checkpoints, the last: step 20, moving average"
+        and not data["warning"]
+    )
     (found,) = data["photos"]
     # What DeiT's own preprocessing makes of it: 64 pixels after a crop.
     import timm.data
@@ -89,7 +92,7 @@ def test_the_page_is_what_the_model_does(
     for stage, entry in zip(view.rates[0].stages, rate["stages"], strict=True):
         assert [bit == "1" for bit in entry["kept"]] == stage.kept.flatten().tolist()
     plain = tmp_path / "plain.html"
-    arguments = ["--checkpoint", str(run_folder), "--no-ema", "--html", str(plain)]
+    arguments = ["--checkpoint", str(run_folder), "--last", "--no-ema", "--html", str(plain)]
     assert main(["visualize", str(photo), *arguments]) == 0
     assert data_of(plain)["weights"].endswith("step 20")
     assert data_of(plain)["photos"][0]["best"] != found["best"]
@@ -112,7 +115,7 @@ def test_picture_and_default_name(
 def test_untrained_weights_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photo, html = save_photo(tmp_path / "a.png"), tmp_path / "page.html"
     output = tmp_path / "out.png"
-    assert main(["visualize", str(photo), *SMALL, "--html", str(html), "-o", str(output)]) == 0
+    assert main(["visualize", str(photo), *RANDOM, "--html", str(html), "-o", str(output)]) == 0
     captured = capsys.readouterr()
     assert captured.err == "evit visualize: untrained weights: the patches mean nothing\n"
     assert data_of(html)["warning"] == "untrained weights: the patches mean nothing"
@@ -156,7 +159,7 @@ def test_a_folder(tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFixtur
     arguments = ["visualize", str(folder), "--checkpoint", str(run_folder), "--keep-rate", "0.5"]
     assert main([*arguments, "-o", str(output), "--html", str(html)]) == 0
     captured = capsys.readouterr()
-    assert "files of the folders that are no images by their names are left out: 1" in captured.err
+    assert "1 file skipped, Pillow reads no .txt (notes.txt)" in captured.err
     assert f"{folder}/bad.png cannot be read and is left out: not an image" in captured.err
     assert f"{output}: 4 photographs" in captured.out
     assert [photo["name"] for photo in data_of(html)["photos"]] == ["0.png", "1.png", "2.png", "3.png"]
@@ -185,24 +188,24 @@ def test_the_way_up_that_the_camera_noted(tmp_path: Path, run_folder: Path) -> N
     ("arguments", "message"),
     [
         (["nowhere.jpg", *SMALL], "there is no file or folder nowhere.jpg"),
-        (["text.jpg", *SMALL], "text.jpg cannot be read: not an image that Pillow knows"),
-        (["photo.png", "text.jpg", *SMALL, "--max-image-pixels", "9"], "none of 2 photographs could be read"),
-        (["photo.png", "--model", "deit_smal"], "'deit_smal': the nearest names are deit_small"),
-        (["photo.png", "--model", "vit_smal_patch16_224"], "nearest names are vit_small_patch16_224"),
-        (["photo.png", "--model", "resnet18"], "ResNet is not supported"),
-        (["photo.png", *SMALL, "--keep-rate", "0.7", "1.5"], "keep_rate must be in (0, 1], got 1.5"),
-        (["photo.png", *SMALL, "--keep-rate", "nan"], "keep_rate must be in (0, 1], got nan"),
-        (["photo.png"], "expected --model NAME, or --checkpoint with the folder of a run"),
+        (["text.jpg", *RANDOM], "text.jpg cannot be read: not an image that Pillow knows"),
+        (["photo.png", "text.jpg", *RANDOM, "--max-image-pixels", "9"], "none of 2 photographs could"),
+        (["photo.png", "--model", "deit_smal", "--random-weights"], "nearest names are deit_small"),
+        (["photo.png", "--model", "vit_smal_patch16_224", "--pretrained"], "names are vit_small_patch16_224"),
+        (["photo.png", "--model", "resnet18", "--random-weights"], "ResNet is not supported"),
+        (["photo.png", *RANDOM, "--keep-rate", "0.7", "1.5"], "keep_rate must be in (0, 1], got 1.5"),
+        (["photo.png", *RANDOM, "--keep-rate", "nan"], "keep_rate must be in (0, 1], got nan"),
+        (["photo.png"], "expected a run's folder, or a model with one of --checkpoint FILE"),
         (["photo.png", *SMALL, "--checkpoint", "nowhere.pth"], "there is no file nowhere.pth"),
-        (["photo.png", "--checkpoint", "empty"], "there is no empty/config.yaml: empty is not the folder"),
-        (["photo.png", *SMALL, "--checkpoint", "x", "--pretrained"], "--pretrained, got both"),
-        (["photo.png", *SMALL, "--ema"], "--ema chooses among the weights of --checkpoint"),
+        (["photo.png", "--checkpoint", "empty"], "empty is a folder: expected a file of weights"),
+        (["photo.png", *SMALL, "--checkpoint", "x", "--pretrained"], "got more than one of these"),
+        (["photo.png", *RANDOM, "--ema"], "--ema and --no-ema are for the weights of a run"),
         (["photo.png", *SMALL, "-o", "out.txt"], "the picture must be a .png, .jpg, .jpeg, .webp file"),
         (["photo.png", *SMALL, "--html", "empty"], "empty is a folder: give the file to write"),
         (["empty", *SMALL], "the folder empty has no image files"),
-        (["photo.png", *SMALL, "--classes", "text.jpg"], "must have a line for each of 1000 classes, got 1"),
+        (["photo.png", *RANDOM, "--classes", "text.jpg"], "each of 1000 classes, got 1 names"),
         (["photo.png", *SMALL, "--most", "0"], "expected --most of at least 1, got 0"),
-        (["photo.png", *SMALL[:-1], "10"], "10"),
+        (["photo.png", *SMALL[:-1], "10", "--random-weights"], "10"),
     ],
 )  # fmt: skip
 def test_bad_input(
@@ -271,6 +274,6 @@ def test_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
     photo = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
     save_photo(photo)
     page = tmp_path / "page.html"
-    assert main(["visualize", str(photo), *SMALL, "--html", str(page)]) == 0
-    assert data_of(page)["photos"][0]["name"] == "\ufffd.png"
-    assert "\ufffd.png" in capsys.readouterr().out
+    assert main(["visualize", str(photo), *RANDOM, "--html", str(page)]) == 0
+    assert data_of(page)["photos"][0]["name"] == "\\xff.png"
+    assert "\\xff.png" in capsys.readouterr().out

@@ -29,6 +29,8 @@ _TINY = (
 MADE_SMALL = {
     r"evit train .*(cluttered-digits|config\.yaml)": f"{_TINY} --train-images 64",
     r"evit train .*imagenet": f"{_TINY} --batch-size 8",
+    r"evit train --data photos": f"{_TINY} --batch-size 4",
+    r"evit report ": "--images 2 --device cpu",
     r"evit eval ": "--repeats 1 --batch-size 64 --device cpu",
     r"evit benchmark ": "--img-size 32 --precision float32 --seconds 0.1 --latency-calls 1 --device cpu",
 }
@@ -44,8 +46,9 @@ def prepare(folder: Path) -> Path:
     """Make photographs, data, runs and files of weights in `folder`, which is returned."""
     with _inside(folder):
         write_folder(folder / "imagenet", 8, 4)
-        (folder / "photos").mkdir()
-        for number, path in enumerate(("photo.jpg", "digit.png", "photos/a.jpg", "photos/b.jpg")):
+        shutil.copytree("imagenet/train", "photos")
+        (folder / "holiday").mkdir()
+        for number, path in enumerate(("photo.jpg", "digit.png", "holiday/a.jpg", "holiday/b.jpg")):
             crop(number % 2, number).save(folder / path)
         trained = {"epoch": 299, "args": argparse.Namespace(base_keep_rate=0.7)}
         torch.save({"model": models.deit_small().state_dict(), **trained}, "evit.pth")

@@ -23,7 +23,17 @@ WORKING = (
     ("--help",),
     ("info", "deit_tiny"),
     ("train", "--recipe", "imagenet-300", "--print-config"),
-    ("visualize", "photo.png", "--model", "deit_tiny", "-o", "kept.png", "--html", "kept.html"),
+    (
+        "visualize",
+        "photo.png",
+        "--model",
+        "deit_tiny",
+        "--random-weights",
+        "-o",
+        "kept.png",
+        "--html",
+        "kept.html",
+    ),
 )
 #: Commands that need more, and the extra that has it.
 NEEDING = {
@@ -150,5 +160,5 @@ def test_the_demo_names_the_extra(outcomes: Outcomes) -> None:
 
 def test_tensorboard_names_the_extra(outcomes: Outcomes) -> None:
     status, _ = outcomes["tensorboard",]
-    assert str(status).startswith("RuntimeError: TensorBoard's events are wanted")
+    assert str(status).startswith("RuntimeError: TensorBoard's events are to be written")
     assert 'pip install "evit_ext[train]"' in str(status)

@@ -142,7 +142,7 @@ def test_two_runs_in_a_folder(options: list[str], tmp_path: Path) -> None:
     while not (folder / "metrics.csv").exists():
         time.sleep(0.01)
     assert runs.wait(runs.start(folder, [*options, "--epochs", "50"], 2, logs[1])) == [2, 2]
-    assert f"another run is at work in {folder}" in logs[1].read_text()
+    assert f"another run is using {folder}" in logs[1].read_text()
     first[0].kill()
     first[0].join()
     second = runs.start(folder, [*options, "--epochs", "50"], 1, logs[1])  # the lock went with the process

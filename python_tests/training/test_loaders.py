@@ -234,6 +234,86 @@ def test_classes_that_differ_are_named(folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(folder, data)
     (data / "val" / "flower").rename(data / "val" / "tree")
-    message = "only the training data has flower; only the validation data has tree"
+    message = "val has the class tree, which the training data does not know; it knows the class flower"
     with pytest.raises(ValueError, match=message):
         loaders(data)
+
+
+def test_validation_data_may_lack_a_class(folder: Path, tmp_path: Path) -> None:
+    """Its folder may be empty or missing: the others keep their numbers, and it is said."""
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    expected = [label for _, label in fingerprints(loaders(data).val()) if label == 1]
+    for path in (data / "val" / "china").iterdir():
+        path.unlink()
+    for _ in range(2):
+        opened = loaders(data)
+        assert [label for _, label in fingerprints(opened.val())] == expected
+        assert opened.classes == ["china", "flower"] and opened.val_images == len(expected)
+        said = "the validation data has no image of the class china, which the training data has"
+        assert said in opened.words
+        shutil.rmtree(data / "val" / "china", ignore_errors=True)
+
+
+def test_a_transform_that_fails_on_an_image_is_that_images_failure(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training another image takes its place, in evaluation it is left out; the run goes on."""
+    opened = loaders(folder, augment=False)
+    transform = opened._transform(False)
+    calls = []
+
+    def fails_once(image: object) -> Tensor:
+        calls.append(image)
+        if len(calls) == 3:
+            raise OverflowError("too wide")
+        return transform(image)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(opened, "_transform", lambda training: fails_once)
+    val = list(opened.val())
+    assert sum(len(batch.labels) for batch in val) == 9
+    (report,) = [report for batch in val for report in batch.unreadable]
+    assert report.path.endswith(".jpg") and "cannot be prepared (" in report.reason
+    assert report.reason.endswith("OverflowError: too wide")
+    calls.clear()
+    train = list(opened.train(0))
+    assert sum(len(batch.labels) for batch in train) == 14
+    assert len([report for batch in train for report in batch.unreadable]) == 1
+
+
+def test_pictures_training_and_evaluation_see_the_same(tmp_path: Path) -> None:
+    """The camera's orientation and 16 bits, in each of them."""
+    import numpy as np
+    from PIL import Image
+
+    ramp = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+        Image.fromarray(ramp).save(tmp_path / split / "a" / "x.png")
+        turned = Image.fromarray((ramp // 257).astype(np.uint8))
+        exif = turned.getexif()
+        exif[0x0112] = 3
+        turned.save(tmp_path / split / "b" / "x.png", exif=exif)
+    opened = loaders(tmp_path, augment=False, crop_pct=1.0)
+    seen = {}
+    for kind, batches in (("train", opened.train(0)), ("val", opened.val())):
+        (batch,) = batches
+        seen[kind] = dict(zip(batch.labels.tolist(), batch.images, strict=True))
+    for label in (0, 1):
+        assert torch.equal(seen["train"][label], seen["val"][label])
+    # The second is the first turned by 180 degrees; neither is white.
+    assert torch.allclose(seen["val"][0], seen["val"][1].flip(1, 2), atol=0.03)
+    assert seen["val"][0].std() > 1
+
+
+def test_a_strip_of_pixels_is_unreadable(folder: Path, tmp_path: Path) -> None:
+    """A file of 94 bytes would take more than a gigabyte when its shorter side is resized."""
+    from PIL import Image
+
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    Image.new("L", (100_000, 1)).save(data / "val" / "china" / "0.jpg", "PNG")
+    opened = loaders(data)
+    (report,) = [report for batch in opened.val() for report in batch.unreadable]
+    assert "resized to a shorter side of 36 it would have 129600000" in report.reason

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evit_ext.models.dynamicvit import DynamicViTOutput
+from evit_ext.training.objectives.objective import Objective, ObjectiveOutput, refuse_token_labels
 
 
 class LossParts(NamedTuple):
@@ -109,6 +110,20 @@ class DynamicViTLoss(nn.Module):
             tokens = token_loss(output.tokens, seen, output.mask, self.token_distance)
         total = classification + self.ratio_weight * ratio + self.distill_weight * (logits + tokens)
         return LossParts(total, classification, ratio, logits, tokens)
+
+
+class DynamicViTTraining(Objective):
+    """The losses of a :class:`evit_ext.models.dynamicvit.DynamicViT`, which has to be in training mode."""
+
+    def __init__(self, loss: DynamicViTLoss) -> None:
+        self.loss = loss
+
+    def __call__(
+        self, model: nn.Module, images: Tensor, targets: Tensor, token_labels: Tensor | None = None
+    ) -> ObjectiveOutput:
+        refuse_token_labels(token_labels)
+        output = model(images)
+        return ObjectiveOutput(self.loss(output, images, targets).float(), output.logits)
 
 
 def ratio_loss(decisions: Sequence[Tensor], keep_ratios: Sequence[float]) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evit_ext.models.lvvit import TokenLabelOutput
+from evit_ext.training.objectives.objective import Objective, ObjectiveOutput
 
 
 class TokenLabelLoss(nn.Module):
@@ -80,6 +81,43 @@ class TokenLabelLoss(nn.Module):
         supervised = patches >= 0
         losses = _cross_entropy(aux_logits, wanted).where(supervised, 0)
         return loss + self.dense_weight * losses.sum() / supervised.sum().clamp(min=1)
+
+
+class TokenLabelTraining(Objective):
+    """Token labelling of an :class:`evit_ext.models.lvvit.LVViT` with an auxiliary head, in training mode.
+
+    Labels are smoothed as in the published training (github.com/zihangJiang/TokenLabeling): those of images,
+    where they are class numbers, and those of patches, to ``(1 - s) * label + s / classes``. (Of patches the
+    published code has 1 - s + s / classes in the place of 1 - s, with which they do not add up to 1.) The
+    class token learns the image's label, as in the paper; the published code has the mean label of the crop
+    in its place.
+
+    Args:
+        loss: on what the model returns.
+        label_smoothing: s, in [0, 1); as published 0.1.
+
+    Raises:
+        ValueError: `label_smoothing` is out of range.
+    """
+
+    def __init__(self, loss: TokenLabelLoss, label_smoothing: float = 0.0) -> None:
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        self.loss = loss
+        self.label_smoothing = label_smoothing
+
+    def __call__(
+        self, model: nn.Module, images: Tensor, targets: Tensor, token_labels: Tensor | None = None
+    ) -> ObjectiveOutput:
+        output = model(images)
+        if targets.dim() == 1 and hasattr(output, "aux_logits"):  # the loss refuses any other output
+            targets = self._smoothed(F.one_hot(targets, output.logits.shape[1]))
+        if token_labels is not None:
+            token_labels = self._smoothed(token_labels)
+        return ObjectiveOutput(self.loss(output, targets, token_labels).float(), output.logits)
+
+    def _smoothed(self, labels: Tensor) -> Tensor:
+        return (1 - self.label_smoothing) * labels.float() + self.label_smoothing / labels.shape[-1]
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The checkpoints of a training run: written whole or not at all, rotated, read without executing them."""
+"""The checkpoints of a training run: written atomically, rotated, and read without executing code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RunCheckpoints:
 
     Args:
         folder: created with the first checkpoint if necessary.
-        keep: how many to keep, at least 1; older ones are deleted once a newer one is complete.
+        keep: number of checkpoints to keep, at least 1; older ones are deleted once a newer one is complete.
 
     Raises:
         ValueError: `keep` is less than 1.
@@ -44,7 +44,7 @@ class RunCheckpoints:
         self.keep = keep
 
     def steps(self) -> list[int]:
-        """Return the steps of the checkpoints in the folder, ascending; none where it is not there."""
+        """Return the steps of the checkpoints in the folder, ascending; none if there is no folder."""
         if not self.folder.exists():
             return []
         matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
@@ -98,8 +98,8 @@ class RunCheckpoints:
                 _logger.warning("%s; trying the one before it", error)
         if steps:
             raise ValueError(
-                f"every checkpoint in {self.folder} is damaged: to begin anew, choose another folder, or "
-                "take them away"
+                f"every checkpoint in {self.folder} is damaged: to start again, choose another folder or "
+                "delete them"
             )
         return None
 
@@ -113,7 +113,7 @@ class RunCheckpoints:
         path = self.path(step)
         try:
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # by the sum that every part has with it
+                damaged = archive.testzip()  # compares checksums
             if damaged is not None:
                 raise ValueError(f"{path} is damaged (in {damaged})")
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""How long a run has taken, over all the times that it was resumed."""
+"""How long a run has taken, including the time before it was interrupted."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from contextlib import contextmanager
 
 
 class RunClock:
-    """The seconds that a run has taken, and those of them that went into training rather than evaluation.
+    """Measures the seconds of a run, and how many of them were training rather than evaluation.
 
-    It stands still until :meth:`start`. What was counted before a run was interrupted comes back with
-    :meth:`load_state`.
+    It does not run until :meth:`start`. :meth:`load_state` adds the time before an interruption.
     """
 
     def __init__(self) -> None:
@@ -20,12 +19,12 @@ class RunClock:
         self._training_start: float | None = None
 
     def start(self) -> None:
-        """Count from now on."""
+        """Start the clock."""
         self._start = time.perf_counter()
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Count the time in the context as training, too; so does a :meth:`state` that is taken inside it."""
+        """Count the time in the context as training as well; :meth:`state` may be called inside it."""
         self._training_start = time.perf_counter()
         try:
             yield
@@ -43,11 +42,11 @@ class RunClock:
         return self._training_before + _since(self._training_start)
 
     def state(self) -> dict[str, float]:
-        """Return what a checkpoint needs."""
+        """Return the times, for a checkpoint."""
         return {"seconds": self.seconds, "training_seconds": self.training_seconds}
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Go on from what :meth:`state` returned; other entries of a checkpoint are ignored."""
+        """Continue from what :meth:`state` returned; other entries of a checkpoint are ignored."""
         self._before, self._training_before = state["seconds"], state["training_seconds"]
 
 

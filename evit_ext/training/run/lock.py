@@ -15,24 +15,25 @@ _logger = logging.getLogger(__name__)
 
 
 class FolderLock:
-    """Keeps a folder for the processes of one run, for as long as the first of them lives.
+    """Locks a folder for the processes of one run, until the first of them ends.
 
-    A scheduler that starts a job again while the old one still ends would otherwise have both write the same
-    files. The system gives the lock back when the process ends, however it does; children do not inherit it.
+    Without it, a job that a scheduler restarts while the old one is still ending would write the same files.
+    The operating system releases the lock when the process ends, for whatever reason; child processes do not
+    inherit it.
 
     Args:
-        folder: made if it is not there.
+        folder: created if necessary.
         ranks: the processes; the first one holds the lock.
 
     Raises:
-        ValueError: another run has the folder; on all processes.
-        OSError: the folder cannot be made or written to.
+        ValueError: another run uses the folder; raised on all processes.
+        OSError: the folder cannot be created or written to.
     """
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
         self._file: int | None = None
         self._path = folder / "lock"
-        #: Folders that were made for it, the innermost first.
+        #: Folders that were created, the innermost first.
         self._made: list[Path] = []
         taken = False
         if ranks.is_first:
@@ -49,12 +50,10 @@ class FolderLock:
             raise
         if anywhere:
             self.release()
-            raise ValueError(
-                f"another run is at work in {folder}: wait for its end, or choose another folder"
-            )
+            raise ValueError(f"another run is using {folder}: wait until it ends, or choose another folder")
 
     def _lock(self) -> bool:
-        """Return whether the file is this process' now."""
+        """Try to lock the file; return whether this process has it."""
         assert self._file is not None
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,13 +62,13 @@ class FolderLock:
                 return False
             # Some network file systems have no locks.
             folder = self._path.parent
-            _logger.warning("%s cannot be locked (%s): see that no other run uses it", folder, error)
+            _logger.warning("%s cannot be locked (%s): make sure that no other run uses it", folder, error)
             return True
-        # Another one may have taken the file away, see discard(), after this one had opened it.
+        # Another process may have deleted the file, see discard(), after this one had opened it.
         return self._path.exists() and os.path.samestat(os.fstat(self._file), self._path.stat())
 
     def discard(self) -> None:
-        """Let the folder go, and take away what was made for it, unless something else is in it."""
+        """Release the folder, and delete it and its parents if this lock created them and they are empty."""
         if self._file is not None and self._made:
             with contextlib.suppress(OSError):
                 if os.listdir(self._path.parent) == [self._path.name]:
@@ -79,7 +78,7 @@ class FolderLock:
         self.release()
 
     def release(self) -> None:
-        """Let the folder go."""
+        """Release the folder."""
         if self._file is not None:
             os.close(self._file)
             self._file = None

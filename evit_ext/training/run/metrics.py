@@ -9,7 +9,7 @@ from typing import Any
 
 from evit_ext._util.files import replacing
 
-#: What a record may say, beside its step, epoch and kind; in the order of the file's columns.
+#: The figures of a record, besides its step, epoch and kind, in the order of the file's columns.
 FIGURES = (
     "loss",
     "top1",
@@ -32,21 +32,23 @@ _COLUMNS = ("step", "epoch", "kind", *FIGURES)
 class Metrics:
     """Writes ``metrics.csv``, a line a record, and TensorBoard events in ``tensorboard``, in a folder.
 
-    Every line is on its way to the disk when :meth:`write` returns. Cells of what a record does not say are
-    empty. Numbers are written such that they are read as they were, to the last bit.
+    When :meth:`write` returns, the operating system has the line. Cells of figures that a record lacks are
+    empty. Numbers are written with all their digits, so that reading them gives the same bits.
 
-    A run that was killed has done steps that the run which goes on from its checkpoint does again: their
-    lines, and one that was only half written, are taken away first, so that every step is there once.
+    A resumed run repeats the steps after its checkpoint. Lines of these steps, and a line that a kill left
+    incomplete, are removed first, so that every step is in the file once.
 
     Args:
         folder: made if it is not there.
         tensorboard: True for its events, False for none, "auto" for events if the package is installed.
         enabled: False writes nothing; for all processes but the first.
-        resume_step: the step that the run goes on from; None begins anew, and replaces what was there.
+        resume_step: the step of the checkpoint that the run resumes from; None replaces an existing file.
+        wandb: project of Weights & Biases to which records are written, too, in a run of the folder's name;
+            None for none.
 
     Raises:
-        ValueError: `tensorboard` is something else, or there are other columns in the file to go on with.
-        RuntimeError: `tensorboard` is True and the package is not installed.
+        ValueError: `tensorboard` is something else, or the file to continue has other columns.
+        RuntimeError: `tensorboard` is True or `wandb` is given, and the package is not installed.
         OSError: it cannot be written.
     """
 
@@ -56,16 +58,20 @@ class Metrics:
         tensorboard: bool | str = "auto",
         enabled: bool = True,
         resume_step: int | None = None,
+        wandb: str | None = None,
     ) -> None:
         if tensorboard not in (True, False, "auto"):
             raise ValueError(f"tensorboard must be True, False or 'auto', got {tensorboard!r}")
         self._file: Any = None
         self._events: Any = None
-        #: Steps and kinds at the step that the run goes on from, which may come again.
+        self._wandb: Any = None
+        #: Steps and kinds of the records at the step of the checkpoint, which may be written again.
         self._there: set[tuple[int, str]] = set()
         if not enabled:
             return
         writer = None if tensorboard is False else _summary_writer(tensorboard)
+        if wandb is not None:
+            self._wandb = _start_wandb(wandb, Path(folder))
         self.path = Path(folder) / "metrics.csv"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = [] if resume_step is None else _lines_up_to(self.path, resume_step)
@@ -79,13 +85,13 @@ class Metrics:
             self._events = writer(str(Path(folder) / "tensorboard"), purge_step=purge_step)
 
     def write(self, step: int, epoch: int, kind: str, **figures: float | None) -> None:
-        """Write a record; one that the file had already, of this step and kind, is left as it is.
+        """Write a record, unless the file of a resumed run has one of this step and kind.
 
         Args:
             step: optimizer steps done.
             epoch: from 1.
             kind: one of :data:`KINDS`.
-            figures: of :data:`FIGURES`; top1 and top5 in percent, memory in bytes. None is nothing said.
+            figures: of :data:`FIGURES`; top1 and top5 in percent, memory in bytes; None for an empty cell.
 
         Raises:
             ValueError: another kind or another figure.
@@ -104,15 +110,17 @@ class Metrics:
             _writer(self._file).writerow([step, epoch, kind, *cells])
             self._file.flush()
         except OSError as error:
-            error.filename = str(self.path)  # which a failed write, of a full disk for instance, does not say
+            error.filename = str(self.path)  # an error of a full disk does not name the file
             raise
         if self._events is not None:
             for name, value in said.items():
                 self._events.add_scalar(f"{kind}/{name}", value, step)
             self._events.flush()
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/{name}": value for name, value in said.items()}, step=step)
 
     def sync(self) -> None:
-        """Return when all lines are on the disk, where a power failure leaves them."""
+        """Write all lines to the disk, so that they survive a power failure."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
@@ -124,6 +132,9 @@ class Metrics:
         if self._events is not None:
             self._events.close()
             self._events = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
 
     def __enter__(self) -> Metrics:
         return self
@@ -142,14 +153,14 @@ def _number(value: Any) -> int | float:
 
 
 def _lines_up_to(path: Path, step: int) -> list[list[str]]:
-    """Return the whole lines of the file up to a step, without the header; none where there is no file.
+    """Return the complete lines of the file up to a step, without the header; none if there is no file.
 
     Raises:
         ValueError: it has other columns.
     """
     if not path.exists():
         return []
-    # A kill may leave half a line, and a power failure bytes that are no text.
+    # A kill can leave an incomplete line, and a power failure zeros or other bytes.
     whole, _, _ = path.read_text(errors="replace").replace("\0", "").rpartition("\n")
     header, *lines = list(csv.reader(whole.splitlines())) or [list(_COLUMNS)]
     if tuple(header) != _COLUMNS:
@@ -164,15 +175,28 @@ def _is_up_to(cell: str, step: int) -> bool:
     return cell.isdecimal() and int(cell) <= step
 
 
+def _start_wandb(project: str, folder: Path) -> Any:
+    """Return a run of Weights & Biases, the same one if the folder's run goes on."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise RuntimeError(
+            f"records are to be written to Weights & Biases, but it cannot be imported ({error}): "
+            "pip install wandb, or leave out --wandb"
+        ) from error
+    name = folder.resolve().name
+    return wandb.init(project=project, name=name, id=name, dir=str(folder), resume="allow")
+
+
 def _summary_writer(tensorboard: bool | str) -> Any:
-    """Return TensorBoard's class of writers; None where the package is not there and need not be."""
+    """Return TensorBoard's class of writers; None if the package is neither installed nor required."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         if tensorboard == "auto":
             return None
         raise RuntimeError(
-            f"TensorBoard's events are wanted but it cannot be imported ({error}): "
-            'pip install "evit_ext[train]", or do without'
+            f"TensorBoard's events are to be written, but it cannot be imported ({error}): "
+            'pip install "evit_ext[train]", or leave out --tensorboard'
         ) from error
     return SummaryWriter

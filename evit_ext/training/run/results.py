@@ -1,30 +1,31 @@
-"""The evaluations of a run, and the files with the weights that they were of."""
+"""The evaluations of a run, and the files of the weights that were evaluated."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import nn
 
 from evit_ext._util.files import replacing
+from evit_ext._util.safetensors_bytes import to_bytes
 from evit_ext.training.evaluation import Evaluation
 from evit_ext.training.ranks import Ranks
 from evit_ext.training.run.summary import Score, better
 from evit_ext.training.sharding import whole_state
 
-#: What is evaluated, and the file that has its last weights.
+#: What is evaluated, and the file of its last weights.
 FILES = {"model": "last.safetensors", "ema": "last_ema.safetensors"}
 
 
 class Results:
     """The evaluations of a run.
 
-    The best one is the one of the highest top-1 among those at the newest keep rate: while the keep rate
-    falls, the task becomes harder, and an early evaluation that saw more patches is no match for later ones.
+    The best one has the highest top-1 among those at the newest keep rate. While the keep rate falls, the
+    task becomes harder, so earlier evaluations with more patches cannot be compared with later ones.
 
     Args:
         folder: where the weights are written.
@@ -35,6 +36,8 @@ class Results:
     def __init__(self, folder: Path, ranks: Ranks, model: str) -> None:
         self._folder, self._ranks, self._model = folder, ranks, model
         self._entries: list[dict[str, Any]] = []
+        #: Names of the classes, for the weights' files; empty where the data does not name them.
+        self.classes: Sequence[str] = ()
 
     def has(self, epoch: int) -> bool:
         """Return whether the evaluation after an epoch, from 1, was made."""
@@ -46,11 +49,11 @@ class Results:
         """Add the evaluations after an epoch, of the model and perhaps of its moving average.
 
         Writes ``last.safetensors`` and ``last_ema.safetensors``, and ``best.safetensors`` if one of them is
-        the best so far. Every process must call it: of a model in parts, all take part.
+        the best so far. Every process must call it, because each has a part of a sharded model.
 
         Args:
             epoch: from 1.
-            keep_rate: at which they were made.
+            keep_rate: of the model at that time.
             found: by "model" and "ema".
             models: likewise.
 
@@ -74,19 +77,21 @@ class Results:
             return
         tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         said = {key: str(facts[key]) for key in ("weights", "top1", "epoch", "keep_rate")}
-        content = save(tensors, {"model": self._model, **said})
+        if self.classes:
+            said["classes"] = json.dumps(list(self.classes))
+        content = to_bytes(tensors, {"model": self._model, **said})
         for file in files:
             with replacing(self._folder / file, "wb") as target:
                 target.write(content)
 
     def best(self, name: str) -> Score | None:
-        """Return the best evaluation of "model" or "ema"; of equals the earliest. None without any."""
+        """Return the best evaluation of "model" or "ema", the earliest of equals; None if there is none."""
         if not self._entries:
             return None
         return functools.reduce(better, self._scores(name, self._entries[-1]["keep_rate"]), None)
 
     def last(self, name: str) -> Score | None:
-        """Return the last evaluation of "model" or "ema"; None without any."""
+        """Return the last evaluation of "model" or "ema"; None if there is none."""
         scores = self._scores(name, None)
         return scores[-1] if scores else None
 
@@ -98,9 +103,9 @@ class Results:
         ]
 
     def state(self) -> list[dict[str, Any]]:
-        """Return all that are known, for a checkpoint."""
+        """Return the evaluations, for a checkpoint."""
         return self._entries
 
     def load_state(self, state: list[dict[str, Any]]) -> None:
-        """Know what :meth:`state` returned."""
+        """Take the evaluations that :meth:`state` returned."""
         self._entries = list(state)

@@ -10,31 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import timm.data
-import torch
 from timm.utils.model import unwrap_model
 
+from evit_ext._util.files import replacing
+from evit_ext._util.memory import peak_memory
 from evit_ext._util.randomness import derive_seed, seeded
-from evit_ext.cost.macs import count_macs
 from evit_ext.patching.keep_rates import keep_rates
-from evit_ext.tokens.schedule import keep_rate_levels
-from evit_ext.training.building import build_model, build_objective, load_initial
-from evit_ext.training.compiling import allow_recompiles
+from evit_ext.training.building import build_model, build_objective, gmacs_of_run, load_initial
+from evit_ext.training.compiling import allow_recompiles, programs_of_run
 from evit_ext.training.config import TrainConfig
 from evit_ext.training.evaluation import Evaluation, evaluate
 from evit_ext.training.loaders import Batch, Loaders
 from evit_ext.training.precision import choose_precision
 from evit_ext.training.ranks import Ranks
+from evit_ext.training.run import folder as run_folder
 from evit_ext.training.run.checkpoints import RunCheckpoints
 from evit_ext.training.run.clock import RunClock
-from evit_ext.training.run.folder import check_folder
+from evit_ext.training.run.introduction import introduction
 from evit_ext.training.run.lock import FolderLock
 from evit_ext.training.run.metrics import Metrics
 from evit_ext.training.run.results import Results
-from evit_ext.training.run.stopping import Stopped, StopSignals
-from evit_ext.training.run.summary import RunSummary, peak_memory
+from evit_ext.training.run.stopping import Stopped, StoppedWaiting, StopSignals
+from evit_ext.training.run.summary import RunSummary
 from evit_ext.training.run.unreadable import UnreadableImages
 from evit_ext.training.sharding import distribute, share_buffers
 from evit_ext.training.trainer import Trainer
+from evit_ext.training.waiting import Watch
 
 _WEIGHTS_STREAM = 2  # of the random numbers that the first weights are drawn from
 
@@ -43,10 +44,11 @@ class Run:
     """A training run in a folder.
 
     The folder gets ``config.yaml`` (all fields as resolved), ``checkpoints``, ``metrics.csv``,
-    ``tensorboard`` if that package is installed, ``unreadable.csv`` if images could not be read, and
-    ``summary.json``. Weights to use are in ``best.safetensors`` (the evaluation with the highest top-1, of
-    the model or its moving average), ``last.safetensors`` and ``last_ema.safetensors``. All processes must
-    see the same folder; the first one writes.
+    ``classes.txt`` (the names of the classes, in the order of the logits), ``tensorboard`` if that package is
+    installed, ``unreadable.csv`` if images could not be read, and ``summary.json``. Weights to use are in
+    ``best.safetensors`` (the evaluation with the highest top-1, of the model or its moving average),
+    ``last.safetensors`` and ``last_ema.safetensors``. All processes must see the same folder; the first one
+    writes.
 
     Args:
         config: what to do.
@@ -56,6 +58,7 @@ class Run:
         progress: show progress on the first process.
         tensorboard: "auto" writes TensorBoard's events if its package is installed; True insists, False does
             not write them.
+        wandb: project of Weights & Biases to write the figures to; None for none.
 
     Raises:
         ValueError: the configuration contradicts itself, or the folder belongs to another run.
@@ -72,6 +75,7 @@ class Run:
         resume: str = "auto",
         progress: bool = True,
         tensorboard: bool | str = "auto",
+        wandb: str | None = None,
     ) -> None:
         if resume not in ("auto", "never"):
             raise ValueError(f"resume must be 'auto' or 'never', got {resume!r}")
@@ -81,17 +85,23 @@ class Run:
         self._unreadable = UnreadableImages(self.folder, ranks, config.max_unreadable)
         self._results = Results(self.folder, ranks, config.model)
         self._clock = RunClock()
-        self._stop = StopSignals()
+        self._watch = Watch()
+        self._stop = StopSignals(self._watch, self.advice)
         self._lock = FolderLock(self.folder, ranks)
         try:
-            check_folder(self.folder, config, self._checkpoints.steps(), ranks, may_resume=resume == "auto")
+            run_folder.check_folder(
+                self.folder, config, self._checkpoints.steps(), ranks, may_resume=resume == "auto"
+            )
             self._build()
             resumed = self._load()
             # From here on there is a run, which writes: what is refused leaves the folder as it was.
-            self._metrics = Metrics(self.folder, tensorboard, ranks.is_first, resumed)
+            self._metrics = Metrics(self.folder, tensorboard, ranks.is_first, resumed, wandb)
             self._unreadable.begin()
             if ranks.is_first:
-                config.save(self.folder / "config.yaml")
+                run_folder.with_absolute_paths(config).save(self.folder / "config.yaml")
+                if self._loaders.classes:
+                    with replacing(self.folder / run_folder.CLASSES_FILE) as file:
+                        file.writelines(f"{name}\n" for name in self._loaders.classes)
         except BaseException:
             self._lock.discard()
             raise
@@ -103,12 +113,16 @@ class Run:
         micro_batch, accumulation = config.micro_batches(ranks.world_size)
         self._loaders = Loaders(config, ranks, micro_batch, accumulation)
         goes_on = bool(self._checkpoints.steps())
+        if goes_on:
+            run_folder.check_classes(self.folder, self._loaders.classes)
+        self._results.classes = self._loaders.classes
         with seeded(derive_seed(config.seed, _WEIGHTS_STREAM)):
             start = dataclasses.replace(config, pretrained=False) if goes_on else config
             model = build_model(start, self._loaders.num_classes).to(ranks.device)
         embed: Any = model.patch_embed
         self._loaders.image = timm.data.resolve_model_data_config(model, {"img_size": embed.img_size[0]})
         self._loaders.patch_grid = embed.grid_size
+        self._loaders.check_shared_memory()
         objective = build_objective(config, model, ranks.device)
         if not goes_on:
             loaded = load_initial(config, model)
@@ -156,45 +170,48 @@ class Run:
             OSError: a file cannot be written.
             RuntimeError: another process ended.
         """
-        trainer, config = self.trainer, self.config
+        trainer = self.trainer
         self._clock.start()
         self._introduce()
-        with self._stop, allow_recompiles(self._programs()):
-            for epoch in range(trainer.step // trainer.steps_per_epoch, config.epochs):
-                if trainer.step_in_epoch == 0:
-                    self._evaluate_if_due(epoch)
-                name = f"epoch {epoch + 1}/{config.epochs}"
-                with self._clock.training():
-                    batches = self._watched(self._loaders.train(epoch, trainer.step_in_epoch))
-                    result = trainer.train_one_epoch(
-                        batches, name, self._progress and self.ranks.is_first, self._after_step
-                    )
-                self._write(
-                    "epoch",
-                    loss=result.loss,
-                    top1=result.accuracy,
-                    keep_rate=result.keep_rate,
-                    images_per_second=result.images_per_second,
-                    memory=peak_memory(self.ranks.device),
-                    unreadable=len(self._unreadable),
-                )
-                self._save()
-            self._evaluate_if_due(config.epochs)
+        embed: Any = unwrap_model(trainer.model).patch_embed
+        with self._stop, allow_recompiles(self._programs(embed.num_patches)):
+            try:
+                self._train_epochs()
+            except StoppedWaiting as waiting:
+                if trainer.step not in self._checkpoints.steps():
+                    self._save()
+                said = f"{waiting}: {self.advice()}; the same command goes on from it"
+                waiting.with_traceback(None)  # its frames hold the loader and its workers
+                self._watch.leave()
+                raise Stopped(said, self._stop.number) from None
         return self._finish()
 
+    def _train_epochs(self) -> None:
+        trainer, config = self.trainer, self.config
+        for epoch in range(trainer.step // trainer.steps_per_epoch, config.epochs):
+            if trainer.step_in_epoch == 0:
+                self._evaluate_if_due(epoch)
+            name = f"epoch {epoch + 1}/{config.epochs}"
+            with self._clock.training():
+                batches = self._watched(self._loaders.train(epoch, trainer.step_in_epoch))
+                result = trainer.train_one_epoch(
+                    batches, name, self._progress and self.ranks.is_first, self._after_step
+                )
+            self._write(
+                "epoch",
+                loss=result.loss,
+                top1=result.accuracy,
+                keep_rate=result.keep_rate,
+                images_per_second=result.images_per_second,
+                memory=peak_memory(self.ranks.device),
+                unreadable=len(self._unreadable),
+            )
+            self._save()
+        self._evaluate_if_due(config.epochs)
+
     def _introduce(self) -> None:
-        config, loaders, model = self.config, self._loaders, unwrap_model(self.trainer.model)
-        micro_batch, accumulation = config.micro_batches(self.ranks.world_size)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        images = "" if loaders.val_images is None else f", {loaders.val_images:,} to evaluate on"
-        shape = f"{self.ranks.world_size} x {accumulation} x {micro_batch} images"
-        self._say(
-            f"{config.model}: {parameters / 1e6:.2f} M parameters, {loaders.num_classes} classes, on "
-            f"{self.ranks.device}, {self.precision}\n"
-            f"{loaders.train_images:,} images an epoch{images}; {loaders.steps_per_epoch:,} steps of "
-            f"{shape} (processes, accumulated, at once)\n"
-            f"the run is in {self.folder}"
-        )
+        text = introduction(self.config, self._loaders, self.trainer.model, self.precision, self.ranks)
+        self._say(f"{text}\nthe run is in {self.folder}")
 
     def advice(self) -> str:
         """Return what to do after a failure."""
@@ -204,14 +221,20 @@ class Run:
         return f"the newest checkpoint is {self._checkpoints.path(steps[-1])}"
 
     def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in batches:
+        for batch in self._waited_for(batches):
             self._unreadable.add(batch.unreadable)
             yield batch
+
+    def _waited_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        # Several processes stop at the same step, so none may leave while it waits.
+        alone = self.ranks.world_size == 1
+        return self._watch.waited_for(batches, self._loaders.described, interruptible=alone)
 
     def _after_step(self) -> None:
         trainer, config = self.trainer, self.config
         # What must happen on all processes at the same step is agreed in one message.
-        stop, unreadable = self.ranks.sum([bool(self._stop.number), self._unreadable.unshared])
+        with self._watch.waiting("the other processes"):
+            stop, unreadable = self.ranks.sum([bool(self._stop.number), self._unreadable.unshared])
         if unreadable:
             self._unreadable.share()
         if trainer.step % config.log_every == 0:
@@ -231,6 +254,7 @@ class Run:
             "results": self._results.state(),
             **self._clock.state(),
             "unreadable": self._unreadable.state(),
+            "classes": self._loaders.classes,
         }
         failure: OSError | None = None
         if self.ranks.is_first:
@@ -295,13 +319,13 @@ class Run:
                 tokens_kept=found[name].tokens_kept,
             )
         self._say(
-            f"epoch {epochs_done}: " + "; ".join(f"{name} {_short(one)}" for name, one in found.items())
+            f"epoch {epochs_done}: " + "; ".join(f"{name} {self._short(one)}" for name, one in found.items())
         )
         self._results.add(epochs_done, self._keep_rate(), found, models)
 
     def _interruptible(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield batches until a signal asks to stop: the processes then meet at the end of the evaluation."""
-        for batch in batches:
+        for batch in self._waited_for(batches):
             yield batch
             if self._stop.number:
                 return
@@ -314,8 +338,8 @@ class Run:
             model=config.model,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             keep_rate=self._keep_rate(),
-            gmacs=self._gmacs(None),
-            gmacs_dense=self._gmacs(1.0),
+            gmacs=gmacs_of_run(config, self._loaders.num_classes, None),
+            gmacs_dense=gmacs_of_run(config, self._loaders.num_classes, 1.0),
             best=self._results.best("model"),
             last=self._results.last("model"),
             best_ema=self._results.best("ema"),
@@ -329,6 +353,7 @@ class Run:
             peak_memory=peak_memory(self.ranks.device),
             unreadable=len(self._unreadable),
             checkpoints=str(self._checkpoints.folder),
+            classes=self._loaders.num_classes,
         )
         self._metrics.close()
         if self.ranks.is_first:
@@ -339,14 +364,6 @@ class Run:
     def _keep_rate(self) -> float:
         """Return the lowest of the model's stages, now."""
         return min(keep_rates(unwrap_model(self.trainer.model)))
-
-    def _gmacs(self, keep_rate: float | None) -> float:
-        """Return the multiply-accumulates of an image in 10^9, of a model on the meta device."""
-        config = self.config if keep_rate is None else dataclasses.replace(self.config, keep_rate=keep_rate)
-        config = dataclasses.replace(config, pretrained=False)
-        with torch.device("meta"):
-            model = build_model(config, self._loaders.num_classes)
-        return count_macs(model.eval(), config.img_size) / 1e9
 
     def _log(self) -> None:
         """Write what the step showed; over several processes, the mean of their losses."""
@@ -359,19 +376,12 @@ class Run:
         epoch = (self.trainer.step - 1) // self.trainer.steps_per_epoch + 1
         self._metrics.write(self.trainer.step, epoch, kind, **figures)
 
-    def _programs(self) -> int:
+    def _programs(self, num_patches: int) -> int:
         """Return how many programs torch.compile makes of a block at most, and say so."""
-        config = self.config
-        if not config.compile:
-            return 0
-        levels = [1.0]
-        if config.keep_rate is not None and config.keep_rate_token_step is not None:
-            embed: Any = unwrap_model(self.trainer.model).patch_embed
-            levels = keep_rate_levels(config.keep_rate, embed.num_patches, config.keep_rate_token_step)
-        rates = "1 keep rate" if len(levels) == 1 else f"{len(levels)} keep rates"
-        self._say(f"torch.compile compiles for at most {rates}, for training and for evaluation")
-        # Besides training and evaluation, a last batch that is smaller.
-        return 3 * len(levels)
+        programs, words = programs_of_run(self.config, num_patches)
+        if words:
+            self._say(words)
+        return programs
 
     def _val_batches(self) -> int | None:
         """Return how many batches of validation the first process has, where that is known."""
@@ -384,6 +394,7 @@ class Run:
         if self.ranks.is_first:
             print(text, flush=True)
 
-
-def _short(found: Evaluation) -> str:
-    return f"top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} %, loss {found.loss:.4f}"
+    def _short(self, found: Evaluation) -> str:
+        # Of five classes or fewer, every image is right among five.
+        top5 = f", top-5 {found.top5:.2f} %" if self._loaders.num_classes > 5 else ""
+        return f"top-1 {found.top1:.2f} %{top5}, loss {found.loss:.4f}"

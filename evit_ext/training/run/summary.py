@@ -1,17 +1,13 @@
-"""What is said at the end of a run: a table to read, and the same as JSON."""
+"""The summary at the end of a run: a table to read, and the same figures as JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from evit_ext._util.files import replacing
 from evit_ext.training.evaluation import Evaluation
@@ -19,10 +15,10 @@ from evit_ext.training.evaluation import Evaluation
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """An evaluation in the course of a run.
+    """An evaluation during a run.
 
     Attributes:
-        epoch: after which it was made, from 1.
+        epoch: the epoch after which it was made, from 1.
         top1, top5: in percent.
         loss: mean cross-entropy, in nats.
     """
@@ -34,31 +30,32 @@ class Score:
 
     @classmethod
     def of(cls, evaluation: Evaluation, epoch: int) -> Score:
-        """Return what is kept of an evaluation."""
+        """Return the figures of an evaluation that the summary has."""
         return cls(epoch=epoch, top1=evaluation.top1, top5=evaluation.top5, loss=evaluation.loss)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """A run in figures. ``str`` of it is a table.
+    """The figures of a run; ``str`` of it is a table.
 
     Attributes:
         model: its name.
         parameters: how many it has.
-        keep_rate: at the end of the run; 1 of a model that drops nothing.
+        keep_rate: at the end of the run; 1 for a model that drops nothing.
         gmacs: multiply-accumulates of one image at that keep rate, in 10^9.
-        gmacs_dense: the same where every token is kept.
-        best, last: evaluations of the model: the one of the highest top-1 at the last keep rate, and that at
-            the end. None where there was none.
-        best_ema, last_ema: the same of the weights' moving average; None where none is kept.
+        gmacs_dense: the same when every token is kept.
+        best, last: evaluations of the model: the one with the highest top-1 at the last keep rate, and the
+            one at the end. None if there was none.
+        best_ema, last_ema: the same for the moving average of the weights; None if there is none.
         epochs, steps: done in all.
-        images: seen in training in all; one that is seen again counts again.
-        processes: that trained together.
-        seconds: that the run took; the sum where it was resumed.
+        images: seen in training, counted each time.
+        processes: how many trained together.
+        seconds: that the run took, including the time before it was resumed.
         images_per_second: of training, without evaluation; of all processes together.
-        peak_memory: of the first process' GPU, else of its main memory, in bytes; None where not measured.
-        unreadable: images that could not be read, each counted once.
-        checkpoints: the folder that they are in.
+        peak_memory: of the first process, on its GPU or else in main memory, in bytes; None if not measured.
+        unreadable: number of images that could not be read.
+        checkpoints: their folder.
+        classes: how many the model tells apart; top-5 is not shown of five or fewer.
     """
 
     model: str
@@ -79,16 +76,17 @@ class RunSummary:
     peak_memory: int | None
     unreadable: int
     checkpoints: str
+    classes: int = 1000
 
     def __str__(self) -> str:
         """Return the table, a line for each figure."""
         lines = {
             "model": f"{self.model}, {self.parameters / 1e6:.2f} M parameters",
             "cost": f"{self.gmacs:.3g} GMACs at keep rate {self.keep_rate:g}, {self.gmacs_dense:.3g} dense",
-            "best": _score(self.best),
-            "last": _score(self.last),
-            "best, moving average": _score(self.best_ema),
-            "last, moving average": _score(self.last_ema),
+            "best": _score(self.best, self.classes),
+            "last": _score(self.last, self.classes),
+            "best, moving average": _score(self.best_ema, self.classes),
+            "last, moving average": _score(self.last_ema, self.classes),
             "trained": ", ".join(
                 (
                     _counted(self.epochs, "epoch"),
@@ -106,24 +104,25 @@ class RunSummary:
         return "\n".join(f"{name:<{width}}{text}" for name, text in lines.items() if text is not None)
 
     def save(self, path: Path) -> None:
-        """Write the figures as JSON; what is not finite as null, which JSON has no number for.
+        """Write the figures as JSON, in which null stands for numbers that are not finite.
 
         Raises:
-            OSError: it cannot be written; a file that was there before still is.
+            OSError: it cannot be written; an existing file stays as it was.
         """
         with replacing(path) as file:
             file.write(json.dumps(_finite(asdict(self)), indent=2, allow_nan=False) + "\n")
 
 
 def better(best: Score | None, new: Score) -> Score:
-    """Return the one of the higher top-1; of equals the earlier."""
+    """Return the score with the higher top-1, the earlier one if they are equal."""
     return new if best is None or new.top1 > best.top1 else best
 
 
-def _score(score: Score | None) -> str | None:
+def _score(score: Score | None, classes: int) -> str | None:
     if score is None:
         return None
-    return f"top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f} (epoch {score.epoch})"
+    top5 = f", top-5 {score.top5:.2f} %" if classes > 5 else ""
+    return f"top-1 {score.top1:.2f} %{top5}, loss {score.loss:.4f} (epoch {score.epoch})"
 
 
 def _counted(number: int, one: str, many: str | None = None) -> str:
@@ -134,17 +133,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(entry) for name, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most memory that was in use, in bytes: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # What getrusage says is at least what the process had that started this one.
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

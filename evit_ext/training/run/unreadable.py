@@ -1,13 +1,16 @@
-"""Images that could not be read: told with their path, counted over all processes, up to a limit."""
+"""Images that could not be read: reported with their path, counted over all processes, up to a limit."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from evit_ext._util.files import replacing
 from evit_ext.training.ranks import Ranks
+
+# So many unreadable images are named at once.
+_ANNOUNCED = 3
 
 
 class TooManyUnreadable(Exception):
@@ -15,14 +18,14 @@ class TooManyUnreadable(Exception):
 
 
 class UnreadableImages:
-    """The images that could not be read, each once, however often it was met.
+    """The images that could not be read, each counted once.
 
     The first process writes them to ``unreadable.csv`` (path, reason) as they are found, after :meth:`begin`.
 
     Args:
         folder: of the run.
         ranks: the processes.
-        limit: largest number that is put up with.
+        limit: largest number that is allowed.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, limit: int) -> None:
@@ -43,14 +46,14 @@ class UnreadableImages:
 
     @property
     def unshared(self) -> int:
-        """How many the other processes do not know yet."""
+        """How many the other processes have not been told of yet."""
         return len(self._new)
 
     def share(self) -> None:
         """Tell the other processes; every process must call it.
 
         Raises:
-            TooManyUnreadable: there are more than the limit; on all processes.
+            TooManyUnreadable: there are more than the limit; raised on all processes.
             OSError: the file cannot be written.
         """
         found = {path: reason for images in self._ranks.gather(self._new) for path, reason in images}
@@ -59,11 +62,12 @@ class UnreadableImages:
         self._reasons.update(fresh)
         if fresh and self._ranks.is_first:
             first = not self.path.exists()
-            with self.path.open("a", newline="") as file:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 if first:
                     writer.writerow(("path", "reason"))
                 writer.writerows(fresh.items())
+            self._announce(fresh)
         if len(self._reasons) > self._limit:
             last = next(reversed(self._reasons))
             raise TooManyUnreadable(
@@ -71,16 +75,25 @@ class UnreadableImages:
                 f"are in {self.path}, the last is {last} ({self._reasons[last]})"
             )
 
+    def _announce(self, fresh: Mapping[str, str]) -> None:
+        """Print the first unreadable images, and then their number at each power of ten."""
+        before = len(self._reasons) - len(fresh)
+        for number, (path, reason) in enumerate(fresh.items(), start=before + 1):
+            if number <= _ANNOUNCED:
+                print(f"{path} cannot be read: {reason}", flush=True)
+            elif set(f"{number}") <= {"1", "0"} and f"{number}".count("1") == 1:
+                print(f"{number:,} images cannot be read; all are in {self.path}", flush=True)
+
     def state(self) -> list[tuple[str, str]]:
-        """Return all that are known, for a checkpoint."""
+        """Return all paths and reasons, for a checkpoint."""
         return list(self._reasons.items())
 
     def load_state(self, state: Iterable[tuple[str, str]]) -> None:
-        """Know what :meth:`state` returned."""
+        """Take what :meth:`state` returned."""
         self._reasons = dict(state)
 
     def begin(self) -> None:
-        """Have the file say what is known: what a run found after its checkpoint, it finds again.
+        """Write the file anew: a resumed run finds again what it had found after its checkpoint.
 
         Raises:
             OSError: the file cannot be written.

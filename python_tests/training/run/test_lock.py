@@ -48,7 +48,7 @@ def test_a_run_that_is_refused_takes_nothing_from_the_one_at_work(tmp_path: Path
     command = [sys.executable, "-c", _HOLDS, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "locked\n"
-        with pytest.raises(ValueError, match=f"another run is at work in {folder}"):
+        with pytest.raises(ValueError, match=f"another run is using {folder}"):
             FolderLock(folder, ALONE)
         assert (folder / "lock").exists()
         other.communicate()
@@ -65,7 +65,7 @@ def test_a_lock_that_was_taken_away_is_none(tmp_path: Path, monkeypatch: pytest.
         return file
 
     monkeypatch.setattr(os, "open", open_and_lose)
-    with pytest.raises(ValueError, match="another run is at work"):
+    with pytest.raises(ValueError, match="another run is using"):
         FolderLock(tmp_path / "run", ALONE)
 
 

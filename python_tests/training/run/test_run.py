@@ -106,7 +106,9 @@ def test_batch_norms_of_several_processes(
     options = [*SHARED, *model, "--drop-loc", "1", "--mixup", "0", "--cutmix", "0", "--lr", "1e-6"]
     runs.train(folder, [*options, "--data", str(images)], 2)
     for kind, option in (("val", "--no-ema"), ("ema", "--ema")):
-        assert main(["eval", str(folder), option, "--json", "--device", "cpu", "--repeats", "0"]) == 0
+        assert (
+            main(["eval", str(folder), "--last", option, "--json", "--device", "cpu", "--repeats", "0"]) == 0
+        )
         (row,) = json.loads(capsys.readouterr().out)["rows"]
         assert row["loss"] == pytest.approx(numbers(folder, "loss")["6", kind], rel=2e-6)
 
@@ -158,7 +160,7 @@ def test_another_run_in_the_folder(alone: Path, images: Path, capsys: pytest.Cap
         ),
         (
             ["--recipe", "imagnet"],
-            "there is no recipe 'imagnet': expected one of cluttered-digits, imagenet-300",
+            "there is no recipe 'imagnet': expected one of cluttered-digits, finetune-folder",
         ),
         (["--epochs", "two"], "epochs must be a whole number, got 'two'"),
         (["--model-args", "embed_dim"], "--model-args takes name=value, got 'embed_dim'"),

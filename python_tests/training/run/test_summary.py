@@ -6,10 +6,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from evit_ext.training.evaluation import Evaluation
-from evit_ext.training.run.summary import RunSummary, Score, better, peak_memory
+from evit_ext.training.run.summary import RunSummary, Score, better
 
 SUMMARY = RunSummary(
     model="deit_small",
@@ -78,8 +76,3 @@ def test_best() -> None:
     assert better(None, first) == better(first, second) == first
     assert first == Score(epoch=0, top1=50.0, top5=75.0, loss=1.5)
     assert better(first, replace(second, top1=51.0)).epoch == 1
-
-
-def test_peak_memory() -> None:
-    weights = torch.ones(64 * 2**20)
-    assert weights.nbytes < peak_memory(torch.device("cpu")) < 2**40

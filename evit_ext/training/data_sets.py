@@ -1,0 +1,117 @@
+"""From a run's configuration to its data sets: a folder, tar files, shards, Hugging Face, or digits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from evit_ext.data.batches import DigitBatches
+from evit_ext.data.classes import match_classes
+from evit_ext.data.cluttered_digits import ClutteredDigits
+from evit_ext.data.digits import Digits, load_scans
+from evit_ext.data.images import ImageLimits
+from evit_ext.data.splits import ImageFiles, find_folder, find_parts, no_split, open_arrow, open_part
+from evit_ext.data.streams import HuggingFaceStream, Source, WebDataset
+from evit_ext.training.config import TrainConfig
+
+# The test canvases do not follow the seed of the training: runs with different seeds see the same ones.
+_TEST_SEED = 1797
+_DIGITS = ("digits", "cluttered-digits")
+
+
+class Canvases:
+    """A split of a digits data set, whose images are only drawn once their size is known."""
+
+    classes: Mapping[str, int] = {str(digit): digit for digit in range(10)}
+
+    def __init__(self, config: TrainConfig, training: bool) -> None:
+        self.config = config
+        self.training = training
+        self.split = "train" if training else "test"
+        self.source = config.dataset
+        scans = len(load_scans(self.split)[0])
+        self.size = scans if config.dataset == "digits" else 10 * scans
+        if training and config.train_images is not None:
+            if config.dataset == "digits":
+                raise ValueError(f"train_images is not for 'digits': it has {scans} images")
+            self.size = config.train_images
+
+    def number_classes(self, known: Sequence[str], of_model: str) -> None:
+        """Raise ValueError unless a model knows the ten digits by these numbers."""
+        numbers = match_classes(self.classes, known, self.source, of_model)
+        if any(digit != number for digit, number in numbers.items()):
+            raise ValueError(f"{of_model} has the digits in another order than {self.source}")
+
+    def batches(self, size: tuple[int, int]) -> DigitBatches:
+        """Return the batches of images [3, S, S]; ValueError unless they are square."""
+        side = size[0]
+        if size != (side, side):
+            raise ValueError(f"the images of {self.config.dataset!r} are square, got {size}")
+        if self.config.dataset == "digits":
+            return DigitBatches(Digits(self.split, side), fixed=True)
+        seed = self.config.seed if self.training else _TEST_SEED
+        digits = ClutteredDigits(self.split, side, self.size, seed, 0, self.config.difficulty)
+        return DigitBatches(digits, fixed=not self.training)
+
+
+#: What :func:`open_data` opens.
+Data = ImageFiles | Canvases | Source
+
+
+def open_data(config: TrainConfig, training: bool) -> tuple[Data | None, Data | None]:
+    """Return the training data, if it is wanted, and the validation data, if there is to be any."""
+    if config.dataset == "":
+        return _open_folder(config, training)
+    train = _open_named(config, True) if training else None
+    return train, _open_named(config, False) if config.val_split else None
+
+
+def _open_folder(config: TrainConfig, training: bool) -> tuple[Data | None, Data | None]:
+    if config.train_images is not None:
+        raise ValueError("train_images is for streams and cluttered-digits, not for a folder")
+    limits = ImageLimits(config.max_image_pixels)
+    train, val = find_parts(config.data, config.train_split, config.val_split, config.val_fraction)
+    folder = find_folder(config.data)
+    if training and train is None:
+        raise no_split(folder, config.train_split)
+    if config.val_split and val is None:
+        raise no_split(folder, config.val_split)
+    opened = open_part(train, limits) if training and train is not None else None
+    if opened is not None and not len(opened):
+        raise ValueError(
+            f"{folder} has no image to train on: val_fraction {config.val_fraction:g} holds out all"
+        )
+    return opened, open_part(val, limits) if val is not None else None
+
+
+def _open_named(config: TrainConfig, training: bool) -> Data:
+    split = config.train_split if training else config.val_split
+    dataset, prefix = config.dataset, config.dataset.partition("/")[0]
+    number = config.train_images if training else None
+    if dataset in _DIGITS:
+        if config.data is not None:
+            raise ValueError(
+                f"dataset {dataset!r} needs no files: data must be none, or dataset, got {config.data!r}"
+            )
+        return Canvases(config, training)
+    if dataset == "wds":
+        return WebDataset(config.data, split, number)
+    if prefix == "hfids" and prefix != dataset:
+        return HuggingFaceStream(dataset, config.data, split, number)
+    if prefix == "hfds" and prefix != dataset:
+        if number is not None:
+            raise ValueError(f"train_images is for streams and cluttered-digits, not for {dataset!r}")
+        return open_arrow(dataset, config.data, split, ImageLimits(config.max_image_pixels))
+    raise ValueError(
+        f"unknown dataset {dataset!r}: expected none for a folder of images or tar files, 'wds', "
+        "'hfds/NAME', 'hfids/NAME', 'digits' or 'cluttered-digits'"
+    )
+
+
+def count_images(data: ImageFiles | Canvases) -> int:
+    """Return how many images there are."""
+    return data.size if isinstance(data, Canvases) else len(data)
+
+
+def size_of(data: Data) -> int | None:
+    """Return how many images there are, if it is known."""
+    return data.num_images if isinstance(data, Source) else count_images(data)

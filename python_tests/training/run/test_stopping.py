@@ -1,0 +1,101 @@
+"""Being asked to stop, in every state of a run: it ends within seconds, with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import runs
+from image_data import write_folder
+
+from evit_ext.training.run.checkpoints import RunCheckpoints
+
+LONG = [*runs.SMALL, "--epochs", "500", "--checkpoint-every", "100000", "--eval-every", "1000"]
+
+WAITING = """
+import os, signal, sys, threading, time
+from evit_ext.training import waiting
+from evit_ext.training.run.stopping import StoppedWaiting, StopSignals
+waiting.TOLD_AFTER, waiting.SECOND, waiting.GRACE_OF_RANKS = 0.3, 0.5, 1.0
+watch = waiting.Watch()
+with StopSignals(watch, lambda: "advice"):
+    print("ready", flush=True)
+    {}
+"""
+
+
+def until(condition: object, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_never_come(tmp_path: Path, workers: int) -> None:
+    """As of a dead mount: opening a pipe that nobody writes to waits for ever."""
+    data = write_folder(tmp_path / "data", train=7, val=2)
+    folder, log = tmp_path / "run", tmp_path / "run.log"
+    options = [*LONG, "--data", str(data), "--workers", str(workers)]
+    processes = runs.start(folder, options, log=log)
+    metrics = folder / "metrics.csv"
+    until(lambda: metrics.exists() and metrics.read_text().count("\n") > 5)
+    for path in (data / "train").rglob("*.jpg"):
+        path.unlink()
+        os.mkfifo(path)
+
+    def stands_still() -> bool:
+        before = metrics.read_text()
+        time.sleep(2)
+        return metrics.read_text() == before
+
+    until(stands_still)
+    began = time.monotonic()
+    os.kill(processes[0].pid, signal.SIGTERM)
+    assert runs.wait(processes, 30) == [128 + signal.SIGTERM], log.read_text()
+    assert time.monotonic() - began < 25  # less than schedulers grant
+    said = log.read_text()
+    assert f"asked to stop while waiting for images of {data} from the loader ({workers} workers)" in said
+    step = int(metrics.read_text().strip().splitlines()[-1].split(",")[0])
+    assert max(RunCheckpoints(folder / "checkpoints").steps()) == step
+    assert "the newest checkpoint is" in said and "Traceback" not in said
+
+
+def test_a_second_sigterm_ends_it_at_once(tmp_path: Path) -> None:
+    """The main thread is in a call that no signal interrupts."""
+    program = WAITING.format("threading.Event().wait(60)")
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=-1, stderr=-1, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for _ in range(3):  # twice at once, as launchers pass a signal on, is one
+        process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+    assert "a second signal came: ended; advice" in process.communicate()[1]
+
+
+def test_waiting_for_other_processes_ends_after_its_grace(tmp_path: Path) -> None:
+    program = WAITING.format("with watch.waiting('the other processes'): threading.Event().wait(60)")
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=-1, stderr=-1, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(0.6)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+    said = process.communicate()[1]
+    assert "waiting for the other processes, for 0 s now\n" in said  # before the signal, too
+    assert "still waiting for the other processes, 1 s after being asked to stop: ended; advice" in said
+
+
+def test_what_is_not_waiting_is_only_noted() -> None:
+    program = WAITING.format(
+        "os.kill(os.getpid(), signal.SIGTERM); time.sleep(2)\n    print('went on', flush=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout == "ready\nwent on\n" and not done.stderr
