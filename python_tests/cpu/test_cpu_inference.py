@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from typing import Any
 
 import pytest
@@ -119,7 +120,7 @@ def test_copies_have_their_own(small_vit: Build, calls: Calls) -> None:
         ({"reg_tokens": 2}, FAST),
         ({"dtype": torch.float64}, (0, 0, 0)),
     ],
-    ids=str,
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),
 )
 def test_kinds_of_blocks(
     small_vit: Build, calls: Calls, arguments: dict[str, Any], expected: tuple[int, int, int]
