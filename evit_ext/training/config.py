@@ -277,7 +277,8 @@ def _read(recipe: str | Path) -> Mapping[str, Any]:
         mark = getattr(error, "problem_mark", None)
         problem = shortened(getattr(error, "problem", ""))
         said = reason(error) if mark is None else f"line {mark.line + 1}: {problem}"
-        raise ValueError(f"{recipe} is not YAML: {said}") from error
+        text = ", not even text" if isinstance(error, UnicodeDecodeError) else ""
+        raise ValueError(f"{recipe} is not YAML{text}: {said}") from error
     if not isinstance(values, Mapping):
         raise ValueError(f"{recipe} must be a mapping of fields to values, got {type(values).__name__}")
     _check_size(values, str(recipe))

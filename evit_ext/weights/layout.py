@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from evit_ext._util.messages import shown
+
 #: How many dicts in dicts are looked into.
 _DEEPEST = 8
 _PLAIN = ("model", "state_dict", "model_state_dict")
@@ -111,7 +113,7 @@ def find_weights(content: Any, use_ema: bool | None, own_keys: Collection[str], 
     else:
         raise ValueError(f"{name} has dicts in dicts, more than {_DEEPEST} deep, and no weights")
     if not any(isinstance(value, Tensor) for value in state.values()):
-        entries = ", ".join(map(repr, list(state)[:10])) or "nothing"
+        entries = ", ".join(map(shown, list(state)[:10])) or "nothing"
         raise ValueError(
             f"found no weights in {name}: it has {entries}; expected a state dict, or one under "
             f"{', '.join(map(repr, _PLAIN + _AVERAGED))}. Read it with torch.load, and save the state dict "

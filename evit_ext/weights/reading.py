@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import pickle
 import re
 import threading
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from evit_ext._util.messages import reason, shortened
 
 
 class Ignored:
@@ -84,8 +87,13 @@ def _zip_format(path: Path, name: str, size: int) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+            compressed = [entry.filename for entry in archive.infolist() if entry.compress_type]
     except zipfile.BadZipFile as error:
         raise ValueError(f"{name} is not complete, or damaged: it has {size} bytes, and no end") from error
+    except Exception as error:  # what zipfile raises of names and versions that make no sense is anything
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # of the disk, not of what is on it
+        raise ValueError(f"{name} is damaged: {reason(error)}") from error
     if any(entry.endswith(".npy") for entry in names):
         raise ValueError(
             f"{name} is a NumPy archive, as JAX's vision transformers are published in: timm reads them, "
@@ -98,6 +106,11 @@ def _zip_format(path: Path, name: str, size: int) -> str:
         )
     if not any(entry.endswith("data.pkl") for entry in names):
         raise ValueError(f"{name} is a zip archive that torch.save did not write; {_EXPECTED}")
+    if compressed:
+        raise ValueError(
+            f"{name} is compressed (in it {shortened(compressed[0])}), as torch.save's files never are: "
+            "unpack it and zip it without compression, or save the weights again"
+        )
     return "zip"
 
 
@@ -128,7 +141,7 @@ def read_file(path: Path, name: str) -> Any:
         try:
             return load_file(path, device="cpu")
         except SafetensorError as error:
-            raise ValueError(f"{name} is not complete, or damaged: {error}") from error
+            raise ValueError(f"{name} is not complete, or damaged: {reason(error)}") from error
     # What is allowed, torch keeps for the whole process: one thread at a time.
     with _LOCK, _allowing(_SAFE):
         try:
@@ -139,13 +152,14 @@ def read_file(path: Path, name: str) -> Any:
         except Exception as error:  # what torch raises on a damaged file is anything
             refused = _refused(path, form, str(error)) if isinstance(error, pickle.UnpicklingError) else []
             if not refused:
-                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-                raise ValueError(f"{name} is damaged, or no checkpoint ({reason})") from error
+                said = f"{type(error).__name__}: {shortened(str(error).partition(chr(10))[0])}"
+                raise ValueError(f"{name} is damaged, or no checkpoint ({said})") from error
             raise ValueError(
-                f"{name} holds more than weights: {', '.join(refused)}. To make these, Python would have to "
-                "execute what the file says, so it was refused; nothing was executed. If you trust where the "
-                "file comes from, convert it once: torch.load(path, weights_only=False) reads it, executing "
-                "it, and torch.save(its state dict, new_path) writes a file of weights alone"
+                f"{name} holds more than weights: {', '.join(map(shortened, refused[:40]))}. To make these, "
+                "Python would have to execute what the file says, so it was refused; nothing was executed. "
+                "If you trust where the file comes from, convert it once: torch.load(path, "
+                "weights_only=False) reads it, executing it, and torch.save(its state dict, new_path) writes "
+                "a file of weights alone"
             ) from error
 
 

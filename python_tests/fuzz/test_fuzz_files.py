@@ -103,6 +103,9 @@ entries = st.sampled_from(["", "model", "state_dict", "model_ema", "state_dict_e
 )
 # Found by it: a norm without a dimension, of which the length was asked.
 @example({"blocks.0.norm1.weight": torch.zeros(())}, "", "", True, True, False, [])
+# An archive whose list of contents has a name that is no text, or a version that does not exist.
+@example({}, "", "", True, True, False, [(0.984375, 128)])
+@example({}, "model", "", True, True, False, [(0.9809924585284661, 64)])
 def test_checkpoints(
     tmp_path: Path,
     changes: dict[str, Any],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import pickle
@@ -225,3 +226,23 @@ def test_many_threads(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: load_checkpoint(evit(), file), range(24)))
     assert torch.serialization.get_safe_globals() == before
+
+
+def test_compressed_archives(tmp_path: Path) -> None:
+    """A megabyte of them may hold gigabytes; torch.save writes none."""
+    file = saved(tmp_path, deit_file())
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert "b.pth is compressed (in it " in refused(evit(), tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize("place", range(1, 60, 3))
+def test_damaged_lists_of_contents(tmp_path: Path, place: int) -> None:
+    """Each bit of the list's first entry: zipfile has many errors, of which none names the file."""
+    file = saved(tmp_path, deit_file())
+    data = bytearray(file.read_bytes())
+    data[data.index(b"PK\x01\x02") + place] ^= 0xC0
+    file.write_bytes(data)
+    with contextlib.suppress(ValueError):
+        load_checkpoint(evit(), file)
