@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from evit_ext._util.files import replacing
 from evit_ext._util.tables import aligned
 from evit_ext.benchmark import MODES, TASKS, Row, contestants, measure
 from evit_ext.cli.options import add_device, add_output, chosen_device, keep_rate
@@ -136,8 +137,10 @@ def _benchmark(options: argparse.Namespace) -> None:
     text = table(rows)
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
-        options.output.with_suffix(".md").write_text(f"# {options.named}\n\n{text}\n")
+        contents = {"json": json.dumps(everything, indent=1), "md": f"# {options.named}\n\n{text}"}
+        for ending, content in contents.items():
+            with replacing(options.output.with_name(f"{options.output.name}.{ending}")) as file:
+                file.write(f"{content}\n")
     print(json.dumps(everything, indent=2) if options.json else text)
 
 
