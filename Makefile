@@ -12,19 +12,23 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 
-.PHONY: help env demo bench test test-python test-faults test-cpp test-cuda-on-host test-sanitize test-oldest-torch lint format docs wheels gpu-check gpu-bench clean
+.PHONY: help env demo bench test test-quick test-all test-python test-faults test-cpp test-cuda-on-host \
+    test-sanitize test-threads fuzz test-oldest-torch lint format docs wheels gpu-check clean
 
 help:
 	@echo "make demo               train a DeiT and EViTs on real digits, compare them (about 10 minutes)"
-	@echo "make test               every test, C++ and Python"
+	@echo "make test               the tests, C++ and Python (about 10 minutes on two cores)"
+	@echo "make test-quick         those of the operators and the method (about 2 minutes)"
+	@echo "make test-all           what takes longer, too: builds, compilers, processes, CUDA kernels on the CPU"
 	@echo "make test-faults        kill a hundred training runs at random moments; none must be lost"
 	@echo "make test-sanitize      the C++ tests with address and undefined-behaviour sanitizers"
+	@echo "make test-threads       the C++ tests of the CPU kernels with the thread sanitizer"
+	@echo "make fuzz MINUTES=10    images, checkpoints, configurations and operators that nobody means"
 	@echo "make test-oldest-torch  one binary, built on the newest torch, tested on the oldest supported"
 	@echo "make bench              DeiT-S next to what people would use instead; its growth with the image"
-	@echo "make gpu-check          every test that needs a GPU and the operators' times, with the installed Python"
-	@echo "make gpu-bench          make bench on a GPU, likewise without network; kernel counters, training"
+	@echo "make gpu-check          tests and benchmarks on a GPU, with the installed Python and without a network"
 	@echo "make lint | format      check | mend formatting, style and types"
-	@echo "make wheels             sdist and wheels for CPython 3.10 to 3.14, CPU and CUDA, audited and tried, into dist/"
+	@echo "make wheels             sdist and wheels for the Pythons there are, CPU and CUDA, audited and tried, into dist/"
 	@echo "make docs               build the documentation's site into build/site"
 	@echo "make clean              remove builds, environments and runs"
 
@@ -47,10 +51,23 @@ env: $(BIN)/.installed-dev
 demo: $(BIN)/.installed-demo
 	$(BIN)/python -m evit_ext.demo --output runs/demo $(ARGS)
 
-test: env test-cpp test-python test-cuda-on-host
+# As many tests at a time as there are cores, each with one thread.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+
+test: env test-cpp test-python
+
+test-quick: env
+	$(PYTEST) python_tests/ops python_tests/tokens python_tests/patching --ignore python_tests/patching/families \
+	    python_tests/models/test_golden.py python_tests/cost python_tests/weights python_tests/tools/test_house.py
+
+# What takes longer, too: what python_tests/thorough.py lists, and the CUDA kernels under the Python tests.
+# These one at a time: some measure, and some have processes of their own.
+test-all: test test-cuda-on-host
+	$(BIN)/pytest -m thorough
 
 test-python: env
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-faults: env
 	$(BIN)/pytest -m faults -s python_tests/training
@@ -62,8 +79,8 @@ test-cpp: env
 
 # The tests of operators and models once more, with the CUDA kernels, which the CPU executes.
 test-cuda-on-host: test-cpp
-	$(BIN)/pytest python_tests/ops python_tests/models python_tests/test_block.py \
-	    python_tests/test_block_at_once.py \
+	$(PYTEST) python_tests/ops python_tests/models python_tests/patching/test_block.py \
+	    python_tests/patching/test_block_at_once.py \
 	    --cuda-on-host build/cmake/libevit_cuda_on_host.so
 
 test-sanitize: env
@@ -72,19 +89,26 @@ test-sanitize: env
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/sanitize --output-on-failure
 
+# The kernels of the CPU only: the execution of CUDA code on the host switches stacks, which confuses it.
+test-threads: env
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/thread -G Ninja -DEVIT_LIBRARY=OFF \
+	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DEVIT_SANITIZE=thread
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/thread --target evit_tests
+	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/thread --output-on-failure -R ^kernels_
+
+MINUTES ?= 10
+fuzz: env
+	PATH="$(abspath $(BIN)):$$PATH" scripts/fuzz $(MINUTES)
+
 test-oldest-torch: env
 	scripts/test-oldest-torch $(BIN)/python
 
 # With the Python that is there: a GPU machine often has no network, and brings a torch that fits its driver.
-# ARGS="--quick", for example; scripts/gpu-check.py --help lists them.
+# ARGS="--minutes 7", for example; scripts/gpu-check.py --help lists them.
 gpu-check:
 	$(PYTHON) scripts/gpu-check.py $(ARGS)
 
-# After gpu-check, whose build it uses. ARGS="--only counters training", for example.
-gpu-bench:
-	$(PYTHON) scripts/gpu-bench.py $(ARGS)
-
-# DEVICE=cuda on a machine with a GPU and network (else gpu-bench); ARGS="--quick", "--model tiny" or "--seconds 5", for example: what both know.
+# DEVICE=cuda on a machine with a GPU and network (else gpu-check); ARGS="--quick", "--model tiny" or "--seconds 5", for example: what both know.
 # RESULTS is the folder of the results, those of the repository by default.
 DEVICE ?= cpu
 RESULTS ?= benchmarks/results
@@ -102,7 +126,7 @@ format: env
 docs: env
 	$(BIN)/python -m sphinx -EW --keep-going -c docs -d build/doctrees . build/site
 
-# ARGS="--python 3.12 --variant cpu", for example; scripts/build-wheels.py --help lists them.
+# ARGS="--python python3.12 --variant cpu", for example; scripts/build-wheels.py --help lists them.
 wheels: $(BIN)/.installed-wheels
 	$(BIN)/python scripts/build-wheels.py $(ARGS)
 

@@ -4,8 +4,8 @@ Environment:
     FORCE_CUDA            1: build the CUDA code or fail; 0: do not build it. Otherwise it is built where
                           torch has CUDA and a toolkit of the same major version is found.
     CUDA_HOME             the toolkit to use.
-    TORCH_CUDA_ARCH_LIST  architectures, as for every torch extension, e.g. "8.0;9.0+PTX".
-    CXX, MAX_JOBS         the compiler; the number of parallel jobs.
+    TORCH_CUDA_ARCH_LIST  architectures, as for every torch extension, e.g. "8.0;9.0+PTX" or native.
+    CXX, MAX_JOBS         the compiler; the number of parallel jobs, 1 or more.
     EVIT_NAME_VARIANT     1: the version names what is built, as torch's do: 0.1.0+cpu, 0.1.0+cu130.
 
 No network, no GPU. Every choice and every flag is printed (`pip install -v`).
@@ -69,7 +69,17 @@ def local_version(cuda):
     return f"+cu{cuda[1][0]}{cuda[1][1]}" if cuda else "+cpu"
 
 
+def check_folder():
+    if not os.access(ROOT, os.W_OK):
+        stop(
+            f"the folder of the sources, {ROOT}, cannot be written to, and setuptools builds in it: copy it "
+            "somewhere else, or build from a source distribution, which pip unpacks itself."
+        )
+
+
 def check_compiler():
+    if not os.environ.get("CXX", "c++").strip():
+        del os.environ["CXX"]  # set to nothing, which torch takes for a name
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         stop(
@@ -155,7 +165,23 @@ def architectures(toolkit):
     asynchronous copies would not assemble. Those are left out.
     """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if asked == ["native"]:
+        if not torch.cuda.is_available():
+            stop(
+                "TORCH_CUDA_ARCH_LIST is native, and torch sees no GPU here: name the compute capability "
+                "to build for, such as 9.0, or leave the variable out."
+            )
+        gpus = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+        asked = sorted({f"{major}.{minor}" for major, minor in gpus})
     if asked:
+        # Names such as Hopper are torch's to know.
+        known = re.compile(r"\d+\.\d[af]?(\+PTX)?|[A-Z][A-Za-z0-9+]+")
+        unknown = [arch for arch in asked if not known.fullmatch(arch)]
+        if unknown:
+            stop(
+                f"TORCH_CUDA_ARCH_LIST has {' '.join(unknown)[:100]}: expected compute capabilities such as "
+                '"8.0;9.0+PTX", or native.'
+            )
         too_old = [arch for arch in asked if re.match(r"[1-7]\.\d", arch)]
         if len(too_old) == len(asked):
             stop(
@@ -173,7 +199,10 @@ def architectures(toolkit):
 
 def limit_jobs():
     """Set MAX_JOBS, unless it is set: one job for each core and for each 2 GiB of free memory."""
-    if "MAX_JOBS" not in os.environ:
+    asked = os.environ.get("MAX_JOBS", "").strip()
+    if asked and not re.fullmatch("0*[1-9][0-9]*", asked):
+        stop(f"MAX_JOBS must be a whole number, 1 or more, got {asked[:100]!r}.")
+    if not asked:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         memory = Path("/proc/meminfo")
         gib = cores * 2
@@ -257,6 +286,7 @@ def extension(cuda):
 
 def main():
     check_torch()
+    check_folder()
     check_compiler()
     limit_jobs()
     cuda = choose_cuda()

@@ -10,7 +10,7 @@ logits of what should give the same are compared before anything is timed. The m
 shows images per second against the keep rate.
 
 On a GPU there is a time limit, 6.5 minutes by default: what tells most is measured first, what does not fit
-is left out, and the results say so. They are written after every group, with what was aimed at and met.
+is left out, and the results say so. They are written after every group.
 """
 
 from __future__ import annotations
@@ -21,26 +21,22 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Hashable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import benchmark_options
-import end_to_end_targets
 import onnx_rivals
 import torch
 from end_to_end_plot import ONNX, plot, shown_in_plot
 from operator_times.facts import commit, machine
-from operator_times.report import targets_table, verdict
 from plain_evit import PlainEViT
-from time_limit import TimeLimit, at_most, gpu_is_lost, in_time, left_out_lines, write_whole
+from time_limit import Missing, in_time
 
 import evit_ext
 from evit_ext.benchmark import Contestant, Row, contestants, measure
 from evit_ext.cli.benchmark import LATENCY_CALLS, table
-from evit_ext.patching import cpu_overrides
-from evit_ext.patching.families import cpu_forwards
+from evit_ext.cpu import replacing
+from evit_ext.patching.families import family_of
 from evit_ext.training.precision import choose_precision
 
 KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -49,7 +45,14 @@ ONE = (0.7,)  # of what is compiled first, for 10 to 20 seconds each on two core
 FASTER = "dense, EViT's forwards"
 PREPACKED = ", prepacked"
 GPU_MINUTES = 6.5
-#: Seconds that a model is expected to take to compile, before one was; on two cores it took 10 to 20.
+#: On a GPU these come first, in bfloat16: task, mode, batch. What compiles comes last, as it takes longest.
+FIRST = (
+    ("inference", "eager", 256),
+    ("training", "eager", 256),
+    ("inference", "cudagraph", 1),
+    ("inference", "compile", 256),
+)
+#: Seconds that a model is expected to take to compile; on two cores it took 10 to 20.
 COMPILING = 25.0
 SAME_IMAGES = 8
 
@@ -61,34 +64,18 @@ class Group:
     task: str
     precision: str
     batch: int
-    modes: tuple[str, ...]
+    mode: str
     keep_rates: tuple[float, ...]
     seconds: float
     least: int
 
     def __str__(self) -> str:
-        return f"{self.task}, {self.precision}, batch {self.batch}, {' and '.join(self.modes)}"
-
-    @property
-    def compiles(self) -> bool:
-        return "compile" in self.modes
-
-    def kind(self) -> Hashable:
-        """Return what groups that take about as long have in common."""
-        return self.task, self.modes, self.keep_rates
+        return f"{self.task}, {self.precision}, batch {self.batch}, {self.mode}"
 
     def expected_seconds(self) -> float:
         """Return how long it may take: three models are compiled for each keep rate, all are called once."""
-        return self.seconds + 5.0 + (COMPILING * (1 + 2 * len(self.keep_rates)) if self.compiles else 0.0)
-
-
-@dataclass
-class Results:
-    """What there is so far."""
-
-    rows: list[Row]
-    left_out: list[str]
-    failures: list[str]
+        compiled = 1 + 2 * len(self.keep_rates) if self.mode == "compile" else 0
+        return self.seconds + 5.0 + COMPILING * compiled
 
 
 def field(model: str, keep_rates: tuple[float, ...], device: torch.device) -> list[Contestant]:
@@ -129,7 +116,10 @@ class Prepacked(torch.nn.Module):
 def _with_faster_forwards(dense: Contestant) -> Contestant:
     """Return the dense model with the forwards that an EViT's blocks have on the CPU, to tell their part."""
     model: Any = copy.deepcopy(dense.model)
-    cpu_overrides.install(model.blocks, cpu_forwards(model))
+    family = family_of(model)
+    parts = [part for block in model.blocks for part in block.children()]
+    replacing.replace(parts, family.cpu_forwards)
+    replacing.set_active(parts, True)
     return replace(dense, name=FASTER, model=model)
 
 
@@ -195,7 +185,7 @@ def parse() -> argparse.Namespace:
 def groups(options: argparse.Namespace) -> list[Group]:
     """Return what is measured: all keep rates at the largest batch, else some, compiled one.
 
-    On a GPU in the order in which it tells most: what targets ask for, the rest without compiling, the rest.
+    On a GPU in the order in which it tells most: FIRST, the rest without compiling, the rest.
     """
     on_gpu = options.device == "cuda"
     batches = options.batch or ([1, 8, 64, 256] if on_gpu else [1, 4, 16])
@@ -215,21 +205,24 @@ def groups(options: argparse.Namespace) -> list[Group]:
             for batch in batches:
                 rates = one if options.quick or mode != "eager" else every if batch == largest else some
                 least = max(5, options.latency_calls) if batch == 1 else 5
-                found.append(Group("inference", precision, batch, (mode,), rates, seconds, least))
+                found.append(Group("inference", precision, batch, mode, rates, seconds, least))
         if not options.quick:
-            found.append(Group("training", precision, largest, ("eager",), one, seconds, 5))
-    return sorted(found, key=partial(_telling, largest)) if on_gpu else found
+            found.append(Group("training", precision, largest, "eager", one, seconds, 5))
+    return sorted(found, key=lambda group: telling(group, largest)) if on_gpu else found
 
 
 def _left_out_of_quick(mode: str, precision: str, on_gpu: bool) -> bool:
-    """Compiling is what a quick run mostly takes, and on a GPU there is no target for float32."""
+    """Compiling is what a quick run mostly takes, and on a GPU nothing in float32 comes first."""
     return (mode == "compile" or on_gpu) and precision == ("float32" if on_gpu else "bfloat16")
 
 
-def _telling(largest: int, group: Group) -> tuple[int, bool, bool, bool, int]:
-    """Return what sorts a GPU's groups, the most telling first."""
-    rank = end_to_end_targets.rank(group.task, group.precision, group.modes, group.batch)
-    return rank, group.compiles, group.precision == "float32", group.batch not in (1, largest), -group.batch
+def telling(group: Group, largest: int) -> tuple[int, bool, bool, bool, int]:
+    """Return what sorts a GPU's groups: those of FIRST, the rest without compiling, the rest."""
+    key = (group.task, group.mode, group.batch)
+    is_first = group.precision == "bfloat16" and key in FIRST
+    rank = FIRST.index(key) if is_first else len(FIRST)
+    rarely = group.batch not in (1, largest)
+    return rank, group.mode == "compile", group.precision == "float32", rarely, -group.batch
 
 
 def takes_part(entry: Contestant, group: Group) -> bool:
@@ -239,18 +232,18 @@ def takes_part(entry: Contestant, group: Group) -> bool:
     # A DynamicViT trains by masking, with losses of its own, and is not the compiled rival. Prepacking
     # tells on neither.
     eager_only = entry.name.startswith("Dynamic") or entry.name.endswith(PREPACKED)
-    return not eager_only or (group.task == "inference" and group.modes == ("eager",))
+    return not eager_only or (group.task == "inference" and group.mode == "eager")
 
 
 def run(group: Group, everyone: list[Contestant], device: torch.device, with_onnx: bool) -> list[Row]:
     """Measure a group."""
     images = _images(everyone[0], group.batch, device)
     models = [entry for entry in everyone if takes_part(entry, group)]
-    if with_onnx and (group.task, group.precision, group.modes) == ("inference", "float32", ("eager",)):
+    if with_onnx and (group.task, group.precision, group.mode) == ("inference", "float32", "eager"):
         models += in_onnx_runtime(models, images)
     torch._dynamo.reset()  # of the group before
     precision = choose_precision(device, group.precision)
-    rows = measure(models, images, group.task, group.modes, precision, group.seconds, group.least)
+    rows = measure(models, images, group.task, (group.mode,), precision, group.seconds, group.least)
     # ONNX Runtime keeps its memory between calls, so that what a call adds is not what it needs.
     return [
         replace(row, mode="onnxruntime", peak_memory=None) if row.model.startswith(ONNX) else row
@@ -258,78 +251,39 @@ def run(group: Group, everyone: list[Contestant], device: torch.device, with_onn
     ]
 
 
-def run_or_say(
-    group: Group,
-    everyone: list[Contestant],
-    device: torch.device,
-    with_onnx: bool,
-    results: Results,
-    seconds: float = math.inf,
-) -> None:
-    """Measure a group, or note why not: the figures of others are not to be lost with it.
-
-    Where it fails with all, it is tried with the two that most targets compare; not where it took too long,
-    or has lost the GPU.
-    """
-    two = [entry for entry in everyone if entry.name in (end_to_end_targets.DENSE, end_to_end_targets.EVIT)]
-    for chosen, note in ((everyone, ""), (two, ", with dense and EViT alone")):
-        try:
-            with at_most(seconds):
-                results.rows += run(group, chosen, device, with_onnx and not note)
-            return
-        except Exception as error:
-            first_line = (str(error).splitlines() or [""])[0]
-            results.failures.append(f"{group}{note}: {type(error).__name__}: {first_line}")
-            print(f"failed: {results.failures[-1]}", flush=True)
-            if isinstance(error, TimeoutError) or gpu_is_lost():
-                return
-
-
 def main() -> int:
     options = parse()
     commit()
     device = torch.device(options.device)
-    limit = TimeLimit(options.minutes)
     torch.manual_seed(0)
     all_groups = groups(options)
     keep_rates = tuple(sorted({rate for group in all_groups for rate in group.keep_rates}, reverse=True))
     with_onnx = options.device == "cpu" and onnx_rivals.available()
     everyone = field(options.model, keep_rates, device)
-    results = Results([], [], [])
     onnxruntime = onnx_rivals.version() if with_onnx else "left out"
+    rows: list[Row] = []
 
-    for group, later in in_time(all_groups, limit, results.left_out, Group.expected_seconds, Group.kind):
-        run_or_say(group, everyone, device, with_onnx, results, limit.of_one)
+    def save(missing: Missing) -> None:
         if options.output:
-            write(options, replace(results, left_out=results.left_out + later), onnxruntime)
-    print(f"in {limit.clock}\n\n{summary(options, results)}")
+            write(options, rows, missing, onnxruntime)
+
+    def measure_group(group: Group) -> None:
+        rows.extend(run(group, everyone, device, with_onnx))
+
+    missing = in_time(all_groups, measure_group, options.minutes, Group.expected_seconds, save)
+    print(f"\n{table(rows)}\n\n{missing}".rstrip("\n"))
+    save(missing)
     if options.output:
-        write(options, results, onnxruntime)
-        draw(options, results.rows)
-    return 1 if results.failures else 0
+        draw(options, rows)
+    return 1 if missing.failures else 0
 
 
-def summary(options: argparse.Namespace, results: Results) -> str:
-    """Return the table; on a GPU the targets too; and what was left out or failed."""
-    parts = [table(results.rows)]
-    if options.device == "cuda":
-        found = end_to_end_targets.targets(results.rows)
-        parts.append(f"{targets_table(found)}\n{verdict(found)}")
-    parts.append(left_out_lines(results.left_out, results.failures))
-    return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
-
-
-def write(options: argparse.Namespace, results: Results, onnxruntime: str) -> None:
+def write(options: argparse.Namespace, rows: list[Row], missing: Missing, onnxruntime: str) -> None:
     """OUTPUT.json and OUTPUT.md."""
     options.output.parent.mkdir(parents=True, exist_ok=True)
     facts = {**machine(options.device), "onnxruntime": onnxruntime}
-    everything: dict[str, Any] = {"machine": facts}
-    found = end_to_end_targets.targets(results.rows) if options.device == "cuda" else []
-    if found:
-        everything["targets"] = [asdict(target) for target in found]
-    everything |= {"left_out": results.left_out, "failures": results.failures}
-    everything["rows"] = [asdict(row) for row in results.rows]
-    write_whole(options.output.with_suffix(".json"), json.dumps(everything, indent=1) + "\n")
+    everything = {"machine": facts, **asdict(missing), "rows": [asdict(row) for row in rows]}
+    options.output.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
     heading = f"# DeiT-{options.model[0].upper()} end to end\n\n"
     heading += "".join(f"- {name}: {fact}\n" for name, fact in facts.items())
     explained = (
@@ -337,11 +291,8 @@ def write(options: argparse.Namespace, results: Results, onnxruntime: str) -> No
         "MiB: what a call needs at its peak beyond what is there before it. A dash: not measured. "
         "docs/benchmarks.md says what the rows are."
     )
-    text = f"{heading}\n{explained}\n\n```\n{table(results.rows)}\n```\n"
-    if found:
-        text += f"\n{targets_table(found)}\n{verdict(found)}\n"
-    said = left_out_lines(results.left_out, results.failures).replace("\n", "\n\n").rstrip("\n")
-    write_whole(options.output.with_suffix(".md"), f"{text}\n{said}\n" if said else text)
+    text = f"{heading}\n{explained}\n\n```\n{table(rows)}\n```\n\n{missing}"
+    options.output.with_suffix(".md").write_text(text.rstrip("\n") + "\n")
 
 
 def draw(options: argparse.Namespace, rows: list[Row]) -> None:

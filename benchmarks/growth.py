@@ -39,7 +39,7 @@ import torch
 from growth_report import PATCH, fits, fits_table, plot, table, tokens
 from operator_times.facts import commit, machine
 from plain_evit import PlainEViT
-from time_limit import TimeLimit, at_most, in_time, left_out_lines, write_whole
+from time_limit import Missing, in_time
 
 from evit_ext._util.timing import Timed
 from evit_ext.benchmark import Here, apart, memory_added, time_in_turns
@@ -67,6 +67,18 @@ class Setup:
     precision: str
     device: str
     threads: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """The models of one size, batch and precision, which take turns."""
+
+    setups: list[Setup]
+
+    def __str__(self) -> str:
+        first = self.setups[0]
+        sizes = f"{tokens(first.side)} tokens, batch {first.batch}, {first.precision}"
+        return f"{sizes}, {len(self.setups)} models"
 
 
 def create(setup: Setup) -> torch.nn.Module:
@@ -166,8 +178,8 @@ def measure(setups: list[Setup], seconds: float) -> list[dict[str, Any]]:
     ]
 
 
-def groups(options: argparse.Namespace) -> list[list[Setup]]:
-    """Return what takes turns: the models of one size, batch and precision."""
+def groups(options: argparse.Namespace) -> list[Group]:
+    """Return what is measured, in order."""
     sides = options.img_size or ([224, 448, 512] if options.quick else list(SIDES))
     on_gpu = options.device == "cuda"
     batches = options.batch or ([1] if options.quick else list(GPU_BATCHES if on_gpu else BATCHES))
@@ -176,11 +188,13 @@ def groups(options: argparse.Namespace) -> list[list[Setup]]:
     sizes = [(side, 1) for side in sides] + [(min(sides), batch) for batch in batches if batch != 1]
     common = {"device": options.device, "threads": torch.get_num_threads()}
     return [
-        [
-            Setup(options.model, kind, keep_rate, side, batch, precision, **common)
-            for kind, keep_rate in KINDS
-            if not options.quick or keep_rate != 0.5
-        ]
+        Group(
+            [
+                Setup(options.model, kind, keep_rate, side, batch, precision, **common)
+                for kind, keep_rate in KINDS
+                if not options.quick or keep_rate != 0.5
+            ]
+        )
         for precision in precisions
         for side, batch in sizes
     ]
@@ -221,41 +235,27 @@ def main() -> int:
     on_gpu = options.device == "cuda"
     seconds = options.seconds or (2.0 if options.quick or on_gpu else 4.0)
     rows: list[dict[str, Any]] = []
-    left_out: list[str] = []
-    failures: list[str] = []
-    limit = TimeLimit(options.minutes)
-    for group, later in in_time(
-        groups(options), limit, left_out, lambda _: seconds + 10.0, describe=describe
-    ):
-        try:
-            with at_most(limit.of_one):
-                rows += measure(group, seconds)
-        except Exception as error:  # the others' figures are not to be lost with it
-            failures.append(
-                f"{describe(group)}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            )
-            print(f"failed: {failures[-1]}", flush=True)
+
+    def save(missing: Missing) -> None:
         if options.output:
-            write(options, rows, left_out + later, failures)
-    print(f"in {limit.clock}\n\n{summary(rows, left_out, failures)}")
+            write(options, rows, missing)
+
+    def measure_group(group: Group) -> None:
+        rows.extend(measure(group.setups, seconds))
+
+    missing = in_time(groups(options), measure_group, options.minutes, lambda _: seconds + 10.0, save)
+    print(f"\n{summary(rows, missing)}")
+    save(missing)
     if options.output:
-        write(options, rows, left_out, failures)
         if rows and importlib.util.find_spec("matplotlib") is not None:
             plot(rows, options.output.with_suffix(".png"), options.device.upper())
         else:
             print("no plot: " + ("matplotlib is not installed" if rows else "nothing was measured"))
-    return 1 if failures else 0
+    return 1 if missing.failures else 0
 
 
-def describe(group: list[Setup]) -> str:
-    """Return what a group is, in words."""
-    first = group[0]
-    return f"{tokens(first.side)} tokens, batch {first.batch}, {first.precision}, {len(group)} models"
-
-
-def summary(rows: list[dict[str, Any]], left_out: list[str], failures: list[str]) -> str:
+def summary(rows: list[dict[str, Any]], missing: Missing) -> str:
     """Return both tables in Markdown, what their columns are, and what was left out or failed."""
-    said = left_out_lines(left_out, failures).replace("\n", "\n\n").rstrip("\n")
     return (
         "ms: median of the forwards, which take turns. MiB: what the first forward needs at its peak "
         "beyond what is there before it, on the CPU in a fresh process. A dash: not measured.\n\n"
@@ -263,22 +263,19 @@ def summary(rows: list[dict[str, Any]], left_out: list[str], failures: list[str]
         "sizes, the largest distance between measured memory and the straight line a + b · N, in percent of "
         "what was measured. N²: the share of c · N² in the parabola a + b · N + c · N². N^: the power that "
         f"fits the larger half of the sizes best.\n\n{fits_table(fits(rows))}"
-        + (f"\n{said}\n" if said else "")
+        + (f"\n{missing}\n" if str(missing) else "")
     )
 
 
-def write(
-    options: argparse.Namespace, rows: list[dict[str, Any]], left_out: list[str], failures: list[str]
-) -> None:
+def write(options: argparse.Namespace, rows: list[dict[str, Any]], missing: Missing) -> None:
     """OUTPUT.json and OUTPUT.md."""
     options.output.parent.mkdir(parents=True, exist_ok=True)
     facts = machine(options.device)
-    contents = {"machine": facts, "left_out": left_out, "failures": failures}
-    contents |= {"rows": rows, "fits": fits(rows)}
-    write_whole(options.output.with_suffix(".json"), json.dumps(contents, indent=1) + "\n")
+    contents = {"machine": facts, **asdict(missing), "rows": rows, "fits": fits(rows)}
+    options.output.with_suffix(".json").write_text(json.dumps(contents, indent=1) + "\n")
     heading = f"# Growth of DeiT-{options.model[0].upper()}'s time and memory\n\n"
     heading += "".join(f"- {key}: {fact}\n" for key, fact in facts.items())
-    write_whole(options.output.with_suffix(".md"), f"{heading}\n{summary(rows, left_out, failures)}")
+    options.output.with_suffix(".md").write_text(f"{heading}\n{summary(rows, missing)}")
 
 
 if __name__ == "__main__":

@@ -17,15 +17,19 @@ without autograd, backward passes by torch.autograd.grad.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from operator_times import cpu, cuda, report
-from operator_times.facts import MODELS, machine
-from time_limit import write_whole
+from operator_times import cpu, cuda
+from operator_times.facts import MODELS, commit, machine
+from time_limit import Missing, in_time
+
+from evit_ext import _C
 
 
 def parse() -> argparse.Namespace:
@@ -51,7 +55,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=170.0, help="seconds for all rows on a GPU (default: 170)"
     )
-    parser.add_argument("--quick", action="store_true", help="on a GPU: DeiT-S, batch 256 and 1")
     return parser.parse_args()
 
 
@@ -71,24 +74,34 @@ def on_cpu(arguments: argparse.Namespace, dtypes: list[torch.dtype]) -> int:
 def on_cuda(arguments: argparse.Namespace, dtypes: list[torch.dtype]) -> int:
     if not torch.cuda.is_available():
         raise SystemExit("there is no GPU: torch.cuda.is_available() is False")
-    facts = machine("cuda")
+    if not _C.build_info()["cuda_operators"]:
+        raise SystemExit("evit_ext was built without CUDA operators: there is nothing to time")
+    commit()  # before the results change the tree
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+    cache = arguments.cache_mib or 3 * torch.cuda.get_device_properties(0).L2_cache_size // 2**20
+    # The most telling first. Compiling takes most of the time.
+    batches = arguments.batch or [256, 1, 8, 64, 1024]
+    wanted = [
+        cuda.Measurement(*of, of[0] == "DeiT-S", arguments.seconds or 0.4, cache * 2**20)
+        for of in itertools.product(arguments.models, batches, dtypes or [torch.bfloat16])
+    ]
 
-    def summarize(results: cuda.Results) -> str:
-        text, figures = report.summary(results.rows, results.bandwidth, results.left_out, results.failures)
-        write(arguments, "a GPU", {"machine": facts, **figures}, text)
+    def measure(given: cuda.Measurement) -> None:
+        found = cuda.measure(given)
+        rows.extend(found[0])
+        failures.extend(f"{given}, {failure}" for failure in found[1])
+
+    def save(missing: Missing) -> str:
+        missing = Missing(missing.left_out, missing.failures + failures)
+        text = f"{cuda.table(rows)}\n{missing}\n".rstrip("\n") + "\n"
+        contents = {"machine": machine("cuda"), **asdict(missing), "rows": rows}
+        write(arguments, "a GPU", contents, text)
         return text
 
-    results = cuda.run(
-        ["DeiT-S"] if arguments.quick else arguments.models,
-        arguments.batch or (cuda.QUICK_BATCHES if arguments.quick else cuda.BATCHES),
-        dtypes or [torch.bfloat16],
-        arguments.seconds or 0.4,
-        arguments.cache_mib * 2**20 if arguments.cache_mib else None,
-        arguments.limit,
-        summarize,
-    )
-    print(summarize(results))
-    return 1 if results.failures else 0
+    missing = in_time(wanted, measure, arguments.limit / 60, lambda m: 40.0 if m.compiled else 15.0, save)
+    print(save(missing))
+    return 1 if missing.failures + failures else 0
 
 
 def write(arguments: argparse.Namespace, place: str, everything: dict[str, Any], text: str) -> None:
@@ -96,10 +109,10 @@ def write(arguments: argparse.Namespace, place: str, everything: dict[str, Any],
     if not arguments.output:
         return
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(arguments.output.with_suffix(".json"), json.dumps(everything, indent=1) + "\n")
+    arguments.output.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
     heading = f"# Operators on {place}\n\n"
     heading += "".join(f"- {name}: {fact}\n" for name, fact in everything["machine"].items())
-    write_whole(arguments.output.with_suffix(".md"), f"{heading}\n{text}")
+    arguments.output.with_suffix(".md").write_text(f"{heading}\n{text}")
 
 
 def main() -> int:

@@ -1,13 +1,15 @@
 """Time training steps, and their memory, by keep rate, batch, resolution and number of processes.
 
     python benchmarks/training_steps.py --output benchmarks/results/training-scaling-cpu
+    python benchmarks/training_steps.py --device cuda
 
-On the CPU, each process with one thread; several are joined by gloo and DistributedDataParallel. Every
-configuration has processes of its own, which stay, so that its peak memory is its own, and which take turns,
-step after step, so that what else happens on the machine happens to all of them; the median step counts.
-A step is forward, backward and AdamW on random images, in float32, nothing loaded: see the Trainer for what
-else a run does. Of several processes the slowest counts, and each also makes steps without adding up
-gradients, which tells what that takes.
+On the CPU, DeiT-Ti, each process with one thread; several are joined by gloo and DistributedDataParallel.
+Every configuration has processes of its own, which stay, so that its peak memory is its own, and which take
+turns, step after step, so that what else happens on the machine happens to all of them; the median step
+counts. A step is forward, backward and AdamW on random images, in float32, nothing loaded: see the Trainer
+for what else a run does. Of several processes the slowest counts, and each also makes steps without adding up
+gradients, which tells what that takes. On a GPU, DeiT-S in bfloat16 (autocast), one process for each
+configuration; peak memory is what PyTorch's allocator gave out.
 """
 
 from __future__ import annotations
@@ -59,22 +61,31 @@ SETUPS = (
     Setup(processes=2),
     Setup(keep_rate=0.5, processes=2),
 )
+GPU_SETUPS = (
+    Setup(keep_rate=1.0, batch=256, img_size=224),
+    Setup(batch=256, img_size=224),
+    Setup(keep_rate=0.5, batch=256, img_size=224),
+    Setup(batch=64, img_size=224),
+    Setup(batch=64, img_size=448),
+)
 
 
 class Step:
     """A model, its optimizer and a batch, in this process."""
 
-    def __init__(self, name: str, setup: Setup) -> None:
+    def __init__(self, name: str, setup: Setup, device: str = "cpu") -> None:
         torch.set_num_threads(1)
         torch.manual_seed(0)
-        self.before = peak_mib()
+        self.device = torch.device(device)
+        self.before = peak_mib(self.device)
         model = getattr(models, name)(keep_rate=setup.keep_rate, img_size=setup.img_size)
         self.gmacs = evit_ext.count_macs(model) / 1e9
         self.gradient_mib = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+        model.to(self.device)
         self.optimizer = torch.optim.AdamW(model.parameters())
         self.model: nn.Module = DistributedDataParallel(model) if setup.processes > 1 else model
-        self.images = torch.randn(setup.batch, 3, setup.img_size, setup.img_size)
-        self.labels = torch.arange(setup.batch)
+        self.images = torch.randn(setup.batch, 3, setup.img_size, setup.img_size, device=self.device)
+        self.labels = torch.arange(setup.batch, device=self.device)
 
     def run(self, together: bool) -> float:
         """Make a step; returns its seconds. Not `together`, processes keep their gradients to themselves."""
@@ -84,29 +95,33 @@ class Step:
         else:
             with self.model.no_sync():
                 self._run()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     def _run(self) -> None:
         self.optimizer.zero_grad()
-        nn.functional.cross_entropy(self.model(self.images), self.labels).backward()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = nn.functional.cross_entropy(self.model(self.images), self.labels)
+        loss.backward()
         self.optimizer.step()
 
 
-def peak_mib() -> float:
-    """Return the most main memory that this process has had."""
-    return peak_memory(torch.device("cpu")) / 2**20
+def peak_mib(device: torch.device) -> float:
+    """Return the most memory that this process has had: main memory, or of the GPU."""
+    return peak_memory(device) / 2**20
 
 
-def work(name: str, setup: Setup) -> None:
+def work(name: str, setup: Setup, device: str) -> None:
     """Be a process of a setup: answer each line on stdin with one on stdout."""
     if setup.processes > 1:
         dist.init_process_group("gloo")
-    step = Step(name, setup)
+    step = Step(name, setup, device)
     facts = {"before_mib": step.before, "gmacs": step.gmacs, "gradient_mib": step.gradient_mib}
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
         command = line.strip()
-        answer = peak_mib() if command == "memory" else step.run(command == "together")
+        answer = peak_mib(step.device) if command == "memory" else step.run(command == "together")
         print(json.dumps(answer), flush=True)
     if setup.processes > 1:
         dist.destroy_process_group()
@@ -115,7 +130,7 @@ def work(name: str, setup: Setup) -> None:
 class Workers:
     """The processes of a setup, seen from outside."""
 
-    def __init__(self, name: str, setup: Setup) -> None:
+    def __init__(self, name: str, setup: Setup, device: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -123,7 +138,8 @@ class Workers:
         for rank in range(setup.processes):
             meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
             meeting |= {"WORLD_SIZE": str(setup.processes), "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, __file__, "--model", name, "--work", json.dumps(asdict(setup))]
+            command = [sys.executable, __file__, "--model", name, "--device", device]
+            command += ["--work", json.dumps(asdict(setup))]
             self._processes.append(
                 subprocess.Popen(
                     command,
@@ -157,9 +173,9 @@ class Workers:
         return [json.loads(line) for line in lines]
 
 
-def measure(name: str, setups: tuple[Setup, ...], rounds: int) -> list[dict[str, Any]]:
+def measure(name: str, setups: tuple[Setup, ...], rounds: int, device: str = "cpu") -> list[dict[str, Any]]:
     """A row for each setup: medians over the rounds, in which all take turns."""
-    everyone = [(setup, Workers(name, setup)) for setup in setups]
+    everyone = [(setup, Workers(name, setup, device)) for setup in setups]
     times: dict[tuple[Setup, str], list[float]] = {}
     for number in range(WARM_UP + rounds):
         for setup, workers in everyone:
@@ -219,34 +235,39 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", default="deit_tiny", help="of evit_ext.models (default: deit_tiny)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--model", help="of evit_ext.models (default: deit_tiny; on a GPU deit_small)")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps a row (default: 9)")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md as well")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    on_gpu = arguments.device == "cuda"
+    name = arguments.model or ("deit_small" if on_gpu else "deit_tiny")
     if arguments.work:
-        work(arguments.model, Setup(**json.loads(arguments.work)))
+        work(name, Setup(**json.loads(arguments.work)), arguments.device)
         return 0
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU: torch.cuda.is_available() is False")
     before = load()
-    rows = measure(arguments.model, SETUPS, arguments.rounds)
-    facts = {
-        **machine("cpu"),
-        "threads": "1 of each process",
-        "cores": os.cpu_count(),
-        "load averages": f"{before} before, {load()} after; the benchmark itself is 1 to 2 of the latter",
-    }
-    text = (
-        f"{arguments.model}, float32, AdamW, medians of {arguments.rounds} steps that take turns. Gradients: "
-        f"{rows[0]['gradient_mib']:.1f} MiB; what adding them up takes is the difference of two medians, of "
-        "steps with it and without. On one machine, through its memory: no network. Nothing here was "
-        f"measured on a GPU.\n\n{table(rows)}"
-    )
+    rows = measure(name, GPU_SETUPS if on_gpu else SETUPS, arguments.rounds, arguments.device)
+    facts = machine(arguments.device)
+    text = f"{name}, {'bfloat16' if on_gpu else 'float32'}, AdamW, medians of {arguments.rounds} steps that "
+    text += "take turns."
+    if not on_gpu:
+        averages = f"{before} before, {load()} after; the benchmark itself is 1 to 2 of the latter"
+        facts |= {"threads": "1 of each process", "cores": os.cpu_count(), "load averages": averages}
+        text += (
+            f" Gradients: {rows[0]['gradient_mib']:.1f} MiB; what adding them up takes is the difference of "
+            "two medians, of steps with it and without. On one machine, through its memory: no network. "
+            "Nothing here was measured on a GPU."
+        )
+    text += f"\n\n{table(rows)}"
     print(text)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         everything = {"machine": facts, "rows": rows}
         arguments.output.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
-        heading = "# Training steps on the CPU\n\n"
+        heading = f"# Training steps on {'a GPU' if on_gpu else 'the CPU'}\n\n"
         heading += "".join(f"- {name}: {fact}\n" for name, fact in facts.items())
         arguments.output.with_suffix(".md").write_text(f"{heading}\n{text}")
     return 0

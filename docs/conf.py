@@ -22,10 +22,18 @@ import evit_ext  # noqa: E402
 
 # The pages in the order of the sidebar; all that is on the site stands here. What is not there is left out.
 NAVIGATION: dict[str, list[str]] = {
-    "Use": ["docs/start", "docs/use", "docs/supported-models", "docs/hub", "docs/questions"],
+    "Use": [
+        "docs/start",
+        "docs/use",
+        "docs/rules",
+        "docs/other-code",
+        "docs/supported-models",
+        "docs/hub",
+        "docs/questions",
+    ],
     "Train": ["docs/training", "docs/scaling"],
     "Deploy": ["docs/export", "docs/cpp", "examples/cpp/README", "docs/visualize"],
-    "How it works": ["docs/kernels", "docs/cuda-kernels", "docs/kernels-on-a-gpu", "docs/gpu-session"],
+    "How it works": ["docs/kernels", "docs/cuda-kernels"],
     "Figures": [
         "docs/benchmarks",
         "benchmarks/results/end-to-end-cpu",
@@ -37,6 +45,7 @@ NAVIGATION: dict[str, list[str]] = {
     "Python reference": [
         "docs/api/evit_ext",
         "docs/api/models",
+        "docs/api/tokens",
         "docs/api/ops",
         "docs/api/training",
         "docs/api/export",
@@ -44,7 +53,7 @@ NAVIGATION: dict[str, list[str]] = {
         "docs/api/benchmark",
         "docs/api/data",
     ],
-    "Project": ["CONTRIBUTING", "CHANGELOG"],
+    "Project": ["CONTRIBUTING", "SECURITY", "CHANGELOG"],
 }
 
 project = "evit_ext"
@@ -78,7 +87,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(abc|collections|contextlib|numpy|os|pathlib|timm|torch|typing)\..*|Tensor"),
     ("py:class", r"(dict|tuple)\[.*|.*~typing.*"),  # parts of annotations
-    ("py:class", r"evit_ext\..*\.Model"),  # type variables
+    ("py:class", r"evit_ext\..*\.(Model|Self)"),  # type variables
     ("py:class", r"evit_ext\._util\.overriding\.Override"),  # a base class
 ]
 

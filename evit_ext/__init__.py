@@ -20,7 +20,7 @@ except ImportError as error:
         "install the clone with: pip install --no-build-isolation --editable ."
     ) from error
 
-from evit_ext import models, ops
+from evit_ext import models, ops, tokens
 from evit_ext._util.version import VERSION as __version__
 from evit_ext.cost.budget import fit_budget
 from evit_ext.cost.comparison import compare_costs
@@ -54,6 +54,7 @@ __all__ = [
     "remove",
     "save_pretrained",
     "set_keep_rate",
+    "tokens",
 ]
 
 #: Imported when first asked for: ``import evit_ext`` alone would otherwise wait for all of them.

@@ -14,6 +14,7 @@ import pytest
 import torch
 from cpu_calls import Calls
 from telling_weights import draw_telling_weights
+from thorough import is_thorough
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
@@ -72,6 +73,13 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
         metafunc.parametrize("device", tested_devices(metafunc.config), indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_thorough(str(Path(item.path).as_posix()) + "::" + item.name):
+            item.add_marker("thorough")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

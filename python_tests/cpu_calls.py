@@ -22,9 +22,9 @@ class Calls:
         self.attention = self.linear = self.gelu = 0
         attention, linear = ops.attention_with_scores, cpu_forward._linear_pointwise
 
-        def count_attention(*arguments: Any) -> Any:
+        def count_attention(*arguments: Any, **named: Any) -> Any:
             self.attention += 1
-            return attention(*arguments)
+            return attention(*arguments, **named)
 
         def count_linear(x: Tensor, weight: Tensor, bias: Tensor, what: str, *rest: Any) -> Tensor:
             self.linear += 1

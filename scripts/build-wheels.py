@@ -1,130 +1,118 @@
 #!/usr/bin/env python3
-"""Build, audit and try wheels, from the source distribution, for several Pythons, with CUDA code and without.
+"""Build the source distribution and, from it, wheels; check each wheel and try it in a fresh environment.
 
-    scripts/build-wheels.py
-    scripts/build-wheels.py --python 3.12 --python ~/env/bin/python --variant cpu
+    scripts/build-wheels.py [--python python3.12 ...] [--variant cpu ...]
 
-For each Python and variant: the wheel is built from the source distribution, given the manylinux tag that its
-symbols allow (auditwheel; torch's libraries are the user's and are not bundled), checked (contents, metadata,
-torch's stable ABI only) and installed into a fresh environment, where operators and a model run. A table says
-what became of each. The files are called evit_ext-VERSION+cpu… and evit_ext-VERSION+cu130…, as torch's are.
-
-A Python that has torch, timm and what the build needs is used as it is. For any other an environment is made
-in build/wheels, with the newest torch, which is several GB. The tag depends on the machine: built in a
-manylinux image, whose Pythons in /opt/python are found, a wheel runs on more systems than built elsewhere.
-
-The CUDA variant needs a CUDA toolkit of torch's major version (CUDA_HOME); TORCH_CUDA_ARCH_LIST names other
-architectures than those of csrc/build.json, MAX_JOBS limits the parallel jobs. The script itself needs what
-`pip install "evit_ext[wheels]"` installs.
-
-Exit status: 0 every wheel passed, 1 one did not or its Python was not found, 2 bad input, 130 interrupted.
-The table has a line for each wheel, whatever happens to one of them.
+A Python that has torch, timm and pybind11 builds with them; for any other, pip downloads the newest torch.
+The wheels that passed are put into dist/. Exit status: 0 if all passed, else 1.
 """
 
-from __future__ import annotations
-
 import argparse
-import importlib.util
+import itertools
+import json
+import os
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from build_wheels.building import VARIANTS, Builder
-from build_wheels.commands import describe
-from build_wheels.interpreters import VERSIONS, NotFoundError, find
-from build_wheels.paths import ROOT, WORK
-from build_wheels.report import Row, table, verdict
+ROOT = Path(__file__).resolve().parents[1]
+WORK, DIST = ROOT / "build" / "wheels", ROOT / "dist"
+FORCE_CUDA = {"cpu": "0", "cuda": "1"}
+# They belong to the torch that is installed, whichever that is.
+NOT_BUNDLED = ["--exclude=libtorch*.so*", "--exclude=libc10*.so*", "--exclude=libcudart.so*"]
+PACKAGES = (
+    "import pybind11, sys, timm, torch; print(*[p for p in sys.path if p.endswith('-packages')], sep='\\n')"
+)
+SMOKE = """
+import sys, torch, evit_ext
+from evit_ext import _C, models, ops
+assert evit_ext.__file__.startswith(sys.argv[1]), evit_ext.__file__
+assert _C.build_info()["cuda_operators"] is (sys.argv[2] == "cuda"), _C.build_info()
+q, k, x = torch.randn(3, 4, 32), torch.randn(3, 4, 197, 32), torch.randn(3, 197, 128)
+scores = ops.class_attention(q, k)
+torch.testing.assert_close(scores, ops.reference.class_attention(q, k))
+tokens = ops.reorganize_tokens(x, scores, 99)
+torch.testing.assert_close(tokens, ops.reference.reorganize_tokens(x, scores, 99))
+models.deit_tiny(keep_rate=0.7)(torch.randn(2, 3, 224, 224)).sum().backward()
+print(f"evit_ext {evit_ext.__version__} works with torch {torch.__version__}")
+"""
 
-#: The modules of the extra `wheels`, by the package that has each.
-TOOLS = {
-    "auditwheel": "auditwheel",
-    "torch-abi-audit": "torch_abi_audit",
-    "twine": "twine",
-}
 
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+def run(*command: object, **environment: str) -> str:
+    """Run a command and return its output. Raises RuntimeError with the output if it fails."""
+    folders = [shutil.which(str(command[0])) or sys.executable, sys.executable]
+    path = os.pathsep.join([*(str(Path(program).parent) for program in folders), os.environ["PATH"]])
+    settings = {**os.environ, "PATH": path, **environment}
+    words = [str(word) for word in command]
+    done = subprocess.run(
+        words, cwd=WORK, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    parser.add_argument(
-        "--python",
-        action="append",
-        metavar="VERSION|PATH",
-        help=f"a version to look for or a Python's path; may be repeated (default: {', '.join(VERSIONS)})",
-    )
-    parser.add_argument(
-        "--variant",
-        action="append",
-        choices=VARIANTS,
-        help="may be repeated (default: cpu and cuda)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=ROOT / "dist",
-        metavar="DIR",
-        help="folder of the source distribution and of the wheels that passed (default: dist)",
-    )
-    return parser.parse_args(arguments)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words[:4])} ended with status {done.returncode}:\n{done.stdout}")
+    return done.stdout
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
-    missing = [package for package, module in TOOLS.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        print(
-            f"build-wheels: error: {', '.join(missing)} not installed: `make wheels` installs what this "
-            'needs, or pip install "evit_ext[wheels]"',
-            file=sys.stderr,
-        )
-        return 2
-    output = options.output.resolve()
+def build(python: str, variant: str, sdist: Path) -> str:
+    """Build, check and try a wheel, and put it into dist/. Returns what was seen. Raises RuntimeError."""
+    folder = WORK / f"{Path(python).name}-{variant}"
+    shutil.rmtree(folder, ignore_errors=True)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"build-wheels: error: no output folder {output}: {error.strerror}", file=sys.stderr)
-        return 2
-    try:
-        builder = Builder(output)
-    except Exception as error:
-        said = describe(error, WORK / "sdist.log")
-        print(f"build-wheels: error: no source distribution: {said}", file=sys.stderr)
-        return 1
-    print(f"{builder.sdist.name}: built and checked", flush=True)
-    pythons = list(dict.fromkeys(options.python or VERSIONS))
-    variants = list(dict.fromkeys(options.variant or VARIANTS))
-    rows: list[Row] = []
-    interrupted = False
-    try:
-        for row in build(builder, pythons, variants):
-            rows.append(row)
-    except KeyboardInterrupt:
-        interrupted = True
-        wanted = [(python, variant) for python in pythons for variant in variants]
-        rows += [Row(python, variant, "NOT BUILT: interrupted") for python, variant in wanted[len(rows) :]]
-    print(f"\n{table(rows)}\n\n{verdict(rows)}; in {output}, logs in {WORK}")
-    if interrupted:
-        return 130
-    return 0 if all(row.passed for row in rows) else 1
+        packages = run(python, "-c", PACKAGES)
+    except RuntimeError:
+        packages = ""
+    options = ["--no-deps", "--no-cache-dir", *(["--no-build-isolation"] if packages else [])]
+    settings = {"FORCE_CUDA": FORCE_CUDA[variant], "EVIT_NAME_VARIANT": "1"}
+    run(python, "-m", "pip", "wheel", *options, "--wheel-dir", folder / "built", sdist, **settings)
+    run("auditwheel", "repair", *NOT_BUNDLED, "--wheel-dir", folder, *(folder / "built").glob("*.whl"))
+    (wheel,) = folder.glob("*.whl")
+    run("twine", "check", "--strict", wheel)
+    shutil.unpack_archive(wheel, folder / "unpacked", "zip")
+    (module,) = (folder / "unpacked" / "evit_ext").glob("_C*.so")
+    report = json.loads(run("torch-abi-audit", "--check", "torch", "--json", module))
+    oldest = report["extensions"][0]["torch"]["min_torch_version"]
+    if [int(number) for number in oldest.split(".")[:2]] > [2, 10]:
+        raise RuntimeError(f"the module needs torch {oldest}, but 2.10 is promised")
+    run(python, "-m", "venv", folder / "trial")
+    trial = folder / "trial" / "bin" / "python"
+    # What is installed for `python` comes after the environment's own packages. Its .pth files are not read,
+    # so that an evit_ext which is installed there in editable mode stays out.
+    next((folder / "trial" / "lib").glob("python*/site-packages/pip")).with_name("p.pth").write_text(packages)
+    run(trial, "-m", "pip", "install", *(["--no-deps", "--no-index"] if packages else []), wheel)
+    seen = run(trial, "-I", "-c", SMOKE, folder / "trial", variant)
+    shutil.copy2(wheel, DIST)
+    return f"{wheel.name}: {seen.strip()}"
 
 
-def build(builder: Builder, pythons: Sequence[str], variants: Sequence[str]) -> Iterator[Row]:
-    """Yield what became of each Python's wheels, in order, whatever happens to one of them."""
-    for wanted in pythons:
+def main() -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument(
+        "--python", action="append", help="default: those of python3.10 to python3.14 that run"
+    )
+    parser.add_argument("--variant", action="append", choices=list(FORCE_CUDA), help="default: both")
+    options = parser.parse_args()
+    for folder in (WORK, DIST):
+        folder.mkdir(parents=True, exist_ok=True)
+    backend = (
+        "import os, sys; os.chdir(sys.argv[1]); from setuptools import build_meta as b; b.build_sdist('dist')"
+    )
+    run(sys.executable, "-c", backend, ROOT, FORCE_CUDA="0")
+    sdist = max(DIST.glob("*.tar.gz"), key=os.path.getmtime)
+    run("twine", "check", "--strict", sdist)
+    pythons, failed = options.python or [], False
+    for python in [] if pythons else [f"python3.{minor}" for minor in range(10, 15)]:
+        if shutil.which(python) and subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
+            pythons.append(python)
+        else:
+            print(f"{python}: not found")
+    for python, variant in itertools.product(pythons, options.variant or FORCE_CUDA):
         try:
-            interpreter = find(wanted)
-            environment = builder.environment(interpreter)
-        except Exception as error:
-            said = str(error) if isinstance(error, NotFoundError) else describe(error, WORK / "pythons.log")
-            print(f"build-wheels: Python {wanted}: {said}", file=sys.stderr, flush=True)
-            yield from (Row(wanted, variant, verdict=f"NOT BUILT: {said}") for variant in variants)
-            continue
-        for variant in variants:
-            print(f"Python {interpreter.full_version}, {variant} …", flush=True)
-            row = builder.wheel(environment, variant)
-            print(f"  {row.verdict}", flush=True)
-            yield row
+            result = build(python, variant, sdist)
+        except (RuntimeError, OSError) as error:
+            failed, result = True, f"FAILED: {error}"
+        print(f"{python}, {variant}: {result}", flush=True)
+    return 1 if failed or not pythons else 0
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def scatter_tokens(x: Tensor, index: Tensor, num_tokens: int) -> Tensor:
     return zeros.scatter_add(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]), x)
 
 
-def restore_tokens(x: Tensor, index: Tensor, fill: Tensor) -> Tensor:
+def restore_tokens(x: Tensor, index: Tensor, num_patches: int, prefix: int, fill: Tensor) -> Tensor:
     return fill.scatter(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]), x)
 
 

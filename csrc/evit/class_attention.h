@@ -57,14 +57,15 @@ void class_attention_backward(const ClassAttentionSizes& sizes, const ClassAtten
 
 namespace cuda {
 
-// The bytes of device memory that the kernels need as `workspace`, aligned to 16: none if the logits of a
-// sequence fit into a multiprocessor.
+// The bytes of device memory that the kernels need as `workspace`, aligned to 16: often none.
 template <typename T>
 int64_t class_attention_workspace(const ClassAttentionSizes& sizes, bool logsumexp);
 template <typename T>
 int64_t class_attention_backward_workspace(const ClassAttentionSizes& sizes);
 
-// Like the CPU version. One launch if no workspace is needed, else three.
+// Like the CPU version. One launch if no workspace is needed; two for up to 8 long sequences, whose heads
+// have a block each; three where the logits of a sequence do not fit into a multiprocessor. In 16 bits tensor
+// cores multiply, which may round differently in another generation of devices.
 template <typename T>
 void class_attention(const ClassAttentionSizes& sizes, const ClassAttentionInput<T>& input,
                      accumulate_t<T>* scores, void* workspace, const Stream& stream);

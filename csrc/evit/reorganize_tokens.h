@@ -55,7 +55,8 @@ template <typename T, typename S>
 int64_t reorganize_tokens_workspace(const ReorganizeSizes& sizes);
 
 // Like the CPU version; the fused token is summed in the order of cuda/rows.cuh. One launch for up to 1024
-// patches whose scores have the accumulation type, else three.
+// patches whose scores have the accumulation type, else three; seven for up to 4 sequences of 16384 patches and
+// more, so that several blocks select.
 template <typename T, typename S>
 void reorganize_tokens(const ReorganizeSizes& sizes, const Tokens<T>& x, const Tokens<S>& scores, T* tokens,
                        int64_t* kept, void* workspace, const Stream& stream);

@@ -1,5 +1,5 @@
 // For tests of the CUDA kernels: memory of the device, be it a real one or the host that stands in for it
-// (cuda_on_host.h), and kernels run several times.
+// (cuda_on_host/), and kernels run several times.
 #pragma once
 
 #ifndef EVIT_CUDA_ON_HOST

@@ -130,6 +130,28 @@ TEST(cuda_attention_with_scores_agrees_in_batches) {
   agrees<Half>({1, 577, 1, 64, 0.125});
 }
 
+// The scores, of thousands of tokens: an error that every 32 keys multiply by once more would be seen. On a
+// device: the host does not fuse products with the sums after them, which python_tests/test_ptx.py looks for.
+TEST(cuda_attention_with_scores_agrees_on_thousands_of_tokens) {
+  const AttentionWithScoresSizes sizes = {1, 4097, 1, 32, 0.2};
+  const auto qkv = make_qkv<BFloat16>(sizes, {}, 8);
+  const DeviceBuffer<BFloat16> device_qkv(qkv), out(4097 * 32);
+  const DeviceBuffer<float> scores(4097);
+  const DeviceBuffer<char> workspace(cuda::attention_with_scores_workspace(sizes));
+  cuda::attention_with_scores<BFloat16>(sizes, {device_qkv.data(), 4097 * 96, 96}, out.data(), scores.data(),
+                                        workspace.data(), test_stream());
+  const Buffer<float> actual = scores.read();
+  std::vector<double> expected(4097);
+  double largest = 0, sum = 0;
+  for (int64_t n = 0; n < 4097; ++n) {
+    for (int64_t c = 0; c < 32; ++c) expected[n] += to_double(qkv[c]) * to_double(qkv[96 * n + 32 + c]);
+    largest = std::max(largest, std::abs(expected[n] *= sizes.scale));
+  }
+  for (double& value : expected) sum += value = std::exp(value);
+  for (int64_t n = 0; n < 4097; ++n)
+    CHECK(std::abs(actual[n] - expected[n] / sum) <= 6e-7 * (4 + largest) * expected[n] / sum);
+}
+
 // Most probabilities are 0, or all are equal.
 TEST(cuda_attention_with_scores_agrees_on_extreme_scales) {
   for (const double scale : {8.0, -8.0, 0.0, 1e-30})

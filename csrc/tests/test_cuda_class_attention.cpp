@@ -119,7 +119,43 @@ TEST(cuda_class_attention_agrees) {
 TEST(cuda_class_attention_agrees_on_long_sequences) {
   agrees<float>({1, 1, 12288, 4, 0.5}, 0);
   agrees<double>({2, 2, 6200, 2, 0.5}, 1);
-  agrees<BFloat16>({1, 12, 1100, 8, 0.3}, 0);
+  for (const int64_t padding : {0, 1}) {
+    agrees<Half>({1, 13, 950, 8, 0.3}, padding);
+    agrees<BFloat16>({1, 12, 1100, 8, 0.3}, padding);
+    agrees<double>({1, 2, 3100, 2, 0.3}, padding);
+  }
+}
+
+// So many bytes of keys that a small batch has a block for each head; and just too few.
+TEST(cuda_class_attention_agrees_where_heads_have_blocks) {
+  for (const int64_t padding : {0, 1}) {
+    agrees<BFloat16>({1, 4, 512, 128, 0.1}, padding);
+    agrees<float>({2, 3, 171, 256, 0.1}, padding);
+  }
+  agrees<double>({1, 2, 512, 64, 0.1}, 0);
+  agrees<Half>({1, 4, 511, 128, 0.1}, 0);
+  agrees<BFloat16>({1, 3, 683, 128, 1.0}, 0, true);
+  CHECK(cuda::class_attention_workspace<BFloat16>({8, 4, 512, 128, 0.1}, false) > 0);
+  for (const ClassAttentionSizes& sizes :
+       {ClassAttentionSizes{9, 4, 512, 128, 0.1}, {8, 4, 511, 128, 0.1}, {8, 1, 2048, 128, 0.1}})
+    CHECK(cuda::class_attention_workspace<BFloat16>(sizes, false) == 0);
+}
+
+// In 16 bits, the keys of a head beside its logits do not fit into shared memory.
+TEST(cuda_class_attention_gradients_agree_on_long_sequences) {
+  for (const int64_t padding : {0, 1}) {
+    agrees<Half>({1, 1, 400, 64, 0.2}, padding);
+    agrees<BFloat16>({1, 2, 390, 64, 0.2}, padding);
+  }
+}
+
+// Channels of a head that are whole steps of the tensor cores, and some that are not.
+TEST(cuda_class_attention_agrees_on_every_width) {
+  for (const int64_t channels : {8, 24, 31, 32, 40, 63, 65, 72, 96, 128, 136})
+    for (const int64_t tokens : {31, 32, 33}) {
+      agrees<Half>({1, 2, tokens, channels, 0.2}, 0);
+      agrees<BFloat16>({2, 1, tokens, channels, 0.2}, 1);
+    }
 }
 
 // Sizes at which something only just does not fit into shared memory.

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "../evit/attention_with_scores.h"
+#include "../evit/class_attention.h"
 #include "../evit/fuse_tokens.h"
 #include "../evit/gather_tokens.h"
 #include "../evit/reorganize_tokens.h"
@@ -16,7 +17,7 @@ namespace {
 
 // A result does not depend on the device, nor on what else is in the batch.
 TEST(cuda_sums_are_the_same_on_every_device_and_in_every_batch) {
-  const int64_t patches = 70, channels = 200;
+  const int64_t patches = 70, channels = 384;
   const ReorganizeSizes sizes = {3, patches + 1, 1, 20, channels, true};
   const auto x = random_values<float>(3 * (patches + 1) * channels, 1),
              scores = random_values<float>(3 * patches, 3);
@@ -31,10 +32,40 @@ TEST(cuda_sums_are_the_same_on_every_device_and_in_every_batch) {
                                           test_stream());
     return out.read();
   };
-  const Buffer<float> small = run(3, 1), large = run(3, 1000), one = run(1, 1000);
+  // Slices of 48, 16 and 8 vectors.
+  const Buffer<float> small = run(3, 1), medium = run(3, 8), large = run(3, 1000), one = run(1, 1000);
+  CHECK(same_bits(small, medium));
   CHECK(same_bits(small, large));
   CHECK(std::memcmp(small.data.get(), one.data.get(), static_cast<size_t>(one.size) * sizeof(float)) == 0);
   cuda_on_host::device() = {};
+}
+
+// In a small batch of long sequences every head has a block.
+template <typename T>
+void class_attention_is_the_same(int64_t heads, int64_t tokens, int64_t channels) {
+  const int64_t width = heads * channels, row = 2 * width;
+  const auto qk = random_values<T>(9 * tokens * row, 1);
+  const auto run = [&](int64_t batch, int multiprocessors) {
+    cuda_on_host::device().multiprocessors = multiprocessors;
+    const ClassAttentionSizes sizes = {batch, heads, tokens, channels, 0.1};
+    const T* q = qk.data.get();
+    const DeviceBuffer<float> scores(batch * tokens);
+    const int64_t bytes = cuda::class_attention_workspace<T>(sizes, false);
+    CHECK((bytes > 0) == (batch < 9));
+    const DeviceBuffer<char> workspace(bytes);
+    cuda::class_attention<T>(sizes, {q, tokens * row, channels, q + width, tokens * row, channels, row},
+                             scores.data(), workspace.data(), test_stream());
+    return scores.read();
+  };
+  const Buffer<float> all = run(9, 100), some = run(9, 1), one = run(1, 100);
+  CHECK(same_bits(all, some));
+  CHECK(std::memcmp(all.data.get(), one.data.get(), static_cast<size_t>(tokens) * sizeof(float)) == 0);
+  cuda_on_host::device() = {};
+}
+
+TEST(cuda_class_attention_is_the_same_in_every_batch) {
+  class_attention_is_the_same<BFloat16>(4, 512, 128);
+  class_attention_is_the_same<float>(3, 171, 256);
 }
 
 // Partial sums, too.

@@ -41,11 +41,9 @@ bool on_cuda(const Tensor& tensor) {
 #endif
 }
 
-Stream current_stream(const Tensor& tensor) {
-  Stream stream = {static_cast<int>(tensor.get_device_index()), nullptr};
-#if defined(EVIT_CUDA_ON_HOST)
-  stream.device = 0;
-#elif defined(USE_CUDA)
+#if defined(USE_CUDA) && !defined(EVIT_CUDA_ON_HOST)
+CurrentStream::CurrentStream(const Tensor& tensor)
+    : stream_{static_cast<int>(tensor.get_device_index()), nullptr}, guard_(stream_.device) {
   // Looked up in the library that torch has loaded for its CUDA tensors instead of linked, so that the module
   // also loads with a torch without CUDA.
   using GetStream = int32_t (*)(int32_t, void**);
@@ -54,11 +52,12 @@ Stream current_stream(const Tensor& tensor) {
     constexpr char name[] = "aoti_torch_get_current_cuda_stream";
     return reinterpret_cast<GetStream>(dlsym(library != nullptr ? library : RTLD_DEFAULT, name));
   }();
-  STD_TORCH_CHECK(get_stream != nullptr && get_stream(stream.device, &stream.handle) == 0,
+  STD_TORCH_CHECK(get_stream != nullptr && get_stream(stream_.device, &stream_.handle) == 0,
                   "torch does not say which CUDA stream is the current one");
-#endif
-  return stream;
 }
+#else
+CurrentStream::CurrentStream(const Tensor&) : stream_{0, nullptr} {}  // of the host, which has no others
+#endif
 
 Executor executor() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()),

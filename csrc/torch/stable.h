@@ -10,6 +10,7 @@
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-parameter"  // in the headers of torch 2.10
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -73,8 +74,22 @@ void check_floating(const Tensor& tensor, const char* name);
 bool on_cuda(const Tensor& tensor);
 // torch's threads.
 Executor executor();
-// The stream on which torch queues work for the tensor's device.
-Stream current_stream(const Tensor& tensor);
+// The stream on which torch queues work for a tensor's device, which is current as long as this exists: made
+// so, and set back, by torch, which knows the devices that the process does not use and leaves them alone.
+class CurrentStream {
+ public:
+  explicit CurrentStream(const Tensor& tensor);
+  operator Stream() const { return stream_; }
+
+ private:
+  Stream stream_;
+#if defined(USE_CUDA) && !defined(EVIT_CUDA_ON_HOST)
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+// To be passed to a kernel's entry: it lives until that returns.
+inline CurrentStream current_stream(const Tensor& tensor) { return CurrentStream(tensor); }
 
 // The tensor itself if its last dimension is dense, else a dense copy.
 Tensor with_dense_rows(const Tensor& tensor);

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-import evit_ext
+from evit_ext.cost.macs import count_macs
 from evit_ext.models.by_name import create_dense, create_evit
+from evit_ext.patching.keep_rates import set_keep_rate
+from evit_ext.tokens.stage import find_stages
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,17 @@ def contestants(
         TypeError, ValueError: as :func:`evit_ext.models.by_name.create_evit`.
     """
     dense = create_dense(name, **arguments).to(device).eval()
-    if hasattr(dense, "score_predictor"):
-        dense.keep_rate = 1.0  # type: ignore[assignment]
+    if find_stages(dense):
+        set_keep_rate(dense, 1.0)
     found = [Contestant("dense", dense, 1.0, _gmacs(dense, arguments))]
     state = dense.state_dict()
     for keep_rate in keep_rates:
         model = create_evit(name, keep_rate=keep_rate, **arguments).to(device).eval()
         model.load_state_dict(state)
-        kind = "DynamicViT" if hasattr(model, "score_predictor") else "EViT"
-        found.append(Contestant(f"{kind} {keep_rate:g}", model, keep_rate, _gmacs(model, arguments)))
+        title = find_stages(model)[0].rule.title
+        found.append(Contestant(f"{title} {keep_rate:g}", model, keep_rate, _gmacs(model, arguments)))
     return found
 
 
 def _gmacs(model: nn.Module, arguments: dict[str, Any]) -> float:
-    return evit_ext.count_macs(model, arguments.get("img_size")) / 1e9
+    return count_macs(model, arguments.get("img_size")) / 1e9

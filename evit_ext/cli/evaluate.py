@@ -46,6 +46,8 @@ _FIELDS = (
     "num_classes",
     "drop_loc",
     "fuse_token",
+    "rule",
+    "rule_args",
     "pretrained",
     "dataset",
     "data",

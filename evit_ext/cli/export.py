@@ -36,6 +36,8 @@ _FIELDS = (
     "num_classes",
     "drop_loc",
     "fuse_token",
+    "rule",
+    "rule_args",
     "pretrained",
     "crop_pct",
 )

@@ -20,8 +20,9 @@ from evit_ext.cost import budget
 from evit_ext.cost.layers import LayerCost, layer_costs
 from evit_ext.cost.macs import count_macs
 from evit_ext.models.by_name import create_evit
-from evit_ext.patching.families import find_blocks
+from evit_ext.patching.families import locate
 from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
+from evit_ext.tokens.stage import find_stages
 
 KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
@@ -128,7 +129,9 @@ def _facts(
         set_keep_rate(model, first[0])
     own = keep_rates(model)
     layers = layer_costs(model, size)
-    blocks: Any = find_blocks(model)
+    located = locate(model)
+    assert located is not None
+    blocks: Any = located.blocks
     tokens = next(layer.tokens_in for layer in layers if layer.tokens_in is not None)
     costs = []
     for rate in rates:
@@ -148,6 +151,7 @@ def _facts(
         "heads": getattr(getattr(blocks[0], "attn", None), "num_heads", None),
         "parameters": sum(layer.parameters for layer in layers),
         "keep_rate": own,
+        "reduction": find_stages(model)[0].rule.describe(),
         "layers": [layer._asdict() for layer in layers],
         "gmacs": {
             f"{rate:g}": sum(layer.macs for layer in cost) / 1e9
@@ -171,7 +175,6 @@ def _text_of_one(facts: dict[str, Any]) -> str:
     height, width = facts["input_size"]
     prefix = facts["prefix_tokens"]
     heads = "" if facts["heads"] is None else f", {facts['heads']} heads"
-    fuses = any(layer["fused"] for layer in facts["layers"])
     return "\n".join(
         [
             f"{facts['model']}: {facts['class']}, {facts['blocks']} blocks, {facts['channels']} channels"
@@ -180,7 +183,7 @@ def _text_of_one(facts: dict[str, Any]) -> str:
             f"images: {height} x {width}, {facts['patches']} patches of {facts['patch_size']} x "
             f"{facts['patch_size']}, and {prefix} prefix {'token' if prefix == 1 else 'tokens'}",
             f"keep rate: {' '.join(f'{rate:g}' for rate in facts['keep_rate'])}"
-            + (", what is not kept is fused into one token" if fuses else ""),
+            + f", what is not kept is {facts['reduction']}",
             "",
             _layer_table([LayerCost(**layer) for layer in facts["layers"]]),
             "",

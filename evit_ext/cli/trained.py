@@ -178,6 +178,8 @@ def build(config: TrainConfig, options: argparse.Namespace, names: list[str] | N
         config.keep_rate,
         config.drop_loc,
         config.fuse_token,
+        config.rule,
+        config.rule_args,
         pretrained=config.pretrained,
         **{**config.model_args, **given},
     )

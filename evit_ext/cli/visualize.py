@@ -49,6 +49,8 @@ _FIELDS = (
     "num_classes",
     "drop_loc",
     "fuse_token",
+    "rule",
+    "rule_args",
     "pretrained",
     "max_image_pixels",
     "crop_pct",

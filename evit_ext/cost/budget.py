@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from evit_ext._util.messages import shown
 from evit_ext.cost.macs import count_macs
 from evit_ext.models.by_name import create_dense, create_evit
 from evit_ext.patching.keep_rates import set_keep_rate
+from evit_ext.tokens.stage import find_stages
 
 #: From 1, where nothing is dropped, to the lowest keep rate in the paper.
 KEEP_RATES = tuple(percent / 100 for percent in range(100, 45, -5))
@@ -79,7 +81,9 @@ def fit_budget(
         raise ValueError(f"tolerance must be in [0, 1], a share of the budget, got {tolerance}")
     budget = cost_of(macs) if isinstance(macs, str) else macs
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
-        raise TypeError(f"macs must be a number of multiply-accumulates or a model's name, got {budget!r}")
+        raise TypeError(
+            f"macs must be a number of multiply-accumulates or a model's name, got {shown(budget)}"
+        )
     if not 0 < budget <= MOST_MACS:
         raise ValueError(
             f"macs must be positive multiply-accumulates of one image, at most {MOST_MACS:g}, got {budget}"
@@ -107,7 +111,7 @@ def cost_of(model: str) -> int:
     """
     with torch.device("meta"):
         dense = create_dense(model).eval()
-    if hasattr(dense, "score_predictor"):
+    if find_stages(dense):
         set_keep_rate(dense, 1.0)
     return count_macs(dense)
 

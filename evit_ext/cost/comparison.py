@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from evit_ext import models
+from evit_ext._util.messages import shown
 from evit_ext.cost.macs import count_macs
 from evit_ext.patching.keep_rates import set_keep_rate
 
@@ -45,7 +46,7 @@ def compare_costs(
         ValueError: a size that is not known, or a keep rate out of range.
     """
     if size not in ("tiny", "small", "base"):
-        raise ValueError(f"size must be 'tiny', 'small' or 'base', got {size!r}")
+        raise ValueError(f"size must be 'tiny', 'small' or 'base', got {shown(size)}")
     options: dict[str, Any] = {"img_size": img_size, "weight_init": "skip"}
     with torch.device("meta"):
         evit = getattr(models, f"deit_{size}")(**options).eval()

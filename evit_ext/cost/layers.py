@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from evit_ext.cost.macs import run_counting
 from evit_ext.patching.block import ReorganizingBlock
-from evit_ext.patching.families import find_blocks
-from evit_ext.tokens.dynamicvit import TokenPredictor
+from evit_ext.patching.families import locate
+from evit_ext.tokens.stage import Stage
 
 
 class LayerCost(NamedTuple):
@@ -69,7 +69,8 @@ def layer_costs(model: nn.Module, img_size: int | tuple[int, int] | None = None)
         patches=196, kept=138, fused=58)
     """
     inner: Any = unwrap_model(model)
-    blocks = set(find_blocks(inner) or ())
+    located = locate(inner)
+    blocks = set() if located is None else set(located.blocks)
     if not blocks:
         raise ValueError(
             f"{type(inner).__name__} has no blocks that are known: expected a vision transformer"
@@ -90,13 +91,13 @@ def layer_costs(model: nn.Module, img_size: int | tuple[int, int] | None = None)
         for name, flops in counter.get_flop_counts().items()
     }
     parameters = _parameters(inner, parts)
-    kept = _kept_by_predictors(inner, calls)
+    stages = _stages(inner, calls)
     turns = {part: turn for turn, part in enumerate(calls)}
     costs = []
     for name, part in sorted(parts.items(), key=lambda item: turns.get(item[1], len(turns))):
         if parameters[name] or macs.get(name):
             tokens = calls.get(part, (None, None)) if part in blocks else (None, None)
-            stage = _stage(part, calls.get(part, (None, None))[0], kept.get(part))
+            stage = stages.get(part, (None, None, None))
             costs.append(LayerCost(name, parameters[name], macs.get(name, 0), *tokens, *stage))
     rest = counter.get_total_flops() // 2 - sum(cost.macs for cost in costs)
     if rest or parameters[""]:
@@ -122,34 +123,28 @@ def _num_tokens(values: Any) -> int | None:
     return first.shape[1] if first is not None and first.dim() == 3 else None
 
 
-def _stage(
-    part: nn.Module, tokens: int | None, kept: int | None
-) -> tuple[int, int, int] | tuple[None, None, None]:
-    """Return among how many patches a part chooses, how many it keeps and how many it fuses.
-
-    Args:
-        part: any.
-        tokens: that enter it: of a predictor, patches only.
-        kept: by a predictor.
-    """
-    if tokens is not None and isinstance(part, ReorganizingBlock):
-        patches = tokens - part.num_prefix_tokens
-        kept = part.num_keep(patches)
-        return patches, kept, patches - kept if part.fuse_token else 0
-    if tokens is not None and kept is not None:
-        return tokens, kept, 0
-    return None, None, None
-
-
-def _kept_by_predictors(
+def _stages(
     model: Any, calls: Mapping[nn.Module, tuple[int | None, ...]]
-) -> dict[nn.Module, int]:
-    """Return how many patches each predictor of a DynamicViT keeps; in training it keeps all."""
-    predictors = [part for part in calls if isinstance(part, TokenPredictor)]
-    if not predictors or model.training:
-        return {}
-    patches = calls[predictors[0]][0]  # of the image, of which all keep a share
-    return {part: model.num_keep(stage, patches) for stage, part in enumerate(predictors)}
+) -> dict[nn.Module, tuple[int, int, int]]:
+    """Return for each stage among how many patches it chooses, how many it keeps and how many it fuses.
+
+    In training, predictors keep all patches, and so have no line of their own.
+    """
+    found: dict[nn.Module, tuple[int, int, int]] = {}
+    image_patches = 0
+    for part, (tokens, *_) in calls.items():
+        if not isinstance(part, Stage) or tokens is None:
+            continue
+        patches = tokens  # a predictor sees patches only
+        if isinstance(part, ReorganizingBlock):
+            patches -= part.num_prefix_tokens
+        elif model.training:
+            continue
+        image_patches = image_patches or patches
+        kept = part.rule.num_kept(patches, image_patches)
+        fuses = part.rule.num_out(patches, image_patches) > kept
+        found[part] = (patches, kept, patches - kept if fuses else 0)
+    return found
 
 
 def _parameters(model: nn.Module, parts: Mapping[str, nn.Module]) -> dict[str, int]:

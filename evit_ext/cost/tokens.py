@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from timm.utils.model import unwrap_model
 from torch import nn
 
-from evit_ext.patching.families import reorganizing_blocks, vision_tower
+from evit_ext.patching.families import locate
+from evit_ext.tokens.stage import find_stages
 
 
 def count_tokens(model: nn.Module, img_size: tuple[int, int]) -> list[int]:
@@ -23,30 +22,18 @@ def count_tokens(model: nn.Module, img_size: tuple[int, int]) -> list[int]:
     Returns:
         The counts, in order; of a model that drops no token, none.
     """
-    vit: Any = unwrap_model(model)
-    if hasattr(vit, "score_predictor"):
-        patches = _num_patches(vit, img_size)
-        return [patches, *(vit.num_keep(stage, patches) for stage in range(len(vit.stages())))]
-    blocks = reorganizing_blocks(vit)
-    if not blocks:
+    stages = find_stages(model)
+    if not stages:
         return []
-    counts = [_num_patches(vit, img_size)]
-    for block in blocks:
-        num_keep = block.num_keep(counts[-1])
-        counts.append(num_keep + block.fuse_token if num_keep < counts[-1] else counts[-1])
+    rows, columns = patch_grid(unwrap_model(model), img_size)
+    counts = [rows * columns]
+    for stage in stages:
+        counts.append(stage.rule.num_out(counts[-1], counts[0]))
     return counts
 
 
-def patch_grid(vit: Any, img_size: tuple[int, int]) -> tuple[int, int]:
+def patch_grid(vit: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
     """Return the rows and columns of the patches that `vit` makes of an image of (height, width)."""
-    if hasattr(vit, "patch_embed"):
-        rows, columns = vit.patch_embed.dynamic_feat_size(img_size)
-    else:  # of transformers
-        side = vision_tower(vit).config.patch_size
-        rows, columns = img_size[0] // side, img_size[1] // side
-    return int(rows), int(columns)
-
-
-def _num_patches(vit: Any, img_size: tuple[int, int]) -> int:
-    rows, columns = patch_grid(vit, img_size)
-    return rows * columns
+    located = locate(vit)
+    assert located is not None
+    return located.family.patch_grid(located.vit, img_size)

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from evit_ext import _C
-from evit_ext._util.overriding import Override
 from evit_ext.cpu import packed_weights
 from evit_ext.ops import checks
 
@@ -48,14 +47,9 @@ def _linear_dtypes() -> frozenset[torch.dtype]:
 _LINEAR_DTYPES = _linear_dtypes()
 
 
-class CpuForward(Override):
-    """Overrides the ``forward`` of an attention or MLP with a faster one on the CPU.
-
-    It stays installed while `active` is False: a newly installed override would be a different object to
-    torch.compile, which would then recompile everything.
-    """
-
-    active = True
+#: The attribute of a module that says whether its forward may be replaced by a faster one. It is a number of
+#: the module and not an object, so that torch.compile makes one graph for all blocks of a kind.
+ACTIVE = "_evit_cpu_forward"
 
 
 def runs_on(x: Tensor, with_gradient: bool = False) -> bool:
@@ -87,36 +81,61 @@ def remember(*kinds: type[nn.Module]) -> None:
 
 remember(nn.Linear, nn.Identity, nn.GELU, nn.Dropout)
 
+#: The attributes in which nn.Module keeps its hooks.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+#: Those of all modules.
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+
+
+def is_watched(module: nn.Module, everywhere: bool = True) -> bool:
+    """Return whether hooks would run if `module` were called: its own, or, if `everywhere`, those of all.
+
+    Of those of all modules, PyTorch's own do not count: they are the FLOP counter's and the profiler's.
+    """
+    own = any(getattr(module, hooks) for hooks in _HOOKS)
+    return own or (everywhere and _is_watched_everywhere())
+
+
+def _is_watched_everywhere() -> bool:
+    if not torch.nn.modules.module._has_any_global_hook():
+        return False
+    hooks = (getattr(torch.nn.modules.module, name).values() for name in _GLOBAL_HOOKS)
+    return any(not str(hook.__module__).startswith("torch.") for every in hooks for hook in every)
+
+
+def has_written_forward(module: nn.Module) -> bool:
+    """Return whether the class of `module` is one that :func:`remember` knows, with its original forward."""
+    return type(module).forward is _WRITTEN.get(type(module))
+
 
 def as_written(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether `module` is exactly a `kind` with the original forward and without forward hooks."""
-    if type(module) is not kind or kind.forward is not _WRITTEN[kind] or "forward" in module.__dict__:
+    if type(module) is not kind or not has_written_forward(module) or "forward" in module.__dict__:
         return False
     return not module._forward_hooks and not module._forward_pre_hooks
 
 
-def _globally_watched() -> bool:
-    return torch.nn.modules.module._has_any_global_hook()
-
-
 def may_replace(module: nn.Module, x: Tensor, with_gradient: bool = False) -> bool:
-    """Return whether the faster code may replace the overridden ``forward`` of `module` on `x`.
+    """Return whether the faster code may replace the forward of `module` on `x`.
 
-    This depends on the override alone, so that a block gives the same bits from timm's code at keep rate 1.
+    This depends on the module alone, so that a block gives the same bits from timm's code at keep rate 1.
     """
-    override = module.__dict__.get("forward")
-    if not isinstance(override, CpuForward) or not override.active:
+    if not module.__dict__.get(ACTIVE, False) or not has_written_forward(module):
         return False
-    return type(module).forward is _WRITTEN.get(type(module)) and runs_on(x, with_gradient)
-
-
-def may_attend(attention: Any, x: Tensor) -> bool:
-    """Return whether one of timm's attentions, without mask and bias, may use our attention kernel on `x`."""
-    # Users switch timm's fused_attn off to see the attention map.
-    if not may_replace(attention, x, with_gradient=True) or not attention.fused_attn or not attends(x):
-        return False
-    dropout = attention.training and attention.attn_drop.p > 0
-    return not dropout and getattr(attention, "relative_position_bias_table", None) is None
+    return runs_on(x, with_gradient)
 
 
 def attends(*tensors: Tensor) -> bool:
@@ -142,7 +161,7 @@ def linear(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
     A `bias` replaces the layer's own; the layer's forward then does not run.
     """
     out: Tensor
-    if _fuses(layer, x, bias) and not _globally_watched():
+    if _fuses(layer, x, bias) and not torch.nn.modules.module._has_any_global_hook():
         weight = packed_weights.weight_of(layer)
         out = _linear_pointwise(x, weight, layer.bias if bias is None else bias, "none", [], "")
     else:
@@ -171,7 +190,7 @@ def _same_kind(value: Tensor, x: Tensor) -> bool:
 
 def gelu_between(first: Any, approximate: str, second: nn.Module, x: Tensor) -> Tensor | None:
     """Apply linear, GELU, linear to `x`; return None if oneDNN may not compute the first layer."""
-    if not _fuses(first, x) or _globally_watched():
+    if not _fuses(first, x) or torch.nn.modules.module._has_any_global_hook():
         return None
     weight = packed_weights.weight_of(first)
     hidden = _linear_pointwise(x, weight, first.bias, "gelu", [], approximate)

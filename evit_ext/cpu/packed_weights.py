@@ -57,7 +57,7 @@ def keep(layers: Iterable[nn.Module]) -> None:
         _PACKED.setdefault(layer, _Packed())
 
 
-def let_go(layers: Iterable[nn.Module]) -> None:
+def discard(layers: Iterable[nn.Module]) -> None:
     """Stop keeping packed weights for these layers."""
     for layer in layers:
         _PACKED.pop(layer, None)

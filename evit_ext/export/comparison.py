@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evit_ext.export.program import stages
 from evit_ext.patching.recording import TokenRecord, recording
+from evit_ext.tokens.stage import find_stages
 
 #: Largest difference that is rounding, as a share of the largest logit, by the model's dtype. Exported
 #: programs of 12 blocks were seen to differ by 3e-6 in float32 and 1e-2 in bfloat16.
@@ -38,15 +37,16 @@ def clear_images(model: nn.Module, like: Tensor, batches: Sequence[int]) -> list
     generator = torch.Generator().manual_seed(0)
     shape = (max(_CANDIDATES, sum(batches)), *like.shape[1:])
     images = torch.randn(shape, generator=generator).to(like)
-    found: Any = stages(model)
+    found = find_stages(model)
     gaps = torch.full((len(images),), torch.inf)
     if found:
         with recording(found, TokenRecord(private=True)) as record:
             model(images)
-        for kept, scores in zip(record.kept, record.scores, strict=True):
-            if kept.shape[1] < scores.shape[1]:
-                ordered = scores.double().sort(dim=1, descending=True).values
-                gap = (ordered[:, kept.shape[1] - 1] - ordered[:, kept.shape[1]]) / ordered.abs().amax(dim=1)
+        for plan in (record.trail.plan(stage) for stage in record.trail.stages):
+            if plan.scores is not None and not plan.keeps_all:
+                ordered = plan.scores.double().sort(dim=1, descending=True).values
+                num_kept = plan.kept.shape[1]
+                gap = (ordered[:, num_kept - 1] - ordered[:, num_kept]) / ordered.abs().amax(dim=1)
                 gaps = gaps.minimum(gap.cpu())
     order = gaps.argsort(descending=True, stable=True)[: sum(batches)]
     return list(images[order.to(images.device)].split(list(batches)))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from evit_ext._util.files import replacing_path
+from evit_ext._util.messages import shown
 from evit_ext.export.comparison import TOLERANCES, clear_images, compare
 from evit_ext.export.metadata import FILE, Metadata, describe
 from evit_ext.export.program import capture, check_exportable
@@ -80,9 +81,11 @@ def export_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, got {type(model).__name__}")
     if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {shown(format)}")
     if format == "aoti" and Path(file).suffix != ".pt2":
         raise ValueError(f"an AOTInductor package must have a name that ends in .pt2, got {file}")
+    path = Path(file)
+    _check_place(path)
     if max_batch is not None and max_batch < 2:
         raise ValueError(f"max_batch must be at least 2, got {max_batch}")
     write = _writer(format, opset)
@@ -104,8 +107,7 @@ def export_model(
         _check_classes(metadata.classes, model, images)
     batches = clear_images(model, images, (1, 3 if max_batch is None else min(max_batch, 3)))
     program = capture(model, images, max_batch)
-    path = Path(file)
-    with _unfinished(path) as unfinished:
+    with replacing_path(path) as unfinished:
         run = write(program, unfinished, metadata)
         difference = compare(model, run, batches)
     return Exported(path, format, metadata, tuple(len(batch) for batch in batches), difference)
@@ -139,22 +141,12 @@ def write_pt2(
     return lambda images: loaded(images)
 
 
-@contextmanager
-def _unfinished(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path`, of a file that takes its place when the context ends without an error."""
-    # With the same ending, by which AOTInductor and others know a format.
-    unfinished = path.with_name(f"{path.stem}.unfinished{path.suffix}")
-    if path.parent.is_file() or not path.parent.is_dir():
+def _check_place(path: Path) -> None:
+    """Raise OSError where no file `path` can be written, before anything is computed."""
+    if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, expected a file")
-    try:
-        yield unfinished
-        with unfinished.open("rb+") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import lzma
 import os
+import typing
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,11 +18,16 @@ import timm.data
 import torch
 from torch import nn
 
+from evit_ext._util.hints import as_hinted
+from evit_ext._util.messages import reason, shortened, shown
 from evit_ext._util.version import VERSION
 from evit_ext.patching.keep_rates import keep_rates
 
 #: The name under which the formats hold it: a property of ONNX files, a key of AOTInductor's metadata.
 KEY = "evit"
+
+#: Bytes that it has at most: names of ImageNet's 21,841 classes have half a million.
+_LARGEST = 2**24
 
 #: The file of it in a torch.export archive.
 FILE = f"{KEY}.json"
@@ -81,13 +90,20 @@ class Metadata:
 
     @classmethod
     def from_json(cls, text: str) -> Metadata:
-        """Return what :meth:`to_json` wrote; fields that a newer version may have are passed over."""
-        found = json.loads(text)
-        names = {entry.name for entry in fields(cls)}
-        values: dict[str, Any] = {
-            key: tuple(v) if isinstance(v, list) else v for key, v in found.items() if key in names
-        }
-        return cls(**values)
+        """Return what :meth:`to_json` wrote; fields that a newer version may have are passed over.
+
+        Raises:
+            ValueError: it wrote something else.
+        """
+        try:
+            found = json.loads(text)
+            if not isinstance(found, dict):
+                raise TypeError(f"expected fields and their values, got {shown(found)}")
+            hints = typing.get_type_hints(cls)
+            values = {key: as_hinted(value, hints[key]) for key, value in found.items() if key in hints}
+            return cls(**values)
+        except (ArithmeticError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"damaged metadata: {reason(error)}") from error
 
 
 def describe(
@@ -142,34 +158,59 @@ def describe(
 def read_metadata(file: str | os.PathLike[str]) -> Metadata:
     """Return what an exported file says about its model.
 
-    An AOTInductor package contains compiled code, which is loaded in the process: read trusted files only.
+    Nothing in the file is executed, and no more than 16 MiB of an archive are decompressed.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file has no metadata.
+        ValueError: the file has no metadata, or is damaged.
         RuntimeError: it is an ONNX file, and the package onnx is missing.
     """
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}")
-    text = _of_archive(path) if zipfile.is_zipfile(path) else _of_onnx(path)
-    if text is None:
+    try:
+        text = _of_archive(path) if zipfile.is_zipfile(path) else _of_onnx(path)
+        found = None if text is None else Metadata.from_json(text)
+    except _DAMAGED as error:
+        raise ValueError(f"{path} is damaged: {reason(error)}") from error
+    if found is None:
         raise ValueError(f"{path} was not written by evit export")
-    return Metadata.from_json(text)
+    return found
+
+
+#: What comes of reading archives that were made to fail.
+_DAMAGED = (
+    EOFError, NotImplementedError, RecursionError, ValueError, lzma.LZMAError, zipfile.BadZipFile, zlib.error
+)  # fmt: skip
 
 
 def _of_archive(path: Path) -> str | None:
     with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        for name in names:
+        for name in archive.namelist():
             if name.endswith(f"/extra/{FILE}"):
-                return archive.read(name).decode()
-        if not any("/aotinductor/" in name for name in names):
-            return None
-    import torch._inductor
+                return _member(archive, name)
+            # An AOTInductor package's: what was given to AOTInductor, and some entries of its own.
+            if "/aotinductor/" in name and name.endswith("_metadata.json"):
+                found = json.loads(_member(archive, name))
+                if isinstance(found, dict) and isinstance(found.get(KEY), str):
+                    return str(found[KEY])
+    return None
 
-    found: dict[str, str] = torch._inductor.aoti_load_package(str(path)).get_metadata()
-    return found.get(KEY)
+
+def _member(archive: zipfile.ZipFile, name: str) -> str:
+    """Return the text of a file in an archive, which may claim another size than it has."""
+    if archive.getinfo(name).flag_bits & 1:
+        raise ValueError(f"{shortened(name)} in it is encrypted")
+    try:
+        with archive.open(name) as file:
+            data = file.read(_LARGEST + 1)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise  # of the disk, not of what is on it
+        raise ValueError(f"{shortened(name)} would lie outside of it") from error
+    if len(data) > _LARGEST:
+        raise ValueError(f"{shortened(name)} in it has more than {_LARGEST} bytes")
+    return data.decode()
 
 
 def _of_onnx(path: Path) -> str | None:

@@ -9,13 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from evit_ext.patching.block import ReorganizingBlock
-from evit_ext.tokens.dynamicvit import TokenPredictor
-
-
-def stages(model: nn.Module) -> list[nn.Module]:
-    """Return the modules of `model` that drop patches, in order."""
-    return [module for module in model.modules() if isinstance(module, (ReorganizingBlock, TokenPredictor))]
+from evit_ext.tokens.stage import find_stages
 
 
 def check_exportable(model: nn.Module, images: Tensor) -> None:
@@ -32,8 +26,8 @@ def check_exportable(model: nn.Module, images: Tensor) -> None:
         raise ValueError(
             f"the {name} is in training mode, in which it computes something else: call model.eval() first"
         )
-    for stage in stages(model):
-        if getattr(stage, "guidance", None) is not None:
+    for stage in find_stages(model):
+        if stage.guidance is not None:
             raise ValueError(
                 "an oracle guides the model, which is not part of it: export it after Oracle.guide's context"
             )

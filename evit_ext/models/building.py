@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from evit_ext._util.messages import shown
 from evit_ext.patching.applying import apply
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -41,7 +42,7 @@ def feature_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if arguments.get("feature_cls", "getter") != "getter":
         raise ValueError(
             "feature_cls must be 'getter', as others would see the tokens that are left and not all patches, "
-            f"got {arguments['feature_cls']!r}"
+            f"got {shown(arguments['feature_cls'])}"
         )
     # A new dict each time, as timm changes it.
     return {"out_indices": 3, "feature_cls": "getter"}

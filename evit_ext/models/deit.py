@@ -22,7 +22,11 @@ from torch import Tensor, nn
 from evit_ext.models.building import explaining_missing_network, feature_settings, reorganizing
 from evit_ext.models.deit_model import DeiT, DistilledDeiT
 from evit_ext.models.named import named_model
-from evit_ext.patching.applying import check_arguments
+from evit_ext.patching.applying import check_locations, check_rules
+from evit_ext.tokens.evit import EViT
+
+#: The rule that these models are built with.
+RULE = EViT.name
 
 __all__ = [
     "DeiT",
@@ -151,7 +155,8 @@ def _create(
 ) -> nn.Module:
     """Build the model behind `name` in timm's registry."""
     arguments = deit_arguments(size, timm_kwargs)
-    check_arguments(arguments["depth"], keep_rate, drop_loc, fuse_token)  # before anything is downloaded
+    # Before anything is downloaded.
+    check_rules(len(check_locations(arguments["depth"], drop_loc)), keep_rate, fuse_token)
     build = reorganizing(model_class, keep_rate, drop_loc, fuse_token)
     weights = f"deit_{size}{'_distilled' if model_class is DistilledDeiT else ''}_patch16_224"
     return build_deit(build, name, weights, pretrained, arguments)

@@ -11,6 +11,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from evit_ext._util.messages import shown
 from evit_ext.models.position_embedding import resize_position_embedding
 
 _logger = logging.getLogger(__name__)
@@ -102,7 +103,8 @@ class DistilledDeiT(DeiT, VisionTransformerDistilled):
         for name, value in only.items():
             if kwargs.get(name, value) != value:
                 raise ValueError(
-                    f"a distilled DeiT reads its class and distillation token: no {name}={kwargs[name]!r}"
+                    "a distilled DeiT reads its class and distillation token: no "
+                    f"{name}={shown(kwargs[name])}"
                 )
         super().__init__(*args, **kwargs)
 

@@ -14,8 +14,17 @@ from timm.models import generate_default_cfgs, register_model
 
 from evit_ext.models.deit import build_deit, deit_arguments, deit_pretrained_cfg
 from evit_ext.models.dynamicvit_model import DynamicViT, DynamicViTOutput
-from evit_ext.patching.applying import check_arguments
-from evit_ext.tokens.dynamicvit import TokenPredictor, gumbel_noise, sample_decisions
+from evit_ext.patching.applying import check_locations
+from evit_ext.tokens.dynamicvit import (
+    PredictedSelection,
+    TokenPredictor,
+    gumbel_noise,
+    sample_decisions,
+)
+from evit_ext.tokens.keep_rate import check_keep_rates
+
+#: The rule that these models are built with.
+RULE = PredictedSelection.name
 
 __all__ = [
     "DynamicViT",
@@ -51,9 +60,8 @@ def _create(
             "for good, and an EViT (evit_ext.models.deit_small) does not"
         )
     arguments = deit_arguments(size, timm_kwargs)
-    check_arguments(
-        arguments["depth"], keep_rate, drop_loc, fuse_token=False
-    )  # before anything is downloaded
+    # Before anything is downloaded.
+    check_keep_rates(keep_rate, len(check_locations(arguments["depth"], drop_loc)))
     arguments = {"keep_rate": keep_rate, "drop_loc": drop_loc, **arguments}
     name, weights = f"dynamicvit_deit_{size}_patch16_224", f"deit_{size}_patch16_224"
     return build_deit(DynamicViT, name, weights, pretrained, arguments)

@@ -9,7 +9,6 @@ Notation: B batch, N patches, P prefix tokens, T = P + N tokens, K kept patches,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -19,11 +18,13 @@ from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from evit_ext import ops
+from evit_ext._util.messages import shown
 from evit_ext.models.deit_model import DeiT
 from evit_ext.models.masked_attention import attention_bias, masked_block
-from evit_ext.patching.applying import check_arguments
+from evit_ext.patching.applying import check_locations
+from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
 from evit_ext.tokens.dynamicvit import TokenPredictor, sample_decisions
+from evit_ext.tokens.trail import TokenTrail
 
 
 class DynamicViTOutput(NamedTuple):
@@ -83,7 +84,7 @@ class DynamicViT(DeiT):
         if self.global_pool != "token":
             raise ValueError(
                 "global_pool must be 'token', as other poolings would see the patches that are dropped in "
-                f"training only, got {self.global_pool!r}"
+                f"training only, got {shown(self.global_pool)}"
             )
         if not isinstance(self.patch_drop, nn.Identity):
             raise ValueError("patch_drop_rate must be 0: the keep ratios are shares of all patches")
@@ -93,13 +94,13 @@ class DynamicViT(DeiT):
                     f"block {number} is a {type(block).__name__} with a {type(block.attn).__name__}, which "
                     "is not supported: expected timm's Block and Attention"
                 )
-        locations, _ = check_arguments(len(self.blocks), keep_rate, drop_loc, fuse_token=False)
-        self.drop_loc = tuple(locations)
-        self.keep_rate = keep_rate
+        self.drop_loc = tuple(check_locations(len(self.blocks), drop_loc))
         like = next(self.parameters())
         self.score_predictor = nn.ModuleList(
-            TokenPredictor(self.embed_dim, like.device, like.dtype) for _ in locations
+            TokenPredictor(self.embed_dim, stage, like.device, like.dtype)
+            for stage in range(len(self.drop_loc))
         )
+        self.keep_rate = keep_rate
         if kwargs.get("weight_init") != "skip":
             for predictor in self.stages():
                 predictor.init_weights()
@@ -110,27 +111,17 @@ class DynamicViT(DeiT):
 
         One number, or one for each stage. Can be set; under ``torch.compile`` each value compiles again.
         """
-        return self._keep_rate
+        rates = keep_rates(self)
+        return rates[0] if len(rates) == 1 else tuple(rates)
 
     @keep_rate.setter
     def keep_rate(self, keep_rate: float | Sequence[float]) -> None:
-        _, rates = check_arguments(len(self.blocks), keep_rate, self.drop_loc, fuse_token=False)
-        if isinstance(keep_rate, (list, tuple)):
-            self._keep_rate: float | tuple[float, ...] = tuple(rates)
-            self._keep_ratios = tuple(math.prod(rates[: stage + 1]) for stage in range(len(rates)))
-        else:
-            self._keep_rate = rates[0]
-            # A power, not a product, as published: the last bit may decide how many patches are kept.
-            self._keep_ratios = tuple(rate ** (stage + 1) for stage, rate in enumerate(rates))
+        set_keep_rate(self, keep_rate)
 
     @property
     def keep_ratios(self) -> tuple[float, ...]:
         """Share of all patches that is left after each stage."""
-        return self._keep_ratios
-
-    def num_keep(self, stage: int, num_patches: int) -> int:
-        """Return K, how many patches stage number `stage` leaves in eval mode of those that the image had."""
-        return max(1, int(num_patches * self._keep_ratios[stage]))
+        return tuple(predictor.rule.keep_ratio for predictor in self.stages())
 
     def stages(self) -> list[TokenPredictor]:
         """Return the predictors, in order."""
@@ -163,10 +154,11 @@ class DynamicViT(DeiT):
         if self.training:
             return self._masked_features(x)[0]
         x = self._embed(x)
-        num_patches = x.shape[1] - self.num_prefix_tokens
+        trail = TokenTrail()
         for number, block in enumerate(self.blocks):
             if number in self.drop_loc:
-                x = self._drop(x, self.drop_loc.index(number), num_patches)
+                predictor = self.stages()[self.drop_loc.index(number)]
+                x = predictor.reduce(x, trail, self.num_prefix_tokens)
             x = self._run(block, x)
         return self.norm(x)
 
@@ -208,16 +200,6 @@ class DynamicViT(DeiT):
                 bias = attention_bias(F.pad(left, (prefix, 0), value=1.0))
             x = self._run(block, x) if bias is None else self._run(masked_block, block, x, bias)
         return self.norm(x), tuple(decisions)
-
-    def _drop(self, x: Tensor, stage: int, num_patches: int) -> Tensor:
-        """Return the tokens [B, P + K, C] that stage number `stage` leaves of `x` [B, P + K', C]."""
-        predictor = self.stages()[stage]
-        scores = predictor(x[:, self.num_prefix_tokens :])[:, :, 0]
-        num_keep = self.num_keep(stage, num_patches)
-        x, kept = ops.reorganize_tokens(x, scores, num_keep, self.num_prefix_tokens, fuse=False)
-        for record, number in predictor.recorders:
-            record.add(number, kept, scores, fused=False)
-        return x
 
 
 def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:

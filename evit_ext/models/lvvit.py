@@ -18,7 +18,11 @@ from evit_ext.models.lvvit_model import LVViT, ResidualScale, TokenLabelOutput
 from evit_ext.models.lvvit_stem import ConvStem
 from evit_ext.models.mix_token import draw_exchanged
 from evit_ext.models.named import named_model
-from evit_ext.patching.applying import check_arguments
+from evit_ext.patching.applying import check_locations, check_rules
+from evit_ext.tokens.evit import EViT
+
+#: The rule that these models are built with.
+RULE = EViT.name
 
 __all__ = [
     "ConvStem",
@@ -87,7 +91,8 @@ def _create(
 ) -> nn.Module:
     """Build the model behind `lvvit_<size>` and timm's registry name."""
     arguments = {"patch_size": 16, "dynamic_img_size": True, **_SIZES[size], **timm_kwargs}
-    check_arguments(arguments["depth"], keep_rate, drop_loc, fuse_token)  # before anything is downloaded
+    # Before anything is downloaded.
+    check_rules(len(check_locations(arguments["depth"], drop_loc)), keep_rate, fuse_token)
     what = (
         f"the published weights of LV-ViT-{size.upper()} could not be fetched from GitHub, nor are they in "
         "torch's cache"

@@ -21,11 +21,13 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from evit_ext._util.messages import shown
 from evit_ext.models.deit_model import DeiT
 from evit_ext.models.lvvit_stem import ConvStem
 from evit_ext.models.mix_token import draw_exchanged
-from evit_ext.patching.block import ReorganizingBlock
-from evit_ext.patching.families import reorganizing_blocks
+from evit_ext.patching.families import unwrapped
+from evit_ext.tokens.stage import Stage, find_stages
+from evit_ext.tokens.trail import TokenTrail
 
 
 class ResidualScale(nn.Module):
@@ -127,7 +129,9 @@ class LVViT(DeiT):
         if not skip_lam > 0:
             raise ValueError(f"skip_lam must be positive, got {skip_lam}")
         if arguments.get("global_pool", "token") != "token":
-            raise ValueError(f"LV-ViT's heads are for tokens: no global_pool={arguments['global_pool']!r}")
+            raise ValueError(
+                f"LV-ViT's heads are for tokens: no global_pool={shown(arguments['global_pool'])}"
+            )
         if arguments.get("patch_drop_rate", 0) > 0:
             raise ValueError("patch_drop_rate would drop patches without telling which; LV-ViT labels each")
         # The published norms have PyTorch's eps, not that of timm's VisionTransformer.
@@ -160,7 +164,7 @@ class LVViT(DeiT):
         """Replace both heads by new ones for `num_classes`; ValueError for any pooling but the token's."""
         # timm's features_only says "", the features as they are, with no classes.
         if global_pool not in (None, "token") and (global_pool != "" or num_classes > 0):
-            raise ValueError(f"LV-ViT's heads are for tokens: no global_pool={global_pool!r}")
+            raise ValueError(f"LV-ViT's heads are for tokens: no global_pool={shown(global_pool)}")
         super().reset_classifier(num_classes)
         if self.return_dense:
             self._add_aux_head()
@@ -180,18 +184,18 @@ class LVViT(DeiT):
     def _tokens(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`forward_tokens`, of what comes out of the stem."""
         x = self.norm_pre(self._pos_embed(embedded))
+        num_patches = x.shape[1] - self.num_prefix_tokens
         # Not len(x), which torch.export takes for a constant.
-        patches = torch.arange(x.shape[1] - self.num_prefix_tokens, device=x.device).expand(x.shape[0], -1)
+        patches = torch.arange(num_patches, device=x.device).expand(x.shape[0], -1)
         for block in self.blocks:
-            kept: Tensor | None
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x, kept = checkpoint(_run, block, x, use_reentrant=False)
+                x, kept = checkpoint(_run, block, x, num_patches, use_reentrant=False)
             else:
-                x, kept = _run(block, x)
+                x, kept = _run(block, x, num_patches)
             if kept is not None:
                 patches = patches.gather(1, kept)
-                if block.fuse_token:
-                    patches = F.pad(patches, (0, 1), value=-1)
+                num_made = x.shape[1] - self.num_prefix_tokens - kept.shape[1]
+                patches = F.pad(patches, (0, num_made), value=-1)
         return self.norm(x), patches
 
     def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -227,7 +231,13 @@ class LVViT(DeiT):
         return logits + 0.5 * best.masked_fill(fused.all(dim=1), 0)
 
     def _may_fuse(self) -> bool:
-        return any(block.fuse_token and block.keep_rate < 1 for block in reorganizing_blocks(self))
+        """Return whether some of the last tokens may be no patch of the image."""
+        patches = self.patch_embed.num_patches
+        return any(
+            stage.rule.num_out(patches, patches) > (kept := stage.rule.num_kept(patches, patches))
+            or (stage.rule.fuses and kept < patches)
+            for stage in find_stages(self)
+        )
 
     def forward(self, x: Tensor) -> Tensor | TokenLabelOutput:  # type: ignore[override]
         """Return logits, features or a :class:`TokenLabelOutput`; see the class.
@@ -255,10 +265,13 @@ class LVViT(DeiT):
         return TokenLabelOutput(self.head(x[:, 0]), aux_logits, patches, images, own_share)
 
 
-def _run(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Run a block; also return which patch tokens it kept, int64 [B, K], or None where it kept all."""
-    if not isinstance(block, ReorganizingBlock):
+def _run(block: nn.Module, x: Tensor, num_patches: int) -> tuple[Tensor, Tensor | None]:
+    """Run a block; also return which patch tokens it kept, int64 [B, K], or None where it kept all.
+
+    A trail of its own, as torch.compile takes none that a checkpointed block changes.
+    """
+    if not isinstance(unwrapped(block), Stage):
         return block(x), None
-    kept: list[Tensor] = []
-    x = block(x, kept=kept)
-    return x, kept[0] if kept else None
+    trail = TokenTrail(image_patches=num_patches)
+    x = block(x, trail=trail)
+    return x, trail.plan(trail.stages[0]).kept if trail.stages else None

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
+from evit_ext._util.messages import shown
+
 
 class ConvStem(PatchEmbed):
     """LV-ViT's patch embedding: three convolutions with batch norm and ReLU, then the projection of patches.
@@ -38,7 +40,8 @@ class ConvStem(PatchEmbed):
         factory = {"device": device, "dtype": dtype}
         if not isinstance(patch_size, int) or patch_size < 2 or patch_size % 2:
             raise ValueError(
-                f"patch_size must be an even number, as LV-ViT's stem halves the image, got {patch_size!r}"
+                "patch_size must be an even number, as LV-ViT's stem halves the image, got "
+                f"{shown(patch_size)}"
             )
         super().__init__(img_size, patch_size, in_chans, embed_dim, **others)
         self.conv1 = nn.Conv2d(in_chans, stem_dim, 7, stride=2, padding=3, bias=False, **factory)

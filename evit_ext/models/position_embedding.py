@@ -40,7 +40,7 @@ def resize_position_embedding(
         return embedding
     prefix, patches = embedding[:, :num_prefix_tokens], embedding[:, num_prefix_tokens:]
     image = patches.transpose(1, 2).reshape(embedding.shape[0], -1, height, width)
-    if image.dtype in (torch.float16, torch.bfloat16):
+    if image.element_size() < 4:
         image = image.float()
     image = F.interpolate(image, size=tuple(new_grid), mode="bicubic", align_corners=False)
     return torch.cat([prefix, image.flatten(2).transpose(1, 2).to(embedding.dtype)], dim=1)

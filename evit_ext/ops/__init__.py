@@ -13,6 +13,7 @@ from evit_ext.ops.attention_with_scores import attention_with_scores
 from evit_ext.ops.class_attention import class_attention
 from evit_ext.ops.fuse_tokens import fuse_tokens
 from evit_ext.ops.gather_tokens import gather_tokens
+from evit_ext.ops.library import use_reference
 from evit_ext.ops.mean_attention import mean_attention
 from evit_ext.ops.reorganize_tokens import reorganize_tokens
 from evit_ext.ops.restore_tokens import restore_tokens
@@ -29,4 +30,5 @@ __all__ = [
     "reorganize_tokens",
     "restore_tokens",
     "scatter_tokens",
+    "use_reference",
 ]

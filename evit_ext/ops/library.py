@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -31,13 +33,42 @@ if _wanted and _wanted not in _CAPABILITIES:
     )
 
 
+#: Set while :func:`use_reference` is active.
+_reference_only = False
+
+
+@contextmanager
+def use_reference(enabled: bool = True) -> Iterator[None]:
+    """Run the operators' PyTorch reference instead of their kernels while the context is open.
+
+    The reference can be differentiated any number of times, the kernels once: gradient penalties and Hessians
+    need it. It applies to all threads of the process, and to models that :func:`evit_ext.apply` changed too.
+    The backward may come after the context. PyTorch's scaled_dot_product_attention, which other blocks call,
+    is differentiable once unless ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` is active as well.
+
+    Args:
+        enabled: False runs the kernels again, inside a context with True.
+
+    Example:
+        >>> with evit_ext.ops.use_reference(), sdpa_kernel(SDPBackend.MATH):
+        ...     (gradient,) = torch.autograd.grad(vit(images).sum(), images, create_graph=True)
+        >>> gradient.square().sum().backward()
+    """
+    global _reference_only
+    before, _reference_only = _reference_only, enabled
+    try:
+        yield
+    finally:
+        _reference_only = before
+
+
 def runs_kernel(*tensors: Tensor) -> bool:
     """Return whether the operator runs its kernel on `tensors`; if not, the reference runs.
 
     The reference runs on devices without kernels, and where the operators' gradients are not enough: under
     transforms of torch.func and in forward-mode differentiation.
     """
-    if tensors[0].device.type not in KERNEL_DEVICES or checks.in_function_transform():
+    if _reference_only or tensors[0].device.type not in KERNEL_DEVICES or checks.in_function_transform():
         return False
     if torch.compiler.is_compiling():
         return True
@@ -63,6 +94,6 @@ def refuse_double_backward(operator: str) -> None:
     """Make the backward of an operator raise when it is differentiated."""
     refuse_gradient(
         f"{operator}_backward",
-        f"evit_ext.ops.{operator} is differentiable once; for higher derivatives use "
-        f"evit_ext.ops.reference.{operator}",
+        f"evit_ext.ops.{operator} is differentiable once; for higher derivatives run the model inside "
+        f"`with evit_ext.ops.use_reference():`, or call evit_ext.ops.reference.{operator}",
     )

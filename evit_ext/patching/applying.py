@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
+from evit_ext._util.messages import shown
 from evit_ext._util.overriding import ReplicateOverrides, overrides, remove_overrides
-from evit_ext.cpu import packed_weights
-from evit_ext.patching import cpu_overrides
+from evit_ext.cpu import packed_weights, replacing
 from evit_ext.patching.block import AdoptedBlock
-from evit_ext.patching.families import FAMILIES, check_block, cpu_forwards, family_of, find_blocks
+from evit_ext.patching.families import WRAPPED, check_block, family_of, locate, unwrapped
 from evit_ext.patching.full_grid import FullGridIntermediates
+from evit_ext.tokens.evit import EViT
+from evit_ext.tokens.keep_rate import check_keep_rates
+from evit_ext.tokens.rule import WANTED, Rule
+from evit_ext.tokens.stage import find_stages
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def apply(
     vit: Model,
-    keep_rate: float | Sequence[float] = 0.7,
+    keep_rate: float | Sequence[float] | None = None,
     drop_loc: Sequence[int] | None = None,
-    fuse_token: bool = True,
+    fuse_token: bool | None = None,
+    *,
+    rule: Rule | Sequence[Rule] | None = None,
+    num_prefix_tokens: int | None = None,
 ) -> Model:
     """Make a vision transformer drop the patches that receive the least attention; in place.
 
@@ -38,24 +44,31 @@ def apply(
             DINOv2, CLIP, SigLIP). If it has no class token, patches are ranked by the attention of all
             tokens, averaged (:func:`evit_ext.ops.mean_attention`).
         keep_rate: share of the patch tokens that a reorganising block keeps, in (0, 1]; one number, or one
-            for each reorganising block. ``ceil(keep_rate * patch tokens)`` are kept.
+            for each reorganising block; 0.7 by default. ``ceil(keep_rate * patch tokens)`` are kept.
         drop_loc: numbers of the reorganising blocks, ascending, from 0; by default those at 1/4, 2/4 and 3/4
             of the depth, which are the paper's 3, 6, 9 of 12.
-        fuse_token: fuse the patches that are not kept into one token, weighted by their scores; False
-            discards them.
+        fuse_token: fuse the patches that are not kept into one token, weighted by their scores, as by
+            default; False discards them.
+        rule: how a reorganising block reduces its tokens, in the place of EViT's rule: any
+            :class:`evit_ext.tokens.Rule`, or one for each block. Its settings are its own: `keep_rate` and
+            `fuse_token` must then be left out.
+        num_prefix_tokens: how many tokens before the patches are always kept; by default those that the model
+            says it has. Prompts that other code puts between the class token and the patches count.
 
     Returns:
         `vit`.
 
     After a reorganising block there is no longer a token for every patch. ``forward_intermediates`` of timm's
     models still returns full grids, see :class:`evit_ext.patching.full_grid.FullGridIntermediates`. Hooks on
-    a replaced block keep running, hooks on its ``attn`` only while the block keeps all patches.
+    blocks and on what they hold keep running; an attention that has hooks, or a forward that other code
+    replaced, is called as a whole, which is slower.
 
     Raises:
-        TypeError: `vit` is no module, a keep rate or block number is not a number, `fuse_token` not a bool.
+        TypeError: `vit` is no module, a keep rate or block number is not a number, `fuse_token` not a bool,
+            or `rule` no rule.
         ValueError: the model is not supported (the message says why), or is an EViT already; a keep rate is
-            not in (0, 1] or their number is wrong; `drop_loc` is empty, not ascending or out of range. The
-            model is left as it was.
+            not in (0, 1] or their number is wrong; `drop_loc` is empty, not ascending or out of range; or
+            `rule` comes with `keep_rate` or `fuse_token`. The model is left as it was.
 
     Example:
         >>> vit = timm.create_model("vit_small_patch16_224.augreg_in1k")
@@ -73,64 +86,118 @@ def apply(
             "call evit_ext.remove first"
         )
     family = family_of(vit)
-    blocks = family.find_blocks(vit)
-    locations, rates = check_arguments(len(blocks), keep_rate, drop_loc, fuse_token)
-    following = family.following if family.has_positions(vit) else None
+    holder = family.vision_tower(vit)
+    blocks = family.find_blocks(holder)
+    assert blocks is not None
+    locations = check_locations(len(blocks), drop_loc)
+    rules = check_rules(len(locations), keep_rate, fuse_token, rule)
+    prefix = family.num_prefix_tokens(holder) if num_prefix_tokens is None else _prefix(num_prefix_tokens)
+    class_token, has_positions = family.has_class_token(holder), family.has_positions(holder)
     for number, block in enumerate(blocks):
-        if number in locations or following is not None:
+        if number in locations or has_positions:
             check_block(family, block, number)
-    num_prefix_tokens, class_token = family.num_prefix_tokens(vit), family.has_class_token(vit)
     for number, block in enumerate(blocks):
         stage = sum(location < number for location in locations)
         if number in locations:
-            blocks[number] = family.blocks[type(block)](
-                block, stage, rates[stage], num_prefix_tokens, fuse_token, class_token
-            )
-        elif following is not None:
-            blocks[number] = following(block, stage)
-    if following is not None:
-        family.install(vit)
-    cpu_overrides.install(find_blocks(vit) or nn.ModuleList(), cpu_forwards(vit))
-    switch_cpu_forwards(vit, rates)
-    if FullGridIntermediates.fits(vit):
-        FullGridIntermediates(vit, "forward_intermediates").install()
-    if overrides(vit):
-        ReplicateOverrides(vit, "_replicate_for_data_parallel").install()
+            replacement = family.blocks[type(block)]
+            blocks[number] = replacement(block, stage, rules[stage], prefix, class_token)
+        elif has_positions:
+            blocks[number] = family.following[type(block)](block, stage)
+    if has_positions:
+        family.install(holder)
+    replacing.replace(_parts(blocks), family.cpu_forwards)
+    switch_cpu_forwards(vit)
+    if FullGridIntermediates.fits(holder):
+        FullGridIntermediates(holder, "forward_intermediates").install()
+    if overrides(holder):
+        ReplicateOverrides(holder, "_replicate_for_data_parallel").install()
     return vit
 
 
-def switch_cpu_forwards(vit: nn.Module, rates: Sequence[float]) -> None:
+def _parts(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return what the blocks consist of: their attentions and MLPs, out of wrappers, among others."""
+    return [unwrapped(part) for block in blocks for part in unwrapped(block).children()]
+
+
+def switch_cpu_forwards(vit: nn.Module) -> None:
     """Switch the faster forwards for the CPU on, or off if every patch is kept.
 
     They round differently, and with keep rate 1 the model promises the original's results to the last bit.
     """
-    cpu_overrides.set_active(find_blocks(vit) or nn.ModuleList(), min(rates) < 1)
+    located = locate(vit)
+    if located is not None:
+        active = any(stage.keep_rate is None or stage.keep_rate < 1 for stage in find_stages(vit))
+        replacing.set_active(_parts(located.blocks), active)
 
 
 def _is_changed(vit: nn.Module) -> bool:
     """Return whether `vit` has anything of :func:`apply`, even if its reorganising blocks are gone."""
-    return bool(overrides(vit)) or any(isinstance(b, AdoptedBlock) for b in find_blocks(vit) or ())
+    located = locate(vit)
+    if located is None:
+        return False
+    adopted = any(isinstance(unwrapped(block), AdoptedBlock) for block in located.blocks)
+    return adopted or bool(overrides(located.vit))
 
 
-def check_arguments(
-    depth: int, keep_rate: float | Sequence[float], drop_loc: Sequence[int] | None, fuse_token: bool
-) -> tuple[list[int], list[float]]:
-    """Check what :func:`apply` is given for a model with `depth` blocks.
-
-    Returns:
-        The numbers of the reorganising blocks and their keep rates.
+def check_locations(depth: int, drop_loc: Sequence[int] | None) -> list[int]:
+    """Return the checked numbers of the reorganising blocks of a model with `depth` blocks.
 
     Raises:
         TypeError, ValueError: as :func:`apply`.
     """
-    if not isinstance(fuse_token, bool):
-        raise TypeError(f"fuse_token must be True or False, got {fuse_token!r}")
-    locations = _locations(drop_loc, depth)
-    return locations, check_keep_rates(keep_rate, len(locations))
+    return _locations(drop_loc, depth)
+
+
+def check_rules(
+    number: int,
+    keep_rate: float | Sequence[float] | None = None,
+    fuse_token: bool | None = None,
+    rule: Rule | Sequence[Rule] | None = None,
+) -> list[Rule]:
+    """Return the rules of `number` reorganising blocks, given what :func:`apply` is given.
+
+    Raises:
+        TypeError, ValueError: as :func:`apply`.
+    """
+    if rule is None:
+        rates = check_keep_rates(0.7 if keep_rate is None else keep_rate, number)
+        return [EViT(rate, fuse_token is None or fuse_token) for rate in rates]
+    if keep_rate is not None or fuse_token is not None:
+        raise ValueError(
+            "a rule has settings of its own: leave out keep_rate and fuse_token, or give no rule, which is "
+            f"EViT's; got {rule!r} with keep_rate={keep_rate!r}, fuse_token={fuse_token!r}"
+        )
+    rules: list[Any] = list(rule) if isinstance(rule, (list, tuple)) else [rule] * number
+    if len(rules) != number:
+        raise ValueError(
+            f"rule must be one rule or {number}, one for each reorganising block, got {len(rules)}"
+        )
+    for one in rules:
+        if not isinstance(one, Rule):
+            raise TypeError(
+                "rule must be a rule, such as evit_ext.tokens.EViT(0.7), or one for each reorganising block, "
+                f"got {one!r}"
+            )
+        if missing := one.wants() - WANTED:
+            raise ValueError(
+                f"the rule {one.name} wants {', '.join(sorted(missing))}, which no attention returns: it is "
+                "for models of evit_ext.models that have them"
+            )
+    return rules
+
+
+def _prefix(num_prefix_tokens: int) -> int:
+    if isinstance(num_prefix_tokens, bool) or not hasattr(num_prefix_tokens, "__index__"):
+        raise TypeError(f"num_prefix_tokens must be a whole number, got {shown(num_prefix_tokens)}")
+    if operator.index(num_prefix_tokens) < 0:
+        raise ValueError(f"num_prefix_tokens must not be negative, got {num_prefix_tokens}")
+    return operator.index(num_prefix_tokens)
 
 
 def remove(vit: Model) -> Model:
     """Undo :func:`apply`: put the original blocks back, with the parameters the model has now; in place.
+
+    Blocks are found inside wrappers, such as those of torch's activation checkpointing.
 
     Args:
         vit: a model that :func:`apply` changed; any other model is returned as it is.
@@ -139,26 +206,47 @@ def remove(vit: Model) -> Model:
         `vit`.
 
     Raises:
-        RuntimeError: the class of a block has changed since, as ``fully_shard`` does.
+        RuntimeError: a block cannot be put back: its class has changed since, as ``fully_shard`` does, or it
+            is inside FSDP or another wrapper that would keep the replaced one.
     """
-    inner: nn.Module = getattr(vit, "_orig_mod", vit)  # torch.compile's wrapper hands attributes on
-    blocks = find_blocks(inner) or nn.ModuleList()
+    located = locate(vit)
+    if located is None:
+        return vit
+    family, holder, blocks = located
     for number, block in enumerate(blocks):
-        if isinstance(block, AdoptedBlock) and not type(block).__module__.startswith("evit_ext."):
+        inner = unwrapped(block)
+        if isinstance(inner, AdoptedBlock) and not type(inner).__module__.startswith("evit_ext."):
             raise RuntimeError(
-                f"block {number} became a {type(block).__name__} after evit_ext.apply, as by fully_shard or "
+                f"block {number} became a {type(inner).__name__} after evit_ext.apply, as by fully_shard or "
                 "a parametrization of the block: undo that first"
             )
+        if isinstance(inner, AdoptedBlock) and _has_fsdp(block):
+            raise RuntimeError(
+                f"block {number} is inside FullyShardedDataParallel: call evit_ext.remove before wrapping"
+            )
     for number, block in enumerate(blocks):
-        if isinstance(block, AdoptedBlock):
-            blocks[number] = block.original()
-    cpu_overrides.uninstall(blocks)
-    packed_weights.let_go(blocks.modules())
-    remove_overrides(inner)
-    for family in FAMILIES:
-        if family.model is not None and isinstance(inner, family.model):
-            family.uninstall(inner)
+        _put_back(blocks, str(number), block)
+    replacing.restore(_parts(blocks))
+    packed_weights.discard(blocks.modules())
+    remove_overrides(holder)
+    family.uninstall(holder)
     return vit
+
+
+def _put_back(parent: nn.Module, name: str, block: nn.Module) -> None:
+    """Replace an adopted block, or the one inside the wrapper `block`, by the original."""
+    if isinstance(block, AdoptedBlock):
+        setattr(parent, name, block.original())
+        return
+    for wrapped, inner in list(block.named_children()):
+        if wrapped in WRAPPED and isinstance(unwrapped(inner), AdoptedBlock):
+            _put_back(block, wrapped, inner)
+            if hasattr(block, "dynamo_ctx"):
+                block._initialize()  # type: ignore[operator]  # torch.compile's wrapper holds a forward
+
+
+def _has_fsdp(block: nn.Module) -> bool:
+    return any(type(module).__name__ == "FullyShardedDataParallel" for module in block.modules())
 
 
 def _locations(drop_loc: Sequence[int] | None, depth: int) -> list[int]:
@@ -167,11 +255,11 @@ def _locations(drop_loc: Sequence[int] | None, depth: int) -> list[int]:
         return sorted({depth * quarter // 4 for quarter in (1, 2, 3)})
     expected = "drop_loc must be a sequence of block numbers, such as (3, 6, 9)"
     if isinstance(drop_loc, (str, bytes)) or not hasattr(drop_loc, "__iter__"):
-        raise TypeError(f"{expected}, got {drop_loc!r}")
+        raise TypeError(f"{expected}, got {shown(drop_loc)}")
     locations = []
     for location in drop_loc:
         if isinstance(location, bool) or not hasattr(location, "__index__"):
-            raise TypeError(f"{expected}, got {drop_loc!r}")
+            raise TypeError(f"{expected}, got {shown(drop_loc)}")
         locations.append(operator.index(location))
     if not locations:
         raise ValueError(f"{expected}, got none")
@@ -183,27 +271,3 @@ def _locations(drop_loc: Sequence[int] | None, depth: int) -> list[int]:
     if any(later <= earlier for earlier, later in pairwise(locations)):
         raise ValueError(f"drop_loc must be ascending, without repetition, got {tuple(locations)}")
     return locations
-
-
-def check_keep_rates(keep_rate: float | Sequence[float], number: int) -> list[float]:
-    """Return `number` keep rates, one for each reorganising block.
-
-    Raises:
-        TypeError: a keep rate is not a number.
-        ValueError: a keep rate is not in (0, 1], or their number is wrong.
-    """
-    if isinstance(keep_rate, (list, tuple)):
-        rates = list(keep_rate)
-        if len(rates) != number:
-            raise ValueError(
-                f"keep_rate must be one number or {number}, one for each reorganising block, got {len(rates)}"
-            )
-    else:
-        rates = [keep_rate] * number
-    for rate in rates:
-        if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
-            raise TypeError(f"keep_rate must be a number in (0, 1], or a list or tuple of them, got {rate!r}")
-        # Written so that NaN is refused.
-        if not 0 < float(rate) <= 1:
-            raise ValueError(f"keep_rate must be in (0, 1], got {rate}")
-    return [float(rate) for rate in rates]

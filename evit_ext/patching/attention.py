@@ -1,162 +1,262 @@
-"""timm's attentions, run so that they also return how much attention every token receives.
+"""Running an attention so that it also returns what a rule wants of it.
+
+Three backends can compute it, and :func:`choose` says which:
+
+* "kernel": :func:`evit_ext.ops.attention_with_scores` on the CPU, where it computes the same.
+* "sdpa": PyTorch's scaled_dot_product_attention, and an operator for the scores.
+* "module": the attention's own forward. It runs wherever other code may have a say in it: a forward or a
+  class that was replaced, hooks, another attention function. Queries and keys for the scores are taken from
+  its projections while it runs.
 
 Notation: B batch, H heads, N tokens, P prefix tokens, C channels, D channels per head.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import apply_rot_embed_cat
-from torch import Tensor
+from torch import Tensor, nn
 
 from evit_ext import ops
 from evit_ext.cpu import forward as cpu_forward
+from evit_ext.cpu.replacing import is_replaced
 from evit_ext.ops import checks
 
 #: Applies a linear layer to a tensor; a bias that is not None replaces the layer's own.
 Linear = Callable[[Any, Tensor, Tensor | None], Tensor]
 
-#: Computes scores [B, N] from queries and keys [B, H, N, D] and an attention bias or None.
-Score = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+class Wants(NamedTuple):
+    """What an attention shall return besides its output.
+
+    Attributes:
+        scores: how much attention each token receives, [B, N].
+        keys: the keys, [B, H, N, D].
+        mean: the scores are those of all tokens on average, not those of the first token.
+    """
+
+    scores: bool = True
+    keys: bool = False
+    mean: bool = False
 
 
-def class_token_score(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+SCORES = Wants()
+NOTHING_ELSE = Wants(scores=False)
+
+
+class Attended(NamedTuple):
+    """What :func:`attend` returns.
+
+    Attributes:
+        out: the attention's output, [B, N, C].
+        scores: [B, N], float32 (float64 for float64), which sum to 1; None if not wanted.
+        keys: [B, H, N, D]; None if not wanted.
+    """
+
+    out: Tensor
+    scores: Tensor | None
+    keys: Tensor | None
+
+
+class Projected(NamedTuple):
+    """Queries, keys and values.
+
+    Attributes:
+        q, k, v: [B, H, N, D], with norms and rotary embeddings.
+        qkv: the packed projection [B, N, 3 * H * D] that they are views of, or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    qkv: Tensor | None
+
+
+class AttentionKind(ABC):
+    """How to run the attentions of a library."""
+
+    @abstractmethod
+    def project(self, attention: Any, x: Tensor, linear: Linear, positions: Any) -> Projected:
+        """Project `x` [B, N, C], with `linear` to apply a layer."""
+
+    @abstractmethod
+    def projections(self, attention: Any) -> list[nn.Module]:
+        """Return the layers that make queries and keys, with their norms."""
+
+    @abstractmethod
+    def output(self, attention: Any, x: Tensor, attended: Tensor, linear: Linear) -> Tensor:
+        """Return the output, given those of the heads [B, N, H * D]."""
+
+    @abstractmethod
+    def call(self, attention: Any, x: Tensor, positions: Any, bias: Tensor | None) -> Tensor:
+        """Call the attention itself; return its output [B, N, C]."""
+
+    @abstractmethod
+    def dropout(self, attention: Any) -> float:
+        """Return the probability that a weight is dropped now."""
+
+    @abstractmethod
+    def scale(self, attention: Any) -> float | None:
+        """Return the factor of the products that the attention itself would use; None is ``D ** -0.5``."""
+
+    @abstractmethod
+    def is_sdpa(self, attention: Any) -> bool:
+        """Return whether the attention itself would call scaled_dot_product_attention."""
+
+    def is_watched(self, attention: Any) -> bool:
+        """Return whether hooks would run if the attention were called."""
+        return cpu_forward.is_watched(attention)
+
+    def weigh(self, attention: Any, projected: Projected, bias: Tensor | None) -> Tensor:
+        """Return the values, weighted by the attention: [B, H, N, D]."""
+        q, k, v, _ = projected
+        dropout, scale = self.dropout(attention), self.scale(attention)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+
+
+def choose(
+    kind: AttentionKind, attention: Any, x: Tensor, bias: Tensor | None = None, in_forward: bool = False
+) -> str:
+    """Return which backend computes `attention` of `x`: "kernel", "sdpa" or "module"; see the module.
+
+    Args:
+        kind: of the attention.
+        attention: the module.
+        x: [B, N, C].
+        bias: added to the scaled products.
+        in_forward: the attention was called already, and its hooks run around this.
+    """
+    if not in_forward and (kind.is_watched(attention) or not is_replaced(attention)):
+        return "module"
+    if not cpu_forward.has_written_forward(attention) or not kind.is_sdpa(attention):
+        return "module"
+    on_kernel = bias is None and kind.dropout(attention) == 0 and cpu_forward.attends(x)
+    return "kernel" if on_kernel and cpu_forward.may_replace(attention, x, with_gradient=True) else "sdpa"
+
+
+def attend(
+    kind: AttentionKind,
+    attention: Any,
+    x: Tensor,
+    wants: Wants = SCORES,
+    positions: Any = None,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Attended:
+    """Run an attention on `x` and also return what is wanted of it; no N × N map is formed for it.
+
+    Args:
+        kind: of the attention.
+        attention: the module.
+        x: normalised tokens [B, N, C], prefix tokens first.
+        wants: what to return besides the output.
+        positions: what the attention takes besides: rotary embeddings, or keyword arguments.
+        bias: added to the scaled products, [B or 1, H, N, N].
+        backend: what :func:`choose` returned, if it was asked already.
+    """
+    if backend is None:
+        backend = choose(kind, attention, x, bias)
+    if backend == "module":
+        return _run_module(kind, attention, x, wants, positions, bias)
+    linear = cpu_forward.linear if backend == "kernel" else apply_linear
+    projected = kind.project(attention, x, linear, positions)
+    q, k, v, qkv = projected
+    scale = kind.scale(attention)
+    scores: Tensor | None
+    if backend == "kernel" and cpu_forward.attends(q, k, v):
+        packed = cpu_forward.pack(q, k, v) if qkv is None else qkv
+        out, scores = ops.attention_with_scores(packed, q.shape[1], **_unusual(scale, q))
+        if not wants.scores or wants.mean:
+            scores = _scores(q, k, wants, scale, bias)
+    else:
+        out = kind.weigh(attention, projected, bias).transpose(1, 2).flatten(2)
+        scores = _scores(q, k, wants, scale, bias)
+    return Attended(kind.output(attention, x, out, linear), scores, k if wants.keys else None)
+
+
+def _run_module(
+    kind: AttentionKind, attention: Any, x: Tensor, wants: Wants, positions: Any, bias: Tensor | None
+) -> Attended:
+    """Run the attention's own forward; see :func:`attend`."""
+    if not wants.scores and not wants.keys:
+        return Attended(kind.call(attention, x, positions, bias), None, None)
+    found: list[Projected] = []
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        # A tracer does not follow hooks that come and go.
+        out = kind.call(attention, x, positions, bias)
+        found.append(kind.project(attention, x, apply_linear, positions))
+    else:
+        projected: dict[int, Tensor] = {}
+
+        def keep(layer: nn.Module, args: Any, output: Tensor) -> None:
+            projected[id(layer)] = output
+
+        def project(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            # Before the hooks that take parameters away again, as those of FSDP do, and with the input that
+            # the module got of its own hooks.
+            given = args[0] if args else next(iter(named.values()))
+            found.append(kind.project(module, given, again, positions))
+
+        def again(layer: Any, given: Tensor, bias: Tensor | None) -> Tensor:
+            known = projected.get(id(layer)) if bias is None else None
+            return apply_linear(layer, given, bias) if known is None else known
+
+        hooks = [layer.register_forward_hook(keep) for layer in kind.projections(attention)]
+        hooks.append(attention.register_forward_hook(project, prepend=True, with_kwargs=True))
+        try:
+            out = kind.call(attention, x, positions, bias)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    q, k, _, _ = found[0]
+    scores = _scores(q, k, wants, kind.scale(attention), bias)
+    return Attended(out, scores, k if wants.keys else None)
+
+
+def _unusual(scale: float | None, q: Tensor) -> dict[str, Any]:
+    """Return the scale as an argument where it is not the operators' default for `q` [..., D]."""
+    return {} if scale is None or scale == q.shape[-1] ** -0.5 else {"scale": scale}
+
+
+def _scores(q: Tensor, k: Tensor, wants: Wants, scale: float | None, bias: Tensor | None) -> Tensor | None:
+    if not wants.scores:
+        return None
+    if wants.mean:
+        assert bias is None
+        return ops.mean_attention(q, k, **_unusual(scale, q))
+    return class_token_scores(q, k, bias, scale)
+
+
+def class_token_scores(
+    q: Tensor, k: Tensor, bias: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     """Return how much the first token attends to every token.
 
     Args:
         q, k: [B, H, N, D].
         bias: added to the scaled products, [B or 1, H, N, N], or None.
+        scale: factor of the products; default ``D ** -0.5``.
 
     Returns:
         [B, N], float32 (float64 for float64), summing to 1: the mean over heads.
     """
     if bias is None:
-        return ops.class_attention(q[:, :, 0], k)
+        return ops.class_attention(q[:, :, 0], k, **_unusual(scale, q))
     # One row of the biased map. Not worth an operator: it is N products per head, and few models have a bias.
     q, k = checks.autocast(q[:, :, 0], k)
     dtype = checks.accumulation_dtype(k.dtype)
     with checks.without_autocast(k.device.type):
         # Cast before the products, as the operator does: in float16 they could overflow.
         row = (k.to(dtype) @ q.to(dtype).unsqueeze(-1)).squeeze(-1)
-        return (row * q.shape[2] ** -0.5 + bias[:, :, 0]).softmax(dim=-1).mean(dim=1)
-
-
-def mean_score(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """Return how much all tokens attend to every token on average, for models without a class token.
-
-    Same arguments and result as :func:`class_token_score`, but a bias is not supported.
-    """
-    assert bias is None
-    return ops.mean_attention(q, k)
+        scale = q.shape[2] ** -0.5 if scale is None else scale
+        return (row * scale + bias[:, :, 0]).softmax(dim=-1).mean(dim=1)
 
 
 def apply_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     """Apply a linear layer to `x`; a bias that is not None replaces the layer's own."""
     out: Tensor = layer(x) if bias is None else F.linear(x, layer.weight, bias)
-    return out
-
-
-def project(attention: Any, x: Tensor, linear: Linear) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Project `x` [B, N, C] as timm's attentions do, with `linear` to apply a layer.
-
-    Returns:
-        The packed projection [B, N, 3 * H * D], or None if the attention has separate projections; then
-        queries, keys and values, each [B, H, N, D]. Keys and values may have fewer heads.
-    """
-    if attention.qkv is None:
-        layers = (attention.q_proj, attention.k_proj, attention.v_proj)
-        projections = [linear(layer, x, None) for layer in layers]
-        head_dim = projections[0].shape[2] // attention.num_heads
-        q, k, v = (y.unflatten(2, (y.shape[2] // head_dim, head_dim)).transpose(1, 2) for y in projections)
-        return None, q, k, v
-    if getattr(attention, "q_bias", None) is None:
-        qkv = linear(attention.qkv, x, None)
-    else:
-        bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
-        separate = attention.qkv_bias_separate
-        qkv = linear(attention.qkv, x, None) + bias if separate else linear(attention.qkv, x, bias)
-    # Views, because class_attention reads them in place.
-    return qkv, *ops.reference.unpacked(qkv, attention.num_heads)
-
-
-def attend(
-    attention: Any,
-    x: Tensor,
-    score: Score = class_token_score,
-    rope: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Run one of timm's attentions on `x` and also return how much attention every token receives.
-
-    The output is that of the attention itself. It comes from scaled_dot_product_attention or, on the CPU,
-    from :func:`evit_ext.ops.attention_with_scores` where that computes the same, so no N × N map is formed.
-    Hooks on `attention` itself do not run; those on its projections do.
-
-    Args:
-        attention: timm's ``Attention``, ``AttentionRope``, ``EvaAttention`` or BEiT's ``Attention``, with or
-            without norms of queries and keys, output norm, gate and grouped queries.
-        x: normalised tokens [B, N, C], prefix tokens first.
-        score: computes the scores: :func:`class_token_score` or :func:`mean_score`.
-        rope: timm's rotary embeddings of the patch tokens, [N - P, 2 D], or with leading dimensions that
-            broadcast with [B, H].
-        bias: added to the scaled products, [B or 1, H, N, N].
-
-    Returns:
-        The attention's output [B, N, C] and the scores [B, N], float32 (float64 for float64), which sum to 1.
-    """
-    dropout = attention.attn_drop.p if attention.training else 0.0
-    on_cpu = bias is None and cpu_forward.may_attend(attention, x)
-    linear = cpu_forward.linear if on_cpu else apply_linear
-    qkv, q, k, v = project(attention, x, linear)
-    as_projected = True
-    # Not every attention, and not every version of timm, has these.
-    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    if q_norm is not None and k_norm is not None:
-        q, k = q_norm(q), k_norm(k)
-        as_projected &= cpu_forward.is_identity(q_norm) and cpu_forward.is_identity(k_norm)
-    if rope is not None:
-        prefix = attention.num_prefix_tokens
-        # Older versions of timm do not have this argument.
-        half = (True,) if getattr(attention, "rotate_half", False) else ()
-        q, k = (
-            torch.cat([t[:, :, :prefix], apply_rot_embed_cat(t[:, :, prefix:], rope, *half)], dim=2).type_as(
-                v
-            )
-            for t in (q, k)
-        )
-        as_projected = False
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    if on_cpu and cpu_forward.attends(q, k, v):
-        if qkv is None or not as_projected:
-            qkv = cpu_forward.pack(q, k, v)
-        out, scores = packed_attention(qkv, attention.num_heads, score)
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-        out, scores = out.transpose(1, 2).flatten(2), score(q, k, bias)
-    return _output(attention, x, out, linear), scores
-
-
-def packed_attention(qkv: Tensor, num_heads: int, score: Score) -> tuple[Tensor, Tensor]:
-    """Return the attention [B, N, H * D] of packed queries, keys and values, and their scores by `score`."""
-    out, scores = ops.attention_with_scores(qkv, num_heads)
-    if score is class_token_score:
-        return out, scores
-    q, k, _ = ops.reference.unpacked(qkv, num_heads)
-    return out, score(q, k, None)
-
-
-def _output(attention: Any, x: Tensor, attended: Tensor, linear: Linear) -> Tensor:
-    """Return the output of one of timm's attentions, given the outputs of its heads [B, N, H * D]."""
-    norm, gate = getattr(attention, "norm", None), getattr(attention, "gate", None)
-    if norm is not None:
-        attended = norm(attended)
-    if gate is not None:
-        attended = attended * gate(x).sigmoid()
-    out: Tensor = attention.proj_drop(linear(attention.proj, attended, None))
     return out

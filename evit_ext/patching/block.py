@@ -1,38 +1,24 @@
-"""The transformer block that reorganises tokens between its attention and its MLP.
+"""The transformer block that reduces tokens between its attention and its MLP.
 
 Notation: B batch, H heads, N tokens, P prefix tokens, K kept patches, C channels, D channels per head.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
+import torch.fx
 from timm.layers import LayerNorm
 from torch import Tensor, nn
 
-from evit_ext import ops
+from evit_ext.cpu.forward import is_watched
 from evit_ext.ops import checks
-from evit_ext.patching.attention import Score, class_token_score, mean_score
+from evit_ext.patching.attention import Attended, Wants
+from evit_ext.tokens.rule import Rule, Seen
+from evit_ext.tokens.stage import Stage
 from evit_ext.tokens.trail import TokenTrail
-
-if TYPE_CHECKING:
-    from evit_ext.patching.oracle import Guidance
-    from evit_ext.patching.recording import TokenRecord
-
-#: The attributes in which nn.Module keeps its hooks.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
 
 #: Attributes that belong to one object and are not shared: an overridden forward, and a compiled call.
 _BOUND = frozenset({"forward", "_compiled_call_impl"})
@@ -42,8 +28,8 @@ _BOUND = frozenset({"forward", "_compiled_call_impl"})
 _LAYER_NORMS = (nn.LayerNorm, LayerNorm)
 
 
-def _can_reorganize_and_norm_at_once(norm: nn.Module | None, x: Tensor, branch: Tensor) -> bool:
-    """Return whether `ops.add_reorganize_norm` may replace sum, reorganisation and `norm`.
+def _norms_as_written(norm: nn.Module | None, x: Tensor, branch: Tensor) -> bool:
+    """Return whether one operator may compute the sum, the reduction and `norm` of x + branch.
 
     It may if it computes the same and the norm has no hooks that would have to run.
     """
@@ -52,8 +38,7 @@ def _can_reorganize_and_norm_at_once(norm: nn.Module | None, x: Tensor, branch: 
         return False
     assert norm is not None
     # Hooks, or an overridden forward as some libraries install.
-    watched = any(getattr(norm, hooks) for hooks in _HOOKS) or torch.nn.modules.module._has_any_global_hook()
-    if watched or "forward" in norm.__dict__:
+    if is_watched(norm) or "forward" in norm.__dict__:
         return False
     if checks.autocast_enabled(x.device.type):  # autocast runs LayerNorm in float32
         return False
@@ -73,6 +58,9 @@ class AdoptedBlock(nn.Module):
         block: the block to replace.
         stage: number of the reorganising blocks before it.
     """
+
+    #: The class of the blocks that it replaces.
+    REPLACES: ClassVar[type[nn.Module]]
 
     #: Attributes that the replaced block must not receive.
     _OWN: frozenset[str] = frozenset({"_replaced", "stage"})
@@ -96,69 +84,54 @@ class AdoptedBlock(nn.Module):
 
     def as_before(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
         """Run the replaced block's forward without its hooks, which already run around this block."""
-        return type(self._replaced[0]).forward(self, x, *arguments, **named)
+        out: Tensor = self.REPLACES.forward(self, x, *arguments, **named)
+        return out
 
 
-class ReorganizingBlock(AdoptedBlock):
-    """A transformer block that keeps the patches that receive the most attention.
+class ReorganizingBlock(Stage, AdoptedBlock):
+    """A transformer block that reduces its tokens by a rule, EViT's or another.
 
-    With the submodules of the block it replaces, it computes ``x + attention(x)``, then
-    :func:`evit_ext.ops.reorganize_tokens`, then ``x + mlp(x)`` (Liang et al., ICLR 2022, section 3).
-    If every patch is kept, the result is that of the replaced block. Without gradients, the sum, the
-    reorganisation and the norm before the MLP run as one operator, :func:`evit_ext.ops.add_reorganize_norm`,
-    wherever that computes the same.
+    With the submodules of the block it replaces, it computes ``x + attention(x)``, then what the rule plans,
+    then ``x + mlp(x)`` (Liang et al., ICLR 2022, section 3). If every patch is kept, the result is that of
+    the replaced block. Without gradients, the sum, the reduction and the norm before the MLP run as one
+    operator wherever that computes the same and the rule has one.
 
-    There is a subclass for each block class that can be replaced; see :mod:`evit_ext.patching.families`.
+    There is a subclass for each block class that can be replaced; see :mod:`evit_ext.patching.families`. It
+    is a subclass of that class too, so that policies which go by a block's class find it.
 
     Args:
         block: the block to replace.
-        stage: number of the reorganising blocks before it.
-        keep_rate: share of the patch tokens to keep, in (0, 1].
+        stage: number of the stages before it.
+        rule: how it reduces its tokens.
         num_prefix_tokens: P, the tokens before the patches: class, distillation, registers.
-        fuse_token: append the weighted sum of the patches that are not kept.
         class_token: whether the first token is a class token, whose attention ranks the patches; if not, they
             are ranked by the mean attention of all tokens.
 
-    Input [B, N, C]; output [B, N, C] if all patches are kept, else [B, P + K + 1, C] ([B, P + K, C]
-    without `fuse_token`) with ``K = ceil(keep_rate * (N - P))``.
+    Input [B, N, C]; output [B, P + M, C] with M = ``rule.num_out``.
     """
 
     _OWN = AdoptedBlock._OWN | {
-        "keep_rate",
+        "rule",
         "num_prefix_tokens",
-        "fuse_token",
         "class_token",
         "recorders",
         "guidance",
     }
 
     def __init__(
-        self,
-        block: nn.Module,
-        stage: int,
-        keep_rate: float,
-        num_prefix_tokens: int,
-        fuse_token: bool,
-        class_token: bool = True,
+        self, block: nn.Module, stage: int, rule: Rule, num_prefix_tokens: int, class_token: bool = True
     ) -> None:
-        super().__init__(block, stage)
-        self.keep_rate = keep_rate
+        AdoptedBlock.__init__(self, block, stage)
+        self.rule = rule
         self.num_prefix_tokens = num_prefix_tokens
-        self.fuse_token = fuse_token
         self.class_token = class_token
-        #: The active records, each with this block's stage number in that record.
-        self.recorders: tuple[tuple[TokenRecord, int], ...] = ()
-        #: Set while an oracle decides which patches to keep.
-        self.guidance: Guidance | None = None
-
-    def num_keep(self, num_patches: int) -> int:
-        """Return K, how many of `num_patches` patch tokens the block keeps."""
-        return math.ceil(self.keep_rate * num_patches)
+        self.recorders = ()
+        self.guidance = None
 
     # The subclass for each block class defines the following methods.
 
-    def attention_branch(self, x: Tensor, score: Score, positions: Any) -> tuple[Tensor, Tensor]:
-        """Return the attention branch, to be added to `x` [B, N, C], and the scores [B, N] by `score`.
+    def attention_branch(self, x: Tensor, wants: Wants, positions: Any) -> Attended:
+        """Return the attention branch, to be added to `x` [B, N, C], and what the rule wants of it.
 
         `positions` is the position information that the model passes to its blocks, or None.
         """
@@ -179,9 +152,8 @@ class ReorganizingBlock(AdoptedBlock):
         masked: bool = False,
         positions: Any = None,
         trail: TokenTrail | None = None,
-        kept: list[Tensor] | None = None,
     ) -> Tensor:
-        """Return the reorganised tokens.
+        """Return the tokens that leave the block.
 
         Args:
             x: tokens [B, N, C].
@@ -189,66 +161,78 @@ class ReorganizingBlock(AdoptedBlock):
             masked: whether there is an attention mask; dropping tokens is then an error.
             positions: position information for :meth:`attention_branch`.
             trail: receives this stage.
-            kept: receives the kept patch tokens, int64 [B, K] (see :func:`evit_ext.ops.reorganize_tokens`),
-                unless all are kept. It is a list so that the block's output, which hooks see, is always the
-                tokens alone.
         """
         prefix = self.num_prefix_tokens
-        num_patches = x.shape[1] - prefix
-        num_keep = self.num_keep(num_patches)
-        reorganizes = num_keep < num_patches
-        if masked and reorganizes:
+        num_patches = _size(x) - prefix
+        num_image_patches = num_patches if trail is None else trail.num_image_patches(num_patches)
+        keeps_all = self.rule.num_kept(num_patches, num_image_patches) == num_patches
+        if masked and not keeps_all:
             raise NotImplementedError(
                 "a block that reorganises tokens takes no attention mask (attn_mask, is_causal): the mask of "
                 "the tokens that are left is not known; set the keep rate to 1 or evit_ext.remove the "
                 "reorganisation"
             )
-        if not reorganizes and (masked or not self.recorders):
+        if keeps_all and (masked or not self.recorders):
             # The model's own code, so that keep rate 1 equals the unchanged model bit for bit.
             return unchanged()
-        score = class_token_score if self.class_token else mean_score
-        branch, scores = self.attention_branch(x, score, positions)
-        if self.guidance is not None and reorganizes:
+        self._check_block()
+        wanted = self.rule.wants()
+        guided = self.guidance is not None and not keeps_all
+        wants = Wants(
+            scores="scores" in wanted and not guided, keys="keys" in wanted, mean=not self.class_token
+        )
+        branch, scores, keys = self.attention_branch(x, wants, positions)
+        if self.guidance is not None and guided:
             scores = self.guidance.scores(self.stage, x, num_patches)
+        seen = Seen(x, branch, prefix, num_patches, num_image_patches, scores, keys)
+        plan = self.rule.plan(seen)
         norm: Any = self.mlp_norm()
-        normed: Tensor | None = None
-        wants_tokens = any(record.keep_tokens for record, _ in self.recorders)
-        before = x + branch if wants_tokens else None
-        if before is None and reorganizes and _can_reorganize_and_norm_at_once(norm, x, branch):
-            x, normed, index = ops.add_reorganize_norm(
-                x,
-                branch,
-                scores,
-                num_keep,
-                norm.weight,
-                norm.bias,
-                norm.eps,
-                prefix,
-                self.fuse_token,
-            )
+        both = None
+        if not self.wants_tokens() and _norms_as_written(norm, x, branch):
+            both = plan.add_apply_norm(x, branch, prefix, norm)
+        if both is None:
+            out, normed = plan.apply(seen.tokens, prefix), None
         else:
-            x = x + branch if before is None else before
-            x, index = ops.reorganize_tokens(x, scores, num_keep, prefix, self.fuse_token)
-        fused = self.fuse_token and reorganizes
-        if reorganizes:
-            if kept is not None:
-                kept.append(index)
-            if trail is not None:
-                trail.add(self.stage, index, num_patches, fused)
-            if self.guidance is not None:
-                self.guidance.add(self.stage, index, num_patches, fused)
-        for record, stage in self.recorders:
-            record.add(stage, index, scores[:, scores.shape[1] - num_patches :], fused, before)
-        return x + self.mlp_branch(x, normed)
+            out, normed = both
+        if trail is not None or self.recorders or guided:
+            self.report(plan, trail, seen.tokens if self.wants_tokens() else None)
+        return out + self.mlp_branch(out, normed)
+
+    def _check_block(self) -> None:
+        """Raise where the block's class computes something else than when evit_ext was imported."""
+        if self.REPLACES.forward is not _WRITTEN.get(self.REPLACES):
+            raise RuntimeError(
+                f"{self.REPLACES.__name__}.forward was replaced by other code, which a block that "
+                "reorganises tokens cannot run in part: undo that, or call evit_ext.remove"
+            )
 
     def extra_repr(self) -> str:
         """Return the settings for ``print(model)``."""
-        return (
-            f"keep_rate={self.keep_rate}, num_prefix_tokens={self.num_prefix_tokens}, "
-            f"fuse_token={self.fuse_token}"
-        )
+        return f"rule={self.rule}, num_prefix_tokens={self.num_prefix_tokens}"
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy or a saved model takes no part in a recording or an oracle's guidance.
-        # nn.Module's own method drops the compiled call, which is bound to this object.
-        return {**super().__getstate__(), "recorders": (), "guidance": None}
+
+#: The forwards of the block classes, to notice when other code replaces them.
+_WRITTEN: dict[type[nn.Module], Any] = {}
+
+
+def remember_blocks(*kinds: type[ReorganizingBlock]) -> None:
+    """Record the present forwards of the classes that these blocks replace as their original ones."""
+    _WRITTEN.update({kind.REPLACES: kind.REPLACES.forward for kind in kinds})
+
+
+def _size(x: Tensor) -> int:
+    """Return N of `x` [B, N, C]; TypeError or RuntimeError for tracers that cannot follow a reduction."""
+    if isinstance(x, torch.fx.Proxy):
+        raise TypeError(
+            "torch.fx cannot trace a block that reorganises tokens, whose sizes it must know: use "
+            "torch.export, or forward_intermediates for features, or evit_ext.remove"
+        )
+    if torch.jit.is_tracing():
+        if torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                "torch.onnx.export cannot write a block that reorganises tokens: use "
+                "evit_ext.export.export_model or evit export --format onnx"
+            )
+        # A traced size is a float32 tensor in arithmetic, and would round K differently.
+        return int(x.shape[1])
+    return x.shape[1]

@@ -8,11 +8,10 @@ from typing import Any
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from evit_ext import ops
 from evit_ext._util.overriding import Override
-from evit_ext.patching.block import ReorganizingBlock
-from evit_ext.patching.families import reorganizing_blocks
+from evit_ext.patching.families import unwrapped
 from evit_ext.patching.recording import TokenRecord, recording
+from evit_ext.tokens.stage import Stage, find_stages
 
 _FILLS = ("fused", "before", "zero")
 
@@ -71,14 +70,14 @@ class FullGridIntermediates(Override):
         vit: Any = self.module
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        blocks = reorganizing_blocks(vit)
-        fill = _check_fill(fill, fused=all(block.fuse_token for block in blocks))
+        found = find_stages(vit)
+        fill = _check_fill(fill, fused=all(stage.rule.fuses for stage in found))
         taken, _ = feature_take_indices(len(vit.blocks), indices)
         stages = [
-            sum(isinstance(block, ReorganizingBlock) for block in vit.blocks[: index + 1])
+            sum(isinstance(unwrapped(block), Stage) for block in vit.blocks[: index + 1])
             for index in sorted(taken)
         ]
-        with recording(blocks, TokenRecord(keep_tokens=fill == "before", private=True)) as record:
+        with recording(found, TokenRecord(keep_tokens=fill == "before", private=True)) as record:
             out = self.original()(
                 x, indices, return_prefix_tokens, norm, stop_early, "NLC", intermediates_only, **others
             )
@@ -108,7 +107,7 @@ def _check_fill(fill: str | None, fused: bool) -> str:
     if fill not in _FILLS:
         raise ValueError(f"fill must be one of {', '.join(map(repr, _FILLS))}, got {fill!r}")
     if fill == "fused" and not fused:
-        raise ValueError("fill='fused' needs a fused token, but the model has fuse_token=False")
+        raise ValueError("fill='fused' needs a fused token, but the model drops patches (fuse_token=False)")
     return fill
 
 
@@ -117,8 +116,8 @@ def _restore(
 ) -> Tensor:
     """Return features of all patches [B, N - P, C], given those that remain after `num_stages` stages."""
     for stage in reversed(range(num_stages)):
-        kept, num_patches, _ = record.trail.step(stage)
-        if kept.shape[1] == num_patches:
+        plan = record.trail.plan(stage)
+        if plan.keeps_all:
             continue
         filling: str | Tensor = fill
         if fill == "before":
@@ -128,6 +127,6 @@ def _restore(
                     "fill='before' has no gradient under reentrant gradient checkpointing: use the other "
                     "kind (timm.layers.set_reentrant_ckpt(False)), or another fill"
                 )
-            filling = (before if norm is None else norm(before))[:, -num_patches:]
-        patches = ops.restore_tokens(patches, kept, num_patches, num_prefix_tokens=0, fill=filling)
+            filling = (before if norm is None else norm(before))[:, -plan.num_patches :]
+        patches = plan.restore(patches, filling)
     return patches

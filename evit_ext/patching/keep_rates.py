@@ -1,57 +1,54 @@
-"""The keep rates of a model that drops patches: an EViT or a DynamicViT."""
+"""The keep rates of a model that drops patches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
-from evit_ext.patching.applying import check_keep_rates, switch_cpu_forwards
-from evit_ext.patching.families import applied_blocks, reorganizing_blocks
+from evit_ext.patching.applying import switch_cpu_forwards
+from evit_ext.tokens.keep_rate import check_keep_rates
+from evit_ext.tokens.stage import find_stages, stages_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def set_keep_rate(vit: Model, keep_rate: float | Sequence[float]) -> Model:
-    """Change the keep rate of an EViT or a DynamicViT; in place, from the next forward on.
+    """Change the keep rate of a model that drops patches; in place, from the next forward on.
 
     Under ``torch.compile`` every new keep rate compiles the model again, and after
     ``torch._dynamo.config.recompile_limit`` of them (8 by default) torch stops compiling:
     :func:`evit_ext.training.allow_recompiles` raises that limit.
 
     Args:
-        vit: a model that :func:`evit_ext.apply` changed, or a DynamicViT.
-        keep_rate: share of the patch tokens to keep, in (0, 1]; one number, or one for each stage.
+        vit: a model that :func:`evit_ext.apply` changed, or a DynamicViT; wrapped or not, and so its blocks.
+        keep_rate: share of the patch tokens to keep, in (0, 1]; one number, or one for each stage. A NumPy
+            number or a tensor without dimensions will do.
 
     Returns:
         `vit`.
 
     Raises:
         TypeError: a keep rate is not a number.
-        ValueError: `vit` is neither, a keep rate is not in (0, 1], or their number is wrong.
+        ValueError: `vit` is neither, a keep rate is not in (0, 1], their number is wrong, or the model's rule
+            has no keep rate.
     """
-    inner: Any = getattr(vit, "_orig_mod", vit)  # torch.compile's wrapper
-    if hasattr(inner, "score_predictor"):
-        inner.keep_rate = keep_rate
-        return vit
-    blocks = applied_blocks(vit)
-    rates = check_keep_rates(keep_rate, len(blocks))
-    for block, rate in zip(blocks, rates, strict=True):
-        block.keep_rate = rate
-    switch_cpu_forwards(inner, rates)
+    stages = stages_of(vit)
+    rates = check_keep_rates(keep_rate, len(stages))
+    # All of them before any is set.
+    rules = [stage.rule.with_keep_rate(rate) for stage, rate in zip(stages, rates, strict=True)]
+    for stage, rule in zip(stages, stages[0].rule.in_turn(rules), strict=True):
+        stage.rule = rule
+    switch_cpu_forwards(vit)
     return vit
 
 
-def keep_rates(model: Any) -> list[float]:
-    """Return the keep rate of each stage; a single one if all are the same, and [1] if there is no stage.
+def keep_rates(model: nn.Module) -> list[float]:
+    """Return the keep rate of each stage; a single one if all are the same.
 
-    Args:
-        model: any module, not wrapped.
+    [1] if there is no stage, and nothing for a rule without a keep rate.
     """
-    if hasattr(model, "score_predictor"):
-        rate = model.keep_rate
-        rates = list(rate) if isinstance(rate, tuple) else [rate]
-    else:
-        rates = [block.keep_rate for block in reorganizing_blocks(model)] or [1.0]
-    return rates[:1] if len(set(rates)) == 1 else rates
+    rates = [stage.keep_rate for stage in find_stages(model)] or [1.0]
+    known = [rate for rate in rates if rate is not None]
+    return known[:1] if len(set(known)) == 1 else known

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from evit_ext import ops
 from evit_ext.ops import checks
 from evit_ext.patching.applying import apply
-from evit_ext.patching.families import applied_blocks, vision_tower
+from evit_ext.patching.block import AdoptedBlock
+from evit_ext.patching.families import locate, unwrapped
 from evit_ext.patching.full_grid import FullGridIntermediates
 from evit_ext.patching.recording import TokenRecord, graph_task, recording
+from evit_ext.tokens.plan import Plan
+from evit_ext.tokens.stage import stages_of
 from evit_ext.tokens.trail import TokenTrail
 
 
@@ -65,15 +68,17 @@ class Oracle(nn.Module):
             For each stage, the scores [B, patches] of all patches at that block, float32 (float64 for
             float64).
         """
-        vit = vision_tower(self.vit)
+        located = locate(self.vit)
+        assert located is not None
+        vit = located.vit
         weight = next(vit.parameters())
         if images.dtype != weight.dtype and not checks.autocast_enabled(images.device.type):
             raise ValueError(f"the oracle is {weight.dtype}, the images are {images.dtype}: oracle.to(dtype)")
-        blocks = applied_blocks(vit)
-        with recording(blocks, TokenRecord(private=True)) as record:
+        stages = stages_of(vit)
+        with recording(stages, TokenRecord(private=True)) as record:
             if FullGridIntermediates.fits(vit):
                 # Stops after the last stage: nobody needs the rest.
-                last = max(i for i, block in enumerate(vit.blocks) if block in blocks)
+                last = max(i for i, block in enumerate(located.blocks) if unwrapped(block) in stages)
                 vit.forward_intermediates(
                     images, indices=[last], stop_early=True, output_fmt="NLC", intermediates_only=True
                 )
@@ -122,12 +127,22 @@ class Oracle(nn.Module):
         The oracle runs when `student` itself is called; meanwhile the student's other methods, such as
         ``forward_features``, and its parts raise a ValueError. Only one thread at a time may run the student.
         """
-        blocks = applied_blocks(student)
-        stages = len(applied_blocks(self.vit))
+        blocks = stages_of(student)
+        if not any(isinstance(block, AdoptedBlock) for block in blocks):
+            raise ValueError(
+                f"{type(student).__name__} chooses its patches by the rule {blocks[0].rule.name}, in which "
+                "an oracle has no say: expected a model that evit_ext.apply changed"
+            )
+        stages = len(stages_of(self.vit))
         if len(blocks) != stages:
             raise ValueError(
                 f"the oracle has {stages} stages, the student {len(blocks)}: give Oracle a drop_loc of as "
                 "many blocks"
+            )
+        if mute := next((block for block in blocks if "scores" not in block.rule.wants()), None):
+            raise ValueError(
+                f"the rule {mute.rule.name} of the student does not rank patches by scores, which an oracle "
+                "would give it"
             )
         if any(block.guidance is not None for block in blocks):
             raise ValueError("the student is guided by an oracle already")
@@ -219,6 +234,6 @@ class Guidance:
         sums = ops.scatter_tokens(both, torch.where(places < 0, num_patches, places), num_patches + 1)
         return sums[:, :-1, 0] / sums[:, :-1, 1]
 
-    def add(self, stage: int, kept: Tensor, num_patches: int, fused: bool) -> None:
+    def add(self, stage: int, plan: Plan) -> None:
         """Add a stage, as :meth:`TokenTrail.add`."""
-        self._trail.add(stage, kept, num_patches, fused)
+        self._trail.add(stage, plan)

@@ -7,7 +7,9 @@ from typing import TypeVar
 from torch import nn
 
 from evit_ext.cpu import packed_weights
-from evit_ext.patching.families import applied_blocks, find_blocks
+from evit_ext.patching.block import AdoptedBlock
+from evit_ext.patching.families import locate
+from evit_ext.tokens.stage import stages_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,8 +43,12 @@ def prepack(vit: Model, enabled: bool = True) -> Model:
     Raises:
         ValueError: :func:`evit_ext.apply` has not changed the model.
     """
-    applied_blocks(vit)
-    blocks = find_blocks(getattr(vit, "_orig_mod", vit)) or nn.ModuleList()
-    layers = [module for module in blocks.modules() if isinstance(module, nn.Linear)]
-    (packed_weights.keep if enabled else packed_weights.let_go)(layers)
+    stages, located = stages_of(vit), locate(vit)
+    if located is None or not any(isinstance(stage, AdoptedBlock) for stage in stages):
+        raise ValueError(
+            f"{type(vit).__name__} has no block that evit_ext.apply replaced: its layers do not run through "
+            "oneDNN, so there is nothing to pack"
+        )
+    layers = [module for module in located.blocks.modules() if isinstance(module, nn.Linear)]
+    (packed_weights.keep if enabled else packed_weights.discard)(layers)
     return vit

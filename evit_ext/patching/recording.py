@@ -1,23 +1,19 @@
-"""Which patches each stage of an EViT or a DynamicViT kept, and with what scores."""
+"""Which patches each stage of a model kept, and with what scores."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evit_ext.patching.families import applied_blocks
+from evit_ext import ops
+from evit_ext.tokens.plan import Plan
+from evit_ext.tokens.stage import Stage, stages_of
 from evit_ext.tokens.trail import TokenTrail
-
-
-class Stage(Protocol):
-    """What reports to records: a reorganising block, or a predictor of a DynamicViT."""
-
-    recorders: tuple[tuple[TokenRecord, int], ...]
 
 
 class TokenRecord:
@@ -37,6 +33,8 @@ class TokenRecord:
         #: For each stage, the tokens [B, N, C] that it chose from, if `keep_tokens`.
         self.tokens: dict[int, Tensor] = {}
         self._scores: dict[int, Tensor] = {}
+        #: The last forward of each thread: `trail`, `tokens` and `scores`, which are those of one of them.
+        self._forwards: dict[int, tuple[TokenTrail, dict[int, Tensor], dict[int, Tensor]]] = {}
 
     @property
     def kept(self) -> list[Tensor]:
@@ -53,26 +51,100 @@ class TokenRecord:
         They are in the order of the tokens: at the first stage all patches, at a later one ``kept`` of the
         stage before followed by its fused token. float32, float64 for float64 models. Of a DynamicViT, the
         log-probabilities of being kept, in the dtype that the model computes in.
-        """
-        return [self._scores[stage] for stage in sorted(self._scores)]
 
-    def add(
-        self, stage: int, kept: Tensor, scores: Tensor, fused: bool, tokens: Tensor | None = None
-    ) -> None:
-        """Record a stage: `kept` [B, K] among its `scores` [B, N - P], and whether it fused."""
+        Raises:
+            ValueError: the model's rule does not rank patches.
+        """
+        stages = self.trail.stages
+        if missing := [stage for stage in stages if stage not in self._scores]:
+            raise ValueError(f"stage {missing[0]} has no scores: its rule does not rank patches")
+        return [self._scores[stage] for stage in stages]
+
+    def restore(
+        self,
+        tokens: Tensor,
+        num_stages: int | None = None,
+        fill: str | None = None,
+        num_prefix_tokens: int = 0,
+    ) -> Tensor:
+        """Put tokens of the recorded forward back on the grid, such as features that a hook saw.
+
+        Args:
+            tokens: [B, P + M, C] with the M patch tokens that leave a stage, of any block behind it.
+            num_stages: how many stages the tokens went through; by default all that were recorded. 0 is for
+                tokens before the first, which come back as they are.
+            fill: the value of a patch that was dropped: "fused", that of the token that stands for it;
+                "zero"; or "nan". By default "fused" where every patch has such a token, else "zero".
+            num_prefix_tokens: P, which are left out.
+
+        Returns:
+            [B, patches, C], row by row: ``.transpose(1, 2).unflatten(2, (rows, columns))`` is the grid.
+
+        Raises:
+            ValueError: there is no record, the number of tokens is not that of the stage, or nothing stands
+                for some patches with `fill` "fused".
+        """
+        stages = self.trail.stages
+        through = len(stages) if num_stages is None else num_stages
+        if not 0 <= through <= len(stages):
+            raise ValueError(f"num_stages must be in [0, {len(stages)}], the recorded stages, got {through}")
+        if fill not in (None, "fused", "zero", "nan"):
+            raise ValueError(f"fill must be 'fused', 'zero' or 'nan', got {fill!r}")
+        if tokens.dim() != 3:
+            raise ValueError(f"tokens must have shape [B, P + M, C], got {tuple(tokens.shape)}")
+        patches = tokens[:, num_prefix_tokens:]
+        if not stages:
+            raise ValueError("nothing was recorded: run the model inside evit_ext.record_tokens")
+        first = self.trail.plan(stages[0])
+        last = self.trail.plan(stages[through - 1])
+        expected = last.num_out if through else first.num_patches
+        if patches.shape[1] != expected or tokens.shape[0] != first.kept.shape[0]:
+            raise ValueError(
+                f"tokens must be {[first.kept.shape[0], num_prefix_tokens + expected]} [B, P + M] after "
+                f"{through} of {len(stages)} stages, got {list(tokens.shape[:2])}"
+            )
+        places = self.trail.places(stages[through - 1] + 1) if through else None
+        if places is None:
+            return patches
+        lost = places < 0
+        if fill is None:
+            fill = "fused" if all(self.trail.plan(s).represents_all for s in stages[:through]) else "zero"
+        if fill == "fused":
+            if not all(self.trail.plan(stage).represents_all for stage in stages[:through]):
+                raise ValueError(
+                    "fill='fused' needs a token for every patch, but the rule drops patches for good"
+                )
+            return ops.gather_tokens(patches, places)
+        own = self.trail.patches(stages[through - 1] + 1)
+        assert own is not None
+        # The patches that still have a token of their own; a made token's −1 goes into one column more.
+        is_own = torch.zeros(len(places), places.shape[1] + 1, dtype=torch.bool, device=places.device)
+        is_own.scatter_(1, own.where(own >= 0, places.shape[1]), True)
+        restored = ops.gather_tokens(patches, places.clamp(min=0))
+        value = 0.0 if fill == "zero" else float("nan")
+        return restored.masked_fill((~is_own[:, :-1] | lost).unsqueeze(2), value)
+
+    def add(self, stage: int, plan: Plan, tokens: Tensor | None = None) -> None:
+        """Record what a stage did, and the tokens [B, N, C] that it chose from, if `keep_tokens`."""
         if graph_task() != self._graph_task:
             return  # gradient checkpointing recomputes a block
+        thread = self._thread if torch.compiler.is_compiling() else threading.get_ident()
         if self._private:
-            if not torch.compiler.is_compiling() and threading.get_ident() != self._thread:
+            if thread != self._thread:
                 return
-        elif kept.is_meta:
+        elif plan.kept.is_meta:
             return  # count_macs runs the model
         if stage == 0:
-            self.trail, self.tokens, self._scores = TokenTrail(), {}, {}
-        self.trail.add(stage, kept, scores.shape[1], fused)
-        self._scores[stage] = scores.detach()
+            self._forwards[thread] = (TokenTrail(), {}, {})
+        elif thread not in self._forwards:
+            return  # the record began in the middle of this forward
+        trail, of_tokens, of_scores = self._forwards[thread]
+        trail.add(stage, plan)
+        if plan.scores is not None:
+            of_scores[stage] = plan.scores.detach()
         if self.keep_tokens and tokens is not None:
-            self.tokens[stage] = tokens
+            of_tokens[stage] = tokens
+        self.trail, self.tokens, self._scores = trail, of_tokens, of_scores
 
 
 def graph_task() -> int:
@@ -82,11 +154,6 @@ def graph_task() -> int:
     forward is, because the checkpoint surrounds all of it.
     """
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
-
-
-def _stages(vit: Any) -> Sequence[Stage]:
-    """Return the modules of `vit` that report to records; ValueError if there are none."""
-    return vit.stages() if hasattr(vit, "score_predictor") else applied_blocks(vit)
 
 
 @contextmanager
@@ -119,12 +186,11 @@ def record_tokens(vit: nn.Module) -> Iterator[TokenRecord]:
     it completed. The record stays readable after the context ends, and the model does not hold on to it.
     Contexts may be nested, and the forwards of all threads are recorded. Patches are numbered as they enter
     the first block, after timm's patch dropout, which applies in training only. While the context is open,
-    blocks that keep all patches run their attention like the others: results agree up to rounding, and hooks
-    on ``attn`` are not called.
+    blocks that keep all patches run their attention like the others: results agree up to rounding.
 
     Args:
-        vit: a model that :func:`evit_ext.apply` changed, or a DynamicViT. In training a DynamicViT removes no
-            token and records nothing; its output tells what it decided.
+        vit: a model that :func:`evit_ext.apply` changed, or a DynamicViT; wrapped or not. In training a
+            DynamicViT removes no token and records nothing; its output tells what it decided.
 
     Yields:
         The :class:`TokenRecord`, empty until the first forward.
@@ -138,5 +204,5 @@ def record_tokens(vit: nn.Module) -> Iterator[TokenRecord]:
         >>> record.kept[0].shape  # 14 × 14 patches, keep rate 0.7
         torch.Size([1, 138])
     """
-    with recording(_stages(vit), TokenRecord()) as record:
+    with recording(stages_of(vit), TokenRecord()) as record:
         yield record

@@ -1,4 +1,4 @@
-"""DynamicViT's predictors, which say what patches are worth, and how a decision is made of it in training.
+"""DynamicViT's rule: predictors say what patches are worth, and of these a fixed number goes on.
 
 Method of Rao et al., "DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification" (NeurIPS
 2021, arXiv 2106.02034).
@@ -8,18 +8,81 @@ Notation: B batch, N patches, C channels.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evit_ext.ops import checks
+from evit_ext.tokens.evit import BestPlan
+from evit_ext.tokens.plan import Plan
+from evit_ext.tokens.rule import KeepRateRule, Seen
+from evit_ext.tokens.stage import Stage
+from evit_ext.tokens.trail import TokenTrail
 
-if TYPE_CHECKING:
-    from evit_ext.patching.recording import TokenRecord
+
+@dataclass(frozen=True)
+class PredictedSelection(KeepRateRule, name="dynamicvit"):
+    """Keep the patches that a predictor rates highest, a share of all patches of the image; drop the others.
+
+    For models such as :func:`evit_ext.models.dynamicvit_small`, which have the predictors.
+
+    Args:
+        keep_rate: share of the patches that a stage keeps of those that enter it, in (0, 1].
+        keep_ratio: share of the image's patches that is left after the stage, the product of the keep rates
+            up to it; ``max(1, int(keep_ratio * patches))`` are kept, as published.
+    """
+
+    keep_rate: float = 0.7
+    keep_ratio: float = 0.7
+
+    paper = "https://arxiv.org/abs/2106.02034"
+    has_schedule = False
+
+    def wants(self) -> frozenset[str]:
+        """See `Rule.wants`."""
+        return frozenset({"predictions"})
+
+    def num_out(self, num_patches: int, num_image_patches: int) -> int:
+        """See `Rule.num_out`."""
+        return max(1, int(num_image_patches * self.keep_ratio))
+
+    def plan(self, seen: Seen) -> Plan:
+        """See `Rule.plan`."""
+        return BestPlan(seen, self.num_out(seen.num_patches, seen.num_image_patches), fuse=False)
+
+    def in_turn(self, rules: list[PredictedSelection]) -> list[PredictedSelection]:
+        """Return the rules with the shares of all patches that follow from the keep rates, stage by stage."""
+        rates = [rule.keep_rate for rule in rules]
+        if len(set(rates)) == 1:
+            # A power, not a product, as published: the last bit may decide how many patches are kept.
+            ratios = [rates[0] ** (stage + 1) for stage in range(len(rates))]
+        else:
+            ratios = [math.prod(rates[: stage + 1]) for stage in range(len(rates))]
+        return [replace(rule, keep_ratio=ratio) for rule, ratio in zip(rules, ratios, strict=True)]
+
+    def settings(self) -> dict[str, Any]:
+        """See `Rule.settings`."""
+        return {"keep_rate": self.keep_rate}
+
+    @property
+    def score_meaning(self) -> str | None:
+        """See :class:`Rule`."""
+        return "probability of being kept, as the predictor says"
+
+    def shown_scores(self, scores: Tensor) -> Tensor:
+        """See `Rule.shown_scores`: probabilities, of which the scores are the logarithms."""
+        return scores.exp()
+
+    @property
+    def title(self) -> str:
+        """See :class:`Rule`."""
+        return "DynamicViT"
 
 
-class TokenPredictor(nn.Module):
+class TokenPredictor(Stage):
     """Predicts for each patch whether it shall be kept, from itself and the mean of those that are left.
 
     The published ``PredictorLG`` (Rao et al., 2021, section 3.2): half of the channels stay local, the other
@@ -27,11 +90,16 @@ class TokenPredictor(nn.Module):
 
     Args:
         dim: C.
+        stage: number of the predictors before it.
         device, dtype: of the parameters.
     """
 
     def __init__(
-        self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+        self,
+        dim: int,
+        stage: int = 0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -44,8 +112,21 @@ class TokenPredictor(nn.Module):
             nn.Linear(dim // 4, 2, **options),
             nn.LogSoftmax(dim=-1),
         )
-        #: The records that are being taken, each with the stage that this predictor is in it.
-        self.recorders: tuple[tuple[TokenRecord, int], ...] = ()
+        self.rule: PredictedSelection = PredictedSelection()
+        self.stage = stage
+        self.recorders = ()
+        self.guidance = None
+
+    def reduce(self, x: Tensor, trail: TokenTrail, num_prefix_tokens: int) -> Tensor:
+        """Return the tokens [B, P + K, C] that this stage leaves of `x` [B, N, C]; `trail` receives it."""
+        scores = self(x[:, num_prefix_tokens:])[:, :, 0]
+        num_patches = x.shape[1] - num_prefix_tokens
+        num_image_patches = trail.num_image_patches(num_patches)
+        seen = Seen(x, None, num_prefix_tokens, num_patches, num_image_patches, scores)
+        plan = self.rule.plan(seen)
+        out = plan.apply(x, num_prefix_tokens)
+        self.report(plan, trail, x)
+        return out
 
     def init_weights(self) -> None:
         """Initialise as the published code does: Linear weights from a normal with deviation 0.02."""
@@ -72,10 +153,6 @@ class TokenPredictor(nn.Module):
             left = left.to(shared.dtype).unsqueeze(2)
             mean = (shared * left).sum(dim=1, keepdim=True) / left.sum(dim=1, keepdim=True).clamp(min=1)
         return self.out_conv(torch.cat([local, mean.expand_as(shared)], dim=2))
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy or a saved model has no record being taken.
-        return {**self.__dict__, "recorders": ()}
 
 
 def sample_decisions(log_probabilities: Tensor) -> Tensor:

@@ -15,8 +15,7 @@ from evit_ext.cost.macs import count_macs
 from evit_ext.models.by_name import create_dense, create_evit, takes_img_size
 from evit_ext.models.dynamicvit import DynamicViT
 from evit_ext.models.lvvit import LVViT
-from evit_ext.patching.block import ReorganizingBlock
-from evit_ext.patching.families import find_blocks
+from evit_ext.patching.families import drop_locations, locate
 from evit_ext.patching.oracle import Oracle
 from evit_ext.training.config import TrainConfig
 from evit_ext.training.objectives import (
@@ -80,6 +79,8 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
         config.keep_rate,
         config.drop_loc,
         config.fuse_token,
+        config.rule,
+        config.rule_args,
         pretrained=config.pretrained,
         **arguments,
         **config.model_args,
@@ -159,10 +160,11 @@ def build_objective(config: TrainConfig, model: nn.Module, device: torch.device 
     if config.oracle is None:
         return objective
     vit = _other(config, "oracle", student, strict_head=False)
-    blocks, of_oracle = find_blocks(student) or (), find_blocks(vit) or ()
-    drop_loc = [number for number, block in enumerate(blocks) if isinstance(block, ReorganizingBlock)]
+    depth, depth_of_oracle = (
+        0 if found is None else len(found.blocks) for found in map(locate, (student, vit))
+    )
     # A deeper or shallower oracle is asked at the quarters of its depth.
-    oracle = Oracle(vit, drop_loc if len(of_oracle) == len(blocks) else None)
+    oracle = Oracle(vit, drop_locations(student) if depth == depth_of_oracle else None)
     return Guided(objective, oracle.to(device))
 
 

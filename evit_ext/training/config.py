@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from evit_ext._util.files import replacing
+from evit_ext._util.hints import as_hinted
+from evit_ext._util.messages import reason, shortened, shown
 from evit_ext._util.spelling import nearest
 from evit_ext.training.recipe import Recipe, option, raise_problems
 
@@ -39,6 +41,10 @@ class TrainConfig(Recipe):
         None, "numbers of the reorganising blocks, from 0; none is those at the quarters of the depth"
     )
     fuse_token: bool = option(True, "fuse the patches that are not kept into one token")
+    rule: str | None = option(
+        None, "how tokens are reduced, by the name of a rule, such as random; none is the model's own"
+    )
+    rule_args: dict[str, Any] = option({}, "further settings of the rule, name=value, not its keep rate")
     drop_path: float = option(0.0, "drop path rate of the last block; falls linearly towards the first")
     pretrained: bool = option(False, "start from the model's pretrained weights, as timm downloads them")
     initial_checkpoint: str | None = option(
@@ -145,7 +151,7 @@ class TrainConfig(Recipe):
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                yield (f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                yield f"{name} must be one of {', '.join(allowed)}, got {shown(getattr(self, name))}"
         at_least = {
             "img_size": 1, "num_classes": 1, "train_images": 1, "micro_batch": 1, "checkpoint_every": 1,
             "workers": 0, "max_image_pixels": 1, "max_unreadable": 0, "recount": 1, "repeated_aug": 0,
@@ -154,7 +160,7 @@ class TrainConfig(Recipe):
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                yield (f"{name} must be at least {least}, got {value}")
+                yield f"{name} must be at least {least}, got {shown(value)}"
         for name in ("drop_path", "hflip", "color_jitter", "reprob", "distillation_alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 yield (f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -236,10 +242,16 @@ def load_config(recipe: str | Path | None = None, **overrides: Any) -> TrainConf
 
     Raises:
         FileNotFoundError: no such recipe.
-        ValueError: not a mapping, an unknown field, or a value out of its range.
+        ValueError: not YAML, not a mapping, too large, an unknown field, or a value out of its range.
         TypeError: a value of another type than the field's.
     """
-    config = TrainConfig(**typed(_read(recipe), str(recipe))) if recipe is not None else TrainConfig()
+    config = TrainConfig()
+    if recipe is not None:
+        values = typed(_read(recipe), str(recipe))
+        try:
+            config = TrainConfig(**values)
+        except ValueError as error:
+            raise ValueError(f"{recipe}: {error}") from error
     overrides = typed(overrides, "options")
     batch_size = overrides.get("batch_size")
     if batch_size is not None and batch_size >= 1 and not {"lr", "min_lr", "warmup_lr"} & set(overrides):
@@ -249,23 +261,51 @@ def load_config(recipe: str | Path | None = None, **overrides: Any) -> TrainConf
 
 def _read(recipe: str | Path) -> Mapping[str, Any]:
     if str(recipe) in recipe_names():
-        text = (resources.files("evit_ext.training") / "recipes" / f"{recipe}.yaml").read_text()
+        file: Any = resources.files("evit_ext.training") / "recipes" / f"{recipe}.yaml"
     elif Path(recipe).is_file():
-        try:
-            text = Path(recipe).read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{recipe} is not YAML, not even text: {error}") from error
+        file = Path(recipe)
+        if file.stat().st_size > _LARGEST:
+            raise ValueError(f"{recipe} has {file.stat().st_size} bytes, a recipe at most {_LARGEST}")
     else:
         raise FileNotFoundError(
-            f"there is no recipe {str(recipe)!r}: expected one of {', '.join(recipe_names())}, or a YAML file"
+            f"there is no recipe {shown(str(recipe))}: expected one of {', '.join(recipe_names())}, or a "
+            "YAML file"
         )
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{recipe} is not YAML: {error}") from error
+        values = yaml.safe_load(file.read_text("utf-8"))
+    except _NOT_YAML as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = shortened(getattr(error, "problem", ""))
+        said = reason(error) if mark is None else f"line {mark.line + 1}: {problem}"
+        raise ValueError(f"{recipe} is not YAML: {said}") from error
     if not isinstance(values, Mapping):
         raise ValueError(f"{recipe} must be a mapping of fields to values, got {type(values).__name__}")
+    _check_size(values, str(recipe))
     return values
+
+
+#: Bytes of a recipe, and values in it with those that it repeats; the largest that ships has 40.
+_LARGEST = 2**20
+_MOST_VALUES = 10_000
+
+#: What comes of reading it; PyYAML has errors of its own for syntax, and Python's for numbers and dates.
+_NOT_YAML = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, ValueError)
+
+
+def _check_size(values: Any, source: str) -> None:
+    """Raise ValueError where aliases of YAML (``*name``) make much of little, or have something in itself."""
+    number, waiting = 0, [values]
+    while waiting:
+        value = waiting.pop()
+        number += 1
+        if number > _MOST_VALUES:
+            raise ValueError(
+                f"{source} has more than {_MOST_VALUES} values, with those that its aliases (*name) repeat"
+            )
+        if isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            waiting += value
 
 
 def typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -280,13 +320,13 @@ def typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     result, unknown, mistyped = {}, [], []
     for name, value in values.items():
         if name not in known:
-            near = nearest(str(name), known)
-            unknown.append(f"{source}: there is no field {name!r}" + (f"; {near!r}?" if near else ""))
+            near = nearest(str(name)[:100], known)
+            unknown.append(f"{source}: there is no field {shown(name)}" + (f"; {near!r}?" if near else ""))
             continue
         try:
-            result[name] = _convert(value, hints[name])
-        except (TypeError, ValueError):
-            mistyped.append(f"{source}: {name} must be {_words(hints[name])}, got {value!r}")
+            result[name] = as_hinted(value, hints[name])
+        except (TypeError, ValueError, OverflowError):
+            mistyped.append(f"{source}: {name} must be {_words(hints[name])}, got {shown(value)}")
     if len(mistyped) == 1 and not unknown:
         raise TypeError(mistyped[0])
     raise_problems([*unknown, *mistyped])
@@ -294,7 +334,12 @@ def typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 #: What a field takes, in words.
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text of at most 4096 characters",
+}
 
 
 def _words(hint: Any) -> str:
@@ -306,26 +351,3 @@ def _words(hint: Any) -> str:
         several = "" if inner[-1] is Ellipsis else f"{len(inner)} "
         return f"{several}{_KINDS[inner[0]].removeprefix('a ')}s"
     return "a mapping of names to values" if origin is dict else _KINDS[hint]
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """Return `value` as `hint` wants it; TypeError where it is something else."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        if value is None:
-            return None
-        (hint,) = (kind for kind in inner if kind is not type(None))
-        return _convert(value, hint)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        if inner[-1] is not Ellipsis and len(value) != len(inner):
-            raise TypeError
-        return tuple(_convert(item, inner[0]) for item in value)
-    if origin is dict and isinstance(value, Mapping):
-        return dict(value)
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):
-        return float(value)  # YAML reads 1e-3 as a string
-    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise TypeError

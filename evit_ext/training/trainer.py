@@ -17,9 +17,9 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from evit_ext._util.randomness import derive_seed, random_state, seeded, set_random_state
-from evit_ext.patching.families import reorganizing_blocks
 from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
 from evit_ext.tokens.schedule import keep_rate_schedule
+from evit_ext.tokens.stage import find_stages
 from evit_ext.training.epoch_sums import EpochResult, EpochSums
 from evit_ext.training.objectives import Classification, Objective, build_criterion
 from evit_ext.training.precision import (
@@ -147,7 +147,10 @@ class Trainer:
         self._step = 0
         self._sums = EpochSums(self.device)
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self._reorganizes = bool(reorganizing_blocks(self._unwrapped)) and recipe.keep_rate is not None
+        stages = find_stages(self._unwrapped)
+        self._has_schedule = bool(stages) and all(
+            stage.keep_rate is not None and stage.rule.has_schedule for stage in stages
+        )
         embed: Any = getattr(self._unwrapped, "patch_embed", None)
         self._num_patches: int | None = getattr(embed, "num_patches", None)
         self._mixup = self._make_mixup(num_classes)
@@ -299,8 +302,8 @@ class Trainer:
 
     def _set_keep_rate(self) -> float:
         recipe = self.recipe
-        if not self._reorganizes or recipe.keep_rate is None:
-            return min(keep_rates(self._unwrapped))
+        if not self._has_schedule or recipe.keep_rate is None:
+            return min(keep_rates(self._unwrapped), default=1.0)
         keep_rate = keep_rate_schedule(
             self._step,
             steps_per_epoch=self.steps_per_epoch,

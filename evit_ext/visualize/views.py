@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from evit_ext.cost.macs import count_macs
 from evit_ext.cost.tokens import patch_grid
-from evit_ext.patching.families import applied_blocks, family_of
+from evit_ext.patching.families import locate
 from evit_ext.patching.keep_rates import keep_rates as current_keep_rates
 from evit_ext.patching.keep_rates import set_keep_rate
 from evit_ext.patching.recording import TokenRecord, record_tokens
+from evit_ext.tokens.rule import Rule
+from evit_ext.tokens.stage import stages_of
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,7 @@ def view_images(model: nn.Module, images: Tensor, keep_rates: Sequence[float]) -
         raise ValueError(f"images must be [B, channels, height, width], got {list(images.shape)}")
     if not keep_rates:
         raise ValueError("keep_rates must have at least one, got none")
-    if not hasattr(vit, "score_predictor"):
-        applied_blocks(vit)
+    stages_of(vit)
     size = (images.shape[2], images.shape[3])
     grid = _whole_grid(vit, size)
     before = current_keep_rates(vit)
@@ -115,9 +116,12 @@ def view_images(model: nn.Module, images: Tensor, keep_rates: Sequence[float]) -
 def meaning_of_scores(model: nn.Module) -> str:
     """Say in a few words what the scores of `model` are; ValueError if it cannot drop patches."""
     vit: Any = unwrap_model(model)
-    if hasattr(vit, "score_predictor"):
-        return "probability of being kept, as the predictor says"
-    if family_of(vit).has_class_token(vit):
+    meaning = stages_of(vit)[0].rule.score_meaning
+    if meaning is not None:
+        return meaning
+    located = locate(vit)
+    assert located is not None
+    if located.family.has_class_token(located.vit):
         return "attention of the class token, mean over heads"
     return "attention of all tokens, mean over queries and heads"
 
@@ -164,15 +168,16 @@ def _at_rate(
     with torch.inference_mode(), record_tokens(vit) as record:
         output = model(images)
     num_patches = math.prod(grid)
-    if not record.scores or record.scores[0].shape[1] != num_patches:
-        found = record.scores[0].shape[1] if record.scores else "no"
+    plans = [record.trail.plan(stage) for stage in record.trail.stages]
+    if not plans or plans[0].num_patches != num_patches:
+        found = plans[0].num_patches if plans else "no"
         raise ValueError(f"expected {grid[0]}x{grid[1]} patches in the first stage, found {found}")
     probabilities = _probabilities(vit, output)
-    of_model = [*record.scores, *([] if probabilities is None else [probabilities])]
-    if any(value.isnan().any() for value in of_model):
+    of_model = [*(plan.scores for plan in plans), probabilities]
+    if any(value is not None and value.isnan().any() for value in of_model):
         raise ValueError(f"at keep rate {keep_rate:g} the model computes NaN: are its weights finite?")
     masks = surviving_patches(record.kept, num_patches)
-    scores = _scores_on_grid(record, num_patches, hasattr(vit, "score_predictor"))
+    scores = _scores_on_grid(record, num_patches, stages_of(vit)[0].rule)
     macs = count_macs(vit, size)
     views = []
     for number in range(len(images)):
@@ -184,7 +189,7 @@ def _at_rate(
                     mask[number].reshape(grid).cpu(),
                     score[number].reshape(grid).float().cpu(),
                     left - now,
-                    record.trail.step(record.trail.stages[stage])[2],
+                    plans[stage].num_made > 0,
                 )
             )
             left = now
@@ -193,13 +198,16 @@ def _at_rate(
     return views
 
 
-def _scores_on_grid(record: TokenRecord, num_patches: int, logarithms: bool) -> list[Tensor]:
-    """Return for each stage the scores [B, patches], NaN where a patch did not enter it."""
+def _scores_on_grid(record: TokenRecord, num_patches: int, rule: Rule) -> list[Tensor]:
+    """Return for each stage the scores [B, patches], NaN where a patch did not enter it, or has no score."""
     placed = []
-    for stage, scores in zip(record.trail.stages, record.scores, strict=True):
-        scores = scores.float()
-        if logarithms:  # of a DynamicViT: as probabilities they can be read
-            scores = scores.exp()
+    for stage in record.trail.stages:
+        plan = record.trail.plan(stage)
+        if plan.scores is None:
+            shape = (len(plan.kept), num_patches)
+            placed.append(torch.full(shape, math.nan, device=plan.kept.device))
+            continue
+        scores = rule.shown_scores(plan.scores.float())
         patches = record.trail.patches(stage)
         if patches is not None:
             # One more column for the fused token, which is then cut off.

@@ -9,8 +9,8 @@ from torch import nn
 
 from evit_ext.cost.macs import count_macs
 from evit_ext.models.by_name import is_ours
-
-_EVIT = "[EViT](https://arxiv.org/abs/2202.07800)"
+from evit_ext.patching.keep_rates import keep_rates
+from evit_ext.tokens.stage import find_stages
 
 _USE = """```python
 import evit_ext
@@ -41,28 +41,26 @@ def model_card(
         description: the author's own text.
     """
     cfg, evit = config["pretrained_cfg"], config["evit"]
-    rate = evit["keep_rate"]
-    is_dynamicvit = "fuse_token" not in evit
+    rule = find_stages(model)[0].rule
     head = ["library_name: evit_ext", "pipeline_tag: image-classification"]
-    head += ["tags:", "- image-classification", "- timm", f"- {'dynamicvit' if is_dynamicvit else 'evit'}"]
+    head += ["tags:", "- image-classification", "- timm", f"- {rule.name}"]
     if license is not None:
         head.append(f"license: {license}")
-    rates = ", ".join(f"{value:g}" for value in (rate if isinstance(rate, list) else [rate]))
-    blocks = ", ".join(map(str, evit["drop_loc"]))
-    dropped = "dropped" if not evit.get("fuse_token") else "fused into one token"
+    rates = ", ".join(f"{value:g}" for value in keep_rates(model))
+    where = f"at blocks {', '.join(map(str, evit['drop_loc']))}; what is not kept is {rule.describe()}"
     # timm's defaults fill in what the configuration leaves out.
     image = timm.data.resolve_data_config(pretrained_cfg=cfg)
     height, width = cfg["input_size"][1:]
     facts = {
         "Architecture": f"`{config['architecture']}`",
-        "Keep rate": f"{rates}, at blocks {blocks}; what is not kept is {dropped}",
+        "Keep rate" if rates else "Tokens": f"{rates}, {where}" if rates else f"reduced {where}",
         "Parameters": f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M",
         "GMACs": f"{count_macs(model) / 1e9:.3g}, multiply-accumulates of an image in 10⁹",
         "Images": f"{height} × {width} pixels",
         "Normalised by": f"mean {_shown(image['mean'])}, deviation {_shown(image['std'])}",
         "Classes": str(config["num_classes"]),
     }
-    method = "[DynamicViT](https://arxiv.org/abs/2106.02034)" if is_dynamicvit else _EVIT
+    method = rule.title if rule.paper is None else f"[{rule.title}]({rule.paper})"
     lines = [
         "---",
         *head,
@@ -79,7 +77,7 @@ def model_card(
         "## Use",
         "",
         _USE.format(repo_id=repo_id),
-        "" if is_dynamicvit or is_ours(config["architecture"]) else _DENSE.format(repo_id=repo_id),
+        "" if is_ours(config["architecture"]) else _DENSE.format(repo_id=repo_id),
     ]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -14,6 +14,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from evit_ext._util.messages import shortened
 from evit_ext.models.deit import DeiT
 from evit_ext.models.position_embedding import resize_position_embedding
 from evit_ext.weights.layout import architecture
@@ -121,7 +122,7 @@ def _check_architecture(
 
 def _check_size(state: Mapping[str, Tensor], own: Mapping[str, Tensor], name: str) -> None:
     norm = "blocks.0.norm1.weight"
-    if norm in state and norm in own:
+    if norm in state and norm in own and state[norm].dim() == own[norm].dim() == 1:
         theirs = (len(state[norm]), _depth(state))
         ours = (len(own[norm]), _depth(own))
         if theirs != ours:
@@ -163,8 +164,8 @@ def _filter_like_timm(fitted: Fitted, model: nn.Module, resize: bool) -> None:
         after = dict(checkpoint_filter(dict(before), model, **options))
     except Exception as error:  # it takes for granted that the weights are of its kind
         raise ValueError(
-            f"timm cannot make {type(model).__name__}'s weights of them ({type(error).__name__}: {error}); "
-            f"they begin with {_some(list(before), 3)}"
+            f"timm cannot make {type(model).__name__}'s weights of them ({type(error).__name__}: "
+            f"{shortened(error)}); they begin with {_some(list(before), 3)}"
         ) from error
     for key, value in after.items():
         if key in before and value.numel() != before[key].numel():
@@ -196,8 +197,10 @@ def _fit_position_embedding(fitted: Fitted, model: nn.Module, resize: bool | tup
                 f"for {type(model).__name__}: True leaves it to timm"
             )
         return
-    if loaded is None or loaded.dim() != 3 or loaded.shape[::2] != own.shape[::2]:
+    if loaded is None or not loaded.is_floating_point():
         return  # _compare says it
+    if loaded.dim() != 3 or loaded.shape[::2] != own.shape[::2]:
+        return  # as well
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     grid = (int(model.patch_embed.grid_size[0]), int(model.patch_embed.grid_size[1]))
     tokens, patches = loaded.shape[1], loaded.shape[1] - prefix
@@ -233,7 +236,10 @@ def _fit_position_embedding(fitted: Fitted, model: nn.Module, resize: bool | tup
         fitted.told.append("pos_embed")
         return
     if old_grid != grid:
-        fitted.state["pos_embed"] = _resize(loaded, old_grid, grid, prefix, model)
+        try:
+            fitted.state["pos_embed"] = _resize(loaded, old_grid, grid, prefix, model)
+        except RuntimeError as error:  # of a dtype that torch does not compute with
+            raise ValueError(f"pos_embed in {loaded.dtype} cannot be resized: {shortened(error)}") from error
         fitted.resized.append("pos_embed")
 
 
@@ -310,8 +316,8 @@ def _compare(
         theirs, ours = fitted.state[key], own[key]
         if theirs.shape != ours.shape:
             wrong.append(f"{key} {_shape(theirs)}, not {_shape(ours)}")
-        elif theirs.is_floating_point() != ours.is_floating_point() or theirs.layout != torch.strided:
-            wrong.append(f"{key} {theirs.dtype} ({theirs.layout}), not {ours.dtype}")
+        elif _kind(theirs) != _kind(ours):
+            wrong.append(f"{key} {theirs.dtype}, not {ours.dtype}")
     if wrong:
         fitted.problems.append(f"of another shape or type: {_some(wrong)}")
     if strict and required:
@@ -324,6 +330,11 @@ def _compare(
     fitted.unexpected += [*unexpected, *others]
 
 
+def _kind(tensor: Tensor) -> tuple[bool, ...]:
+    """What must be the same of two tensors, so that one becomes the other by rounding alone."""
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
+
+
 def _shape(tensor: Tensor) -> str:
     return "×".join(map(str, tensor.shape)) or "()"
 
@@ -331,4 +342,4 @@ def _shape(tensor: Tensor) -> str:
 def _some(items: list[str], number: int = _SHOWN) -> str:
     """List the first of `items`."""
     more = f" and {len(items) - number} more" if len(items) > number else ""
-    return ", ".join(items[:number]) + more
+    return ", ".join(shortened(item) for item in items[:number]) + more

@@ -10,8 +10,10 @@ import torch
 from timm.utils.model import unwrap_model
 from torch import nn
 
+from evit_ext._util.messages import shown
 from evit_ext.weights.fitting import fit
 from evit_ext.weights.layout import find_weights
+from evit_ext.weights.placing import check_plain, place
 from evit_ext.weights.reading import read_file
 from evit_ext.weights.source import local_file
 
@@ -135,6 +137,7 @@ def load_checkpoint(
     name = os.fspath(path_or_url)
     weights = find_weights(read_file(path, name), use_ema, inner.state_dict().keys(), name)
     try:
+        check_plain(weights.state)
         fitted = fit(
             weights.state,
             weights.others,
@@ -148,7 +151,10 @@ def load_checkpoint(
     if fitted.problems:
         problems = "".join(f"\n  - {problem}" for problem in fitted.problems)
         raise ValueError(f"{name} does not fit {type(inner).__name__}:{problems}")
-    inner.load_state_dict(fitted.state, strict=False)
+    try:
+        place(inner, fitted.state)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be loaded: {error}") from error
     loaded = LoadedCheckpoint(
         source=name,
         kind=weights.kind,
@@ -184,6 +190,11 @@ def _loadable(model: nn.Module) -> nn.Module:
                 f"{type(inner).__name__}'s {key} was made in inference mode, and cannot be changed out of "
                 "it: build the model outside"
             )
+        if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)):
+            raise ValueError(
+                f"{type(inner).__name__}'s {key} is expanded: several of its elements are one in memory, and "
+                "cannot be loaded; make it a tensor of its own, with .clone()"
+            )
         # A shard, or what a quantisation keeps in its place: copying into it may fail halfway.
         if type(value) is not torch.Tensor:
             raise ValueError(
@@ -196,15 +207,15 @@ def _loadable(model: nn.Module) -> nn.Module:
 def _check_options(flags: dict[str, object], resize_pos_embed: object, use_ema: object) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
+            raise TypeError(f"{name} must be True or False, got {shown(value)}")
     if use_ema is not None and not isinstance(use_ema, bool):
-        raise TypeError(f"use_ema must be True, False or None, got {use_ema!r}")
+        raise TypeError(f"use_ema must be True, False or None, got {shown(use_ema)}")
     if isinstance(resize_pos_embed, bool):
         return
     expected = "resize_pos_embed must be True, False or the grid that the weights are for, (height, width)"
     if not isinstance(resize_pos_embed, tuple) or len(resize_pos_embed) != 2:
-        raise TypeError(f"{expected}, got {resize_pos_embed!r}")
+        raise TypeError(f"{expected}, got {shown(resize_pos_embed)}")
     if any(not isinstance(side, int) or isinstance(side, bool) for side in resize_pos_embed):
-        raise TypeError(f"{expected}, got {resize_pos_embed!r}")
+        raise TypeError(f"{expected}, got {shown(resize_pos_embed)}")
     if min(resize_pos_embed) < 1:
-        raise ValueError(f"{expected}, got {resize_pos_embed!r}")
+        raise ValueError(f"{expected}, got {shown(resize_pos_embed)}")

@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from evit_ext.models.by_name import create, is_ours
+from evit_ext._util.messages import reason, shown
+from evit_ext.models.by_name import create, create_dense, is_ours
 from evit_ext.patching.applying import apply
 from evit_ext.patching.keep_rates import set_keep_rate
-from evit_ext.weights import load_checkpoint
+from evit_ext.tokens.evit import EViT
+from evit_ext.tokens.rule import Rule, make_rule
+from evit_ext.weights.limits import no_larger_than
+from evit_ext.weights.loading import load_checkpoint
 from evit_ext.weights.source import HUB_PREFIXES, hub_file
 
 #: The files of a model, as timm names them.
@@ -23,10 +27,19 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 #: The entry of config.json about token reorganisation, which timm ignores.
 ENTRY = "evit"
 
+#: Entries of it that are no settings of the rule.
+_NOT_OF_A_RULE = frozenset({"rule", "drop_loc", "dtype", "version"})
+
+#: Bytes that a config.json has at most; that of ImageNet's 21,841 classes with descriptions has 3 million.
+_LARGEST = 2**24
+
 #: Arguments of timm.create_model for where weights come from; here they are in the folder.
 _NOT_OF_A_MODEL = frozenset(
     {"model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 )
+
+#: Entries of config.json's `ENTRY` that are no settings of the rule.
+_NOT_OF_A_RULE = frozenset({"rule", "drop_loc", "dtype", "version"})
 
 
 def from_pretrained(
@@ -46,8 +59,9 @@ def from_pretrained(
 
     Raises:
         FileNotFoundError, NotADirectoryError: the folder does not exist, or lacks a file.
-        ValueError: config.json is damaged, or names an unknown model or unknown arguments; the weights do not
-            fit; or `keep_rate` is out of range or does not have one number for each stage.
+        ValueError: config.json is damaged, names an unknown model or unknown arguments, or asks for a model
+            that takes many times the memory of the weights; the weights do not fit; or `keep_rate` is out of
+            range or does not have one number for each stage.
         TypeError: `keep_rate` is neither a number nor a list of numbers.
         RuntimeError: the model could not be fetched from the hub.
 
@@ -57,13 +71,17 @@ def from_pretrained(
     """
     config_file = _find(source, CONFIG)
     config = _read(config_file)
+    weights = _find(source, WEIGHTS)
     try:
-        model = _build(config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{config_file} names a model that cannot be built: {error}") from error
+        with no_larger_than(weights):
+            model = _build(config)
+    except Exception as error:  # what models raise of arguments that make no sense is anything
+        if isinstance(error, (OSError, MemoryError)):
+            raise
+        raise ValueError(f"{config_file} names a model that cannot be built: {reason(error)}") from error
     if keep_rate is not None:
-        set_keep_rate(model, keep_rate)  # raises for bad keep rates, so it runs before weights are fetched
-    load_checkpoint(model, _find(source, WEIGHTS))
+        set_keep_rate(model, keep_rate)
+    load_checkpoint(model, weights)
     return model.eval()
 
 
@@ -85,10 +103,13 @@ def _find(source: str | os.PathLike[str], name: str) -> Path:
 
 def _read(file: Path) -> dict[str, Any]:
     """Return the contents of config.json, checked for the required entries."""
+    size = file.stat().st_size
+    if size > _LARGEST:
+        raise ValueError(f"{file} has {size} bytes, expected at most {_LARGEST}")
     try:
         config = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged, no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged, no JSON: {reason(error)}") from error
     kinds = {"architecture": str, "pretrained_cfg": dict, ENTRY: dict}
     for entry, kind in kinds.items():
         if isinstance(config, dict) and isinstance(config.get(entry), kind):
@@ -100,10 +121,29 @@ def _read(file: Path) -> dict[str, Any]:
     return dict(config)
 
 
+def _rules(name: str, settings: dict[str, Any]) -> Rule | list[Rule]:
+    """Return the rule of a config.json, or one for each stage; TypeError or ValueError if there is none."""
+    if not isinstance(name, str):
+        raise ValueError(f"rule must be the name of a rule, got {type(name).__name__}")
+    lists = {key: value for key, value in settings.items() if isinstance(value, list)}
+    if len({len(value) for value in lists.values()}) > 1:
+        raise ValueError("settings of a rule must have one value, or one for each stage")
+    if not lists:
+        return make_rule(name, settings)
+    stages = len(next(iter(lists.values())))
+    return [
+        make_rule(name, {**settings, **{key: value[stage] for key, value in lists.items()}})
+        for stage in range(stages)
+    ]
+
+
 def _build(config: dict[str, Any]) -> nn.Module:
     """Build the model of a config.json, without its weights; TypeError or ValueError if that fails."""
     name, evit = config["architecture"], config[ENTRY]
-    arguments = dict(config.get("model_args") or {})
+    arguments = config.get("model_args") or {}
+    if not isinstance(arguments, dict):
+        raise ValueError(f"model_args must be a mapping of names to values, got {shown(arguments)}")
+    arguments = dict(arguments)
     refused = sorted(_NOT_OF_A_MODEL & arguments.keys())
     if refused:
         raise ValueError(f"model_args must be arguments of the model, got {', '.join(refused)}")
@@ -113,12 +153,14 @@ def _build(config: dict[str, Any]) -> nn.Module:
         if entry in config:
             cfg[entry] = config[entry]
     arguments.setdefault("num_classes", cfg.get("num_classes"))
-    settings = {key: evit[key] for key in ("keep_rate", "drop_loc", "fuse_token") if key in evit}
-    if is_ours(name):
-        model = create(name, pretrained_cfg=cfg, **{**arguments, **settings})
+    settings = {key: value for key, value in evit.items() if key not in _NOT_OF_A_RULE}
+    drop_loc = evit.get("drop_loc")
+    if "rule" not in evit and is_ours(name):
+        model = create(name, pretrained_cfg=cfg, **{**arguments, **settings, "drop_loc": drop_loc})
     else:
-        model = apply(create(name, pretrained_cfg=cfg, **arguments), **settings)
+        dense = create_dense(name, pretrained_cfg=cfg, **arguments)
+        model = apply(dense, drop_loc=drop_loc, rule=_rules(evit.get("rule", EViT.name), settings))
     dtype = getattr(torch, str(evit.get("dtype", "float32")), None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype must be one of torch's, such as 'float32', got {evit['dtype']!r}")
+        raise ValueError(f"dtype must be one of torch's, such as 'float32', got {shown(evit['dtype'])}")
     return model.to(dtype)

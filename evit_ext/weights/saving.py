@@ -15,12 +15,14 @@ from timm.models._hub import save_config_for_hf
 from timm.utils.model import unwrap_model
 from torch import nn
 
-import evit_ext
+from evit_ext._util.files import private_folder, put
+from evit_ext._util.messages import shown
+from evit_ext._util.version import VERSION
 from evit_ext.cost.macs import input_size
 from evit_ext.models.building import is_connection_error
-from evit_ext.models.by_name import is_ours
-from evit_ext.patching.families import find_blocks, reorganizing_blocks
-from evit_ext.patching.keep_rates import keep_rates
+from evit_ext.models.by_name import rule_of
+from evit_ext.patching.families import drop_locations
+from evit_ext.tokens.stage import find_stages
 from evit_ext.weights.card import model_card
 from evit_ext.weights.pretrained import CONFIG, ENTRY, WEIGHTS, from_pretrained
 
@@ -79,9 +81,8 @@ def save_pretrained(
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file: give a folder")
     target.mkdir(parents=True, exist_ok=True)
-    # A temporary folder, so that files that cannot be loaded never replace existing ones.
-    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as name:
-        new = Path(name)
+    # In a folder apart, so that files that cannot be loaded never replace existing ones.
+    with private_folder(target, "saving") as new:
         config = _write_config(vit, new / CONFIG, label_names, pretrained_cfg, model_args)
         state = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in vit.state_dict().items()}
         safetensors.torch.save_file(state, new / WEIGHTS, metadata={"format": "pt"})
@@ -90,7 +91,7 @@ def save_pretrained(
         (new / _CARD).write_text(card, encoding="utf-8")
         for file in (WEIGHTS, CONFIG, _CARD):
             if file != _CARD or not (target / _CARD).exists():
-                os.replace(new / file, target / file)
+                put(new / file, target / file)
     return target
 
 
@@ -129,15 +130,13 @@ def push_to_hub(
         RuntimeError: the hub could not be reached, or refused the request.
     """
     if not isinstance(repo_id, str) or repo_id.count("/") != 1 or not all(repo_id.split("/")):
-        raise ValueError(f"repo_id must be 'owner/name', got {repo_id!r}")
+        raise ValueError(f"repo_id must be 'owner/name', got {shown(repo_id)}")
     import huggingface_hub  # takes a while
 
     with tempfile.TemporaryDirectory() as folder:
         # Before any request to the hub, so that a model that cannot be saved does not leave a repository.
         save_pretrained(model, folder, repo_id=repo_id, **settings)
-        api = huggingface_hub.HfApi(
-            token=token, library_name="evit_ext", library_version=evit_ext.__version__
-        )
+        api = huggingface_hub.HfApi(token=token, library_name="evit_ext", library_version=VERSION)
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             if api.file_exists(repo_id, _CARD, revision=revision):
@@ -173,7 +172,7 @@ def _savable(model: nn.Module, label_names: Sequence[str] | None) -> Any:
             f"{name} cannot be saved: expected a model of evit_ext.models or timm.create_model, which can be "
             "built again by its name; a model of transformers has a save_pretrained of its own"
         )
-    if not reorganizing_blocks(vit) and not hasattr(vit, "score_predictor"):
+    if not find_stages(vit):
         raise ValueError(f"{name} does not reorganise tokens: call evit_ext.apply first")
     if label_names is not None and len(label_names) != vit.num_classes:
         raise ValueError(
@@ -195,18 +194,14 @@ def _write_config(
     model_args: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Write config.json and return its contents."""
-    rates = keep_rates(vit)
-    evit: dict[str, Any] = {"keep_rate": rates[0] if len(rates) == 1 else rates}
-    if hasattr(vit, "score_predictor"):
-        evit["drop_loc"] = list(vit.drop_loc)
-    else:
-        blocks = reorganizing_blocks(vit)
-        evit["drop_loc"] = [number for number, block in enumerate(find_blocks(vit) or ()) if block in blocks]
-        evit["fuse_token"] = blocks[0].fuse_token
+    evit = {**rule_settings(vit), "drop_loc": drop_locations(vit)}
     channels, size = input_size(vit, None)
     arguments = dict(model_args or {})
-    if is_ours(vit.pretrained_cfg["architecture"]):
+    rule = find_stages(vit)[0].rule.name
+    if rule == rule_of(vit.pretrained_cfg["architecture"]):
         arguments.update(evit)  # so that timm builds it with them too
+    else:
+        evit["rule"] = rule
     if getattr(getattr(vit, "patch_embed", None), "img_size", None):
         arguments.setdefault("img_size", list(size))
     settings: dict[str, Any] = {"pretrained_cfg": {"input_size": (channels, *size), **(pretrained_cfg or {})}}
@@ -218,9 +213,28 @@ def _write_config(
     for name in _OF_BEGINNINGS:
         config.get("model_args", {}).pop(name, None)
     dtype = next(vit.parameters()).dtype
-    config[ENTRY] = {**evit, "dtype": str(dtype).removeprefix("torch."), "version": evit_ext.__version__}
+    config[ENTRY] = {**evit, "dtype": str(dtype).removeprefix("torch."), "version": VERSION}
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return config
+
+
+def rule_settings(vit: nn.Module) -> dict[str, Any]:
+    """Return the settings of the stages' rules: a value, or a list of one for each stage if they differ.
+
+    Raises:
+        ValueError: the stages have different rules.
+    """
+    rules = [stage.rule for stage in find_stages(vit)]
+    if len({rule.name for rule in rules}) > 1:
+        raise ValueError(
+            f"the stages must have one rule, got {', '.join(sorted({rule.name for rule in rules}))}"
+        )
+    every = [rule.settings() for rule in rules]
+    settings = {}
+    for name in every[0]:
+        values = [settings_[name] for settings_ in every]
+        settings[name] = values[0] if all(value == values[0] for value in values) else values
+    return settings
 
 
 def _compare(vit: nn.Module, folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.error import HTTPError
@@ -13,6 +12,8 @@ from urllib.parse import unquote, urlsplit
 
 import torch
 
+from evit_ext._util.files import replacing_path
+from evit_ext._util.messages import shown
 from evit_ext.models.building import is_connection_error
 
 #: How the name of a repository of the Hugging Face hub begins, as of timm.
@@ -49,7 +50,7 @@ def local_file(source: str | os.PathLike[str], progress: bool, check: Callable[[
             return _from_url(source, progress, check)
         if scheme:
             raise ValueError(
-                f"path_or_url must be a path, an http(s) URL or hf-hub:owner/name, got {source!r}"
+                f"path_or_url must be a path, an http(s) URL or hf-hub:owner/name, got {shown(source)}"
             )
     path = Path(source).expanduser()
     if path.is_dir():
@@ -74,12 +75,10 @@ def _from_url(url: str, progress: bool, check: Callable[[Path, str], object]) ->
     if file.exists():
         return file
     folder.mkdir(parents=True, exist_ok=True)
-    # Under a name of its own, until it is whole and looks like a checkpoint: others may be fetching it too.
-    unfinished = folder / f"{uuid.uuid4().hex}.partial"
     try:
-        torch.hub.download_url_to_file(url, str(unfinished), digits and digits[1], progress)
-        check(unfinished, url)
-        os.replace(unfinished, file)
+        with replacing_path(file) as unfinished:  # others may be fetching it too
+            torch.hub.download_url_to_file(url, str(unfinished), digits and digits[1], progress)
+            check(unfinished, url)
     except HTTPError as error:
         raise RuntimeError(
             f"{url} could not be fetched: the server answered {error.code} {error.reason}"
@@ -99,8 +98,6 @@ def _from_url(url: str, progress: bool, check: Callable[[Path, str], object]) ->
                 f"{_OFFLINE}"
             ) from error
         raise
-    finally:
-        unfinished.unlink(missing_ok=True)
     return file
 
 
@@ -119,7 +116,7 @@ def hub_file(source: str, names: Sequence[str]) -> Path:
     if repository.count("/") != 1:
         raise ValueError(
             f"a repository of the Hugging Face hub is hf-hub:owner/name or hf-hub:owner/name@revision, "
-            f"got {source!r}"
+            f"got {shown(source)}"
         )
     try:
         from huggingface_hub import hf_hub_download

@@ -125,6 +125,16 @@ Loader load(const std::string& package, at::Device device) {
   }
 }
 
+// Returns an image as the model takes it, [3, height, width].
+at::Tensor prepared(const std::string& file, const Model& model) {
+  const at::Tensor pixels = read_image(file);
+  try {
+    return model.prepare(pixels);
+  } catch (const std::exception& error) {
+    throw std::runtime_error(file + ": " + reason(error));
+  }
+}
+
 // images: [B, 3, height, width]; returns logits, float64 [B, classes].
 at::Tensor run(Loader& loader, const at::Tensor& images) {
   const std::vector<at::Tensor> outputs = loader.run({images});
@@ -156,7 +166,7 @@ void classify(const Options& options) {
   for (size_t first = 1; first < options.files.size(); first += batch) {
     const size_t end = std::min(options.files.size(), first + batch);
     std::vector<at::Tensor> images;
-    for (size_t i = first; i < end; ++i) images.push_back(model.prepare(read_image(options.files[i])));
+    for (size_t i = first; i < end; ++i) images.push_back(prepared(options.files[i], model));
     const at::Tensor logits = run(loader, at::stack(images).to(device));
     for (size_t i = first; i < end; ++i) print(options.files[i], logits[i - first], model, options.top);
   }

@@ -43,6 +43,19 @@ Size resized(Size image, int64_t height, int64_t width, double crop_pct, const s
   return {std::llrint(image.first / ratio), std::llrint(image.second / ratio)};
 }
 
+// What a resized image may have: 200 MB in RGB, or four times what the model sees.
+constexpr double kMaxPixels = 1 << 26;
+
+// Throws where an image is so narrow that it would take all memory once its shorter side is as long as the
+// model's: 94 bytes of PNG can say 5000 x 1 pixels.
+void check(Size image, Size size, int64_t height, int64_t width) {
+  const double most = std::max(kMaxPixels, 4.0 * height * width);
+  if (static_cast<double>(size.first) * static_cast<double>(size.second) > most)
+    throw std::runtime_error("too narrow: its " + std::to_string(image.second) + " x " +
+                             std::to_string(image.first) + " pixels would be resized to " +
+                             std::to_string(size.second) + " x " + std::to_string(size.first));
+}
+
 // image: uint8 [3, any height, any width].
 at::Tensor resize(const at::Tensor& image, Size size, const std::string& interpolation) {
   const auto batch = image.unsqueeze(0);
@@ -67,8 +80,9 @@ Model::Model(const std::unordered_map<std::string, std::string>& metadata) {
   name = get("model");
   torch = get("torch");
   const auto input_size = numbers<int64_t>(get("input_size"));
-  expect(input_size.size() == 3 && input_size[0] == 3 && input_size[1] > 0 && input_size[2] > 0, "input_size",
-         get("input_size"), "3, height and width");
+  const auto is_side = [](int64_t side) { return side > 0 && side <= 1 << 16; };
+  expect(input_size.size() == 3 && input_size[0] == 3 && is_side(input_size[1]) && is_side(input_size[2]),
+         "input_size", get("input_size"), "3, height and width, at most 65536");
   height = input_size[1];
   width = input_size[2];
   mean = numbers<double>(get("mean"));
@@ -79,7 +93,8 @@ Model::Model(const std::unordered_map<std::string, std::string>& metadata) {
   expect(interpolation == "bicubic" || interpolation == "bilinear", "interpolation", interpolation,
          "bicubic or bilinear");
   const auto shares = numbers<double>(get("crop_pct"));
-  expect(shares.size() == 1 && shares[0] > 0, "crop_pct", get("crop_pct"), "a number above 0");
+  expect(shares.size() == 1 && shares[0] >= 0.01 && shares[0] <= 100, "crop_pct", get("crop_pct"),
+         "a number from 0.01 to 100");
   crop_pct = shares[0];
   crop_mode = get("crop_mode");
   expect(crop_mode == "center" || crop_mode == "border" || crop_mode == "squash", "crop_mode", crop_mode,
@@ -102,6 +117,7 @@ Model::Model(const std::unordered_map<std::string, std::string>& metadata) {
 
 at::Tensor Model::prepare(const at::Tensor& pixels) const {
   const Size size = resized({pixels.size(1), pixels.size(2)}, height, width, crop_pct, crop_mode);
+  check({pixels.size(1), pixels.size(2)}, size, height, width);
   const auto image = resize(pixels, size, interpolation);
   // What lies outside of the image is black, or with "border" the mean.
   auto seen = at::empty({3, height, width}, at::kByte);

@@ -30,6 +30,8 @@ struct Model {
   // differs from timm's, by 1/255 or 2/255: torch and Pillow round resized values to whole numbers in
   // different ways.
   //
+  // Throws std::runtime_error where the resized image would be too large for memory.
+  //
   // pixels: uint8 [3, any height, any width].
   at::Tensor prepare(const at::Tensor& pixels) const;
 };

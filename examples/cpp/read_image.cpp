@@ -18,7 +18,14 @@
 namespace {
 
 // More would be gigabytes of pixels, which no camera makes and a damaged header claims.
+#ifdef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION
+constexpr int64_t kMaxPixels = int64_t{1} << 20;  // as all that is large is slow, too
+#else
 constexpr int64_t kMaxPixels = int64_t{1} << 28;
+#endif
+
+// Of a progressive JPEG, of which a few hundred bytes may go over the whole image once more; usual are ten.
+constexpr int kMaxScans = 100;
 
 // Both libraries leave by longjmp on an error, which runs no destructors: what owns memory is made outside of
 // the functions that call setjmp.
@@ -36,6 +43,7 @@ void check_size(int64_t height, int64_t width) {
 struct Jpeg {
   jpeg_decompress_struct info = {};
   jpeg_error_mgr errors = {};
+  jpeg_progress_mgr progress = {};
   Failure failure;
 
   Jpeg() {
@@ -55,9 +63,18 @@ struct Jpeg {
   Jpeg(const Jpeg&) = delete;
   Jpeg& operator=(const Jpeg&) = delete;
 
+  // Reads the header, which says what the rest will take.
   bool start(const std::vector<unsigned char>& bytes) {
     if (setjmp(failure.back)) return false;
     jpeg_create_decompress(&info);
+    progress.progress_monitor = [](j_common_ptr common) {
+      auto* failure = static_cast<Failure*>(common->client_data);
+      if (reinterpret_cast<j_decompress_ptr>(common)->input_scan_number <= kMaxScans) return;
+      std::snprintf(failure->message, sizeof failure->message, "expected at most %d scans, got more",
+                    kMaxScans);
+      std::longjmp(failure->back, 1);
+    };
+    info.progress = &progress;
     jpeg_mem_src(&info, bytes.data(), bytes.size());
     jpeg_read_header(&info, TRUE);
     if (info.jpeg_color_space == JCS_CMYK || info.jpeg_color_space == JCS_YCCK) {
@@ -66,6 +83,12 @@ struct Jpeg {
       return false;
     }
     info.out_color_space = JCS_RGB;
+    return true;
+  }
+
+  // Of a progressive image, this reads all scans into memory.
+  bool decompress() {
+    if (setjmp(failure.back)) return false;
     return jpeg_start_decompress(&info);
   }
 
@@ -83,7 +106,8 @@ struct Jpeg {
 at::Tensor decode_jpeg(const std::vector<unsigned char>& bytes) {
   Jpeg jpeg;
   if (!jpeg.start(bytes)) throw std::runtime_error(jpeg.failure.message);
-  check_size(jpeg.info.output_height, jpeg.info.output_width);
+  check_size(jpeg.info.image_height, jpeg.info.image_width);
+  if (!jpeg.decompress()) throw std::runtime_error(jpeg.failure.message);
   at::Tensor pixels = at::empty({jpeg.info.output_height, jpeg.info.output_width, 3}, at::kByte);
   if (!jpeg.read(pixels.mutable_data_ptr<unsigned char>())) throw std::runtime_error(jpeg.failure.message);
   return pixels;
@@ -162,21 +186,21 @@ std::vector<unsigned char> read_bytes(const std::string& path) {
   return bytes;
 }
 
-at::Tensor decode(const std::vector<unsigned char>& bytes) {
+}  // namespace
+
+at::Tensor decode_image(const std::vector<unsigned char>& bytes) {
   constexpr unsigned char jpeg[] = {0xff, 0xd8, 0xff}, png[] = {0x89, 'P', 'N', 'G', '\r', '\n', 0x1a, '\n'};
   const auto starts_with = [&](const auto& magic) {
     return bytes.size() >= sizeof magic && std::equal(std::begin(magic), std::end(magic), bytes.begin());
   };
-  if (starts_with(jpeg)) return decode_jpeg(bytes);
-  if (starts_with(png)) return decode_png(bytes);
+  if (starts_with(jpeg)) return decode_jpeg(bytes).permute({2, 0, 1});
+  if (starts_with(png)) return decode_png(bytes).permute({2, 0, 1});
   throw std::runtime_error("expected a PNG or JPEG image");
 }
 
-}  // namespace
-
 at::Tensor read_image(const std::string& path) {
   try {
-    return decode(read_bytes(path)).permute({2, 0, 1});
+    return decode_image(read_bytes(path));
   } catch (const std::runtime_error& error) {
     throw std::runtime_error(path + ": " + error.what());
   }

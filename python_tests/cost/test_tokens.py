@@ -12,7 +12,7 @@ from torch import nn
 import evit_ext
 from evit_ext import models
 from evit_ext.cost.tokens import count_tokens
-from evit_ext.patching.families import reorganizing_blocks
+from evit_ext.tokens.stage import find_stages
 
 
 def seen(vit: nn.Module, blocks: list[Any], size: tuple[int, int], prefix: int) -> list[int]:
@@ -34,14 +34,14 @@ def seen(vit: nn.Module, blocks: list[Any], size: tuple[int, int], prefix: int) 
 def test_of_an_evit(variant: Callable[..., Any], rates: Any, fuse: bool) -> None:
     vit = evit_ext.apply(variant(), rates, fuse_token=fuse)
     counts = count_tokens(vit, (32, 32))
-    assert counts == seen(vit, reorganizing_blocks(vit), (32, 32), vit.num_prefix_tokens)
+    assert counts == seen(vit, find_stages(vit), (32, 32), vit.num_prefix_tokens)
     assert counts[0] == 16 and len(counts) == 4
 
 
 def test_of_images_of_other_sizes(small_vit: Callable[..., Any]) -> None:
     vit = evit_ext.apply(small_vit(dynamic_img_size=True, dynamic_img_pad=True), 0.6)
     counts = count_tokens(torch.compile(vit), (44, 60))
-    assert counts == seen(vit, reorganizing_blocks(vit), (44, 60), 1)
+    assert counts == seen(vit, find_stages(vit), (44, 60), 1)
     assert counts[0] == 6 * 8
 
 
@@ -49,7 +49,7 @@ def test_of_lvvit_and_dynamicvit() -> None:
     small: dict[str, Any] = {"img_size": 48, "embed_dim": 48, "depth": 4, "num_heads": 2, "num_classes": 5}
     small["drop_loc"] = (1, 2, 3)
     lvvit = models.lvvit_small(keep_rate=0.6, **small).eval()
-    assert count_tokens(lvvit, (48, 48)) == seen(lvvit, reorganizing_blocks(lvvit), (48, 48), 1)
+    assert count_tokens(lvvit, (48, 48)) == seen(lvvit, find_stages(lvvit), (48, 48), 1)
     rival = models.dynamicvit_small(keep_rate=0.6, **small).eval()
     dropping = [rival.blocks[number] for number in rival.drop_loc]
     counts = count_tokens(rival, (48, 48))
@@ -67,7 +67,7 @@ def test_of_a_model_of_transformers() -> None:
         intermediate_size=48,
     )
     vit = evit_ext.apply(transformers.ViTForImageClassification(config).eval(), 0.6)
-    assert count_tokens(vit, (32, 32)) == seen(vit, reorganizing_blocks(vit), (32, 32), 1)
+    assert count_tokens(vit, (32, 32)) == seen(vit, find_stages(vit), (32, 32), 1)
 
 
 def test_a_model_that_drops_nothing_has_none(small_vit: Callable[..., Any]) -> None:

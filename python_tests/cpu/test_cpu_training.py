@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import evit_ext
 from evit_ext.cpu import forward as cpu_forward
+from evit_ext.cpu.forward import ACTIVE
 
 pytestmark = pytest.mark.skipif(
     not cpu_forward.SUPPORTED, reason="the portable kernels are not used in models: they are no faster"
@@ -60,7 +61,7 @@ def as_timm_wrote_it(vit: Any) -> Any:
     """A copy whose attentions go through scaled_dot_product_attention."""
     vit = copy.deepcopy(vit)
     for block in vit.blocks:
-        block.attn.forward.active = False
+        block.attn.__dict__[ACTIVE] = False
     return vit
 
 

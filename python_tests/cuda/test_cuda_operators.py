@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -89,6 +91,21 @@ def test_runs_on_the_device_of_its_tensors(operator: Operator) -> None:
     assert torch.cuda.current_device() == 0
     assert {t.device.index for t in result} == {1}
     assert_near(result, run(operator, inputs))
+
+
+def test_leaves_a_device_alone_that_is_not_used() -> None:
+    """Setting back the current device of a thread that never chose one would create a context on cuda:0."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("CUDA: there is one device, a second is needed")
+    code = """
+import threading, torch
+from evit_ext import ops
+x, index = torch.randn(1, 4, 8, device="cuda:1"), torch.zeros(1, 2, dtype=torch.int64, device="cuda:1")
+thread = threading.Thread(target=lambda: ops.gather_tokens(x, index))
+thread.start(), thread.join()
+assert torch._C._cuda_hasPrimaryContext(1) and not torch._C._cuda_hasPrimaryContext(0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @every_operator

@@ -36,6 +36,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         classmethod(lambda cls, _name: cls(cls.config_class()).eval()),
     )
     monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: None)
     monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: path)
     # The hub is a folder; evit_ext's own tests have a stand-in that speaks its protocol.
     load = evit_ext.from_pretrained

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import resource
 import shutil
 import subprocess
 import zipfile
@@ -247,7 +249,7 @@ def test_help(classify: Path) -> None:
         ),
         ("lanczos.pt2 {photo}", "its interpolation is lanczos: expected bicubic or bilinear"),
         ("none.pt2 {photo}", "its max_batch is 0: expected a whole number, 1 or more"),
-        ("no-share.pt2 {photo}", "its crop_pct is 0: expected a number above 0"),
+        ("no-share.pt2 {photo}", "its crop_pct is 0: expected a number from 0.01 to 100"),
         ("gpu.pt2 {photo}", "gpu.pt2 cannot be loaded: "),
         ("--device 1 {package} {photo}", "--device is for a GPU: {package} was compiled for the CPU"),
         ("{package} none.png", "none.png: No such file or directory"),
@@ -257,6 +259,11 @@ def test_help(classify: Path) -> None:
         ("{package} cut.png", "cut.png: the file ends too early"),
         ("{package} cut.jpg", "cut.jpg: Premature end of JPEG file"),
         ("{package} damaged.png", "damaged.png: IDAT: CRC error"),
+        ("{package} narrow.png", "narrow.png: too narrow: its 20000 x 1 pixels would be resized to 1380000"),
+        ("{package} tall.jpg", "tall.jpg: too narrow: its 1 x 60000 pixels would be resized to "),
+        ("{package} bomb.jpg", "bomb.jpg: expected at most 268435456 pixels, got 30000 x 30000"),
+        ("{package} bomb.png", "bomb.png: expected at most 268435456 pixels, got 30000 x 30000"),
+        ("{package} scans.jpg", "scans.jpg: expected at most 100 scans, got more"),
         ("{package} cmyk.jpg", "cmyk.jpg: expected an image in grey or colours, got CMYK"),
         ("--batch 0 {package} {photo}", "--batch: expected a whole number, 1 or more, got 0"),
         ("{package} {photo} --top 2x", "--top: expected a whole number, 1 or more, got 2x"),
@@ -285,6 +292,17 @@ def test_errors(
     assert message.replace("{package}", str(package)) in done.stderr
 
 
+@pytest.mark.parametrize("name", ["bomb.jpg", "bomb.png", "narrow.png", "tall.jpg"])
+def test_refused_before_memory_is_spent(classify: Path, package: Path, bad_files: Path, name: str) -> None:
+    command = [str(classify), str(package), str(bad_files / name)]
+    process = subprocess.Popen(command, env={}, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    # A new process has, for a moment, the memory of the one that starts it.
+    ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert process.returncode == 2 and usage.ru_maxrss < max(ours, 800_000) + 50_000  # KiB
+
+
 @pytest.fixture(scope="module")
 def bad_files(package: Path, photos: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bad")
@@ -297,8 +315,8 @@ def bad_files(package: Path, photos: list[Path], tmp_path_factory: pytest.TempPa
     torch.export.save(program, folder / "program.pt2")
     image = Image.open(photos[0].with_name("wide.png"))
     image.save(folder / "photo.png")
-    image.convert("CMYK").save(folder / "cmyk.jpg")
     (folder / "empty.png").touch()
+    shutil.copytree(ROOT / "python_tests" / "fuzz" / "images", folder, dirs_exist_ok=True)
     for name in ("wide.png", "wide.jpg"):
         data = photos[0].with_name(name).read_bytes()
         (folder / f"cut{name[4:]}").write_bytes(data[: len(data) // 2])

@@ -83,7 +83,7 @@ def test_defaults_are_the_papers() -> None:
     for model in (small, registered):
         assert stages(model) == [3, 6, 9]
         block = model.blocks[3]
-        assert (block.keep_rate, block.fuse_token, block.num_prefix_tokens) == (0.7, True, 1)
+        assert (block.keep_rate, block.rule.fuse_token, block.num_prefix_tokens) == (0.7, True, 1)
         assert (model.num_classes, model.patch_embed.img_size) == (1000, (224, 224))
         assert (len(model.blocks), model.embed_dim, model.blocks[0].attn.num_heads) == (12, 384, 6)
     assert (tiny.embed_dim, tiny.blocks[0].attn.num_heads) == (192, 3)

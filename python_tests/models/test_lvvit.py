@@ -91,7 +91,7 @@ def test_registry_gives_the_same_model(size: str) -> None:
     assert isinstance(registered, LVViT)
     assert torch.equal(ours(images()), registered(images()))
     blocks = [block for block in registered.blocks if isinstance(block, ReorganizingBlock)]
-    assert [(block.keep_rate, block.fuse_token) for block in blocks] == [(0.4, False)] * 2
+    assert [(block.keep_rate, block.rule.fuse_token) for block in blocks] == [(0.4, False)] * 2
     assert ours.default_cfg["crop_pct"] == (0.9 if size in ("tiny", "small") else 1.0)
 
 

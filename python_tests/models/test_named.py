@@ -77,7 +77,7 @@ def test_defaults_arrive(name: str) -> None:
         depth = len(model.blocks)
         stages = {i: b for i, b in enumerate(model.blocks) if isinstance(b, ReorganizingBlock)}
         assert tuple(stages) == (drop_loc or (depth // 4, depth // 2, 3 * depth // 4))
-        assert {(b.keep_rate, b.fuse_token) for b in stages.values()} == {(keep_rate, True)}
+        assert {(b.keep_rate, b.rule.fuse_token) for b in stages.values()} == {(keep_rate, True)}
         assert model.patch_embed.img_size == (img_size, img_size) and model.num_classes == 1000
         assert model.pos_embed.shape[1] == (img_size // 16) ** 2 + model.num_prefix_tokens
 
@@ -88,7 +88,7 @@ def test_arguments_arrive(name: str) -> None:
         by_position = getattr(models, name)(0.4, False, (1, 2), (32, 64), 3, False, embed_dim=24, num_heads=2)
     stages = [i for i, block in enumerate(by_position.blocks) if isinstance(block, ReorganizingBlock)]
     assert stages == [1, 2] and by_position.blocks[1].keep_rate == 0.4
-    assert not by_position.blocks[1].fuse_token
+    assert not by_position.blocks[1].rule.fuse_token
     assert by_position.patch_embed.img_size == (32, 64) and by_position.num_classes == 3
     with pytest.raises(TypeError, match=rf"{name}\(\) takes from 0 to 6 positional arguments but 7"):
         getattr(models, name)(0.4, False, (1, 2), 32, 3, False, 24)

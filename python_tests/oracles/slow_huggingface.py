@@ -30,7 +30,7 @@ class Slow:
         self.patches: list[list[int]] = []
 
     def __call__(self, x: Tensor) -> Tensor:
-        layers = families.find_blocks(self.model)
+        layers = families.locate(self.model).blocks
         assert layers is not None
         for number, layer in enumerate(layers):
             layer.forward = self.layer(number, layer)

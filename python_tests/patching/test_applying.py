@@ -94,7 +94,7 @@ def test_set_keep_rate(small_vit: Any, device: torch.device) -> None:
     assert torch.equal(vit(x), evit_ext.apply(_fresh(vit), 0.8)(x))
     evit_ext.set_keep_rate(vit, (0.9, 1, 0.25))
     assert [block.keep_rate for block in vit.blocks[1:]] == [0.9, 1.0, 0.25]
-    assert "keep_rate=0.25, num_prefix_tokens=1, fuse_token=True" in repr(vit)
+    assert "rule=EViT(keep_rate=0.25, fuse_token=True), num_prefix_tokens=1" in repr(vit)
 
 
 def _fresh(vit: Any) -> Any:
@@ -174,7 +174,7 @@ def test_models_that_cannot_be_supported(small_vit: Any) -> None:
     refuse(small_vit(block_fn=ParallelScalingBlock), f"{prefix}.ParallelScalingBlock, which is not supported")
     refuse(small_vit(block_fn=ParallelThingsBlock), f"{prefix}.ParallelThingsBlock, which is not supported")
     refuse(
-        evit_ext.models.dynamicvit_tiny(weight_init="skip"), "it drops tokens itself, by its score_predictor"
+        evit_ext.models.dynamicvit_tiny(weight_init="skip"), "it drops tokens itself, by the rule dynamicvit"
     )
     silent = torch.nn.Module()
     silent.blocks = small_vit().blocks

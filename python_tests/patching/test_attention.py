@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evit_ext import ops
-from evit_ext.patching.attention import class_token_score, mean_score
+from evit_ext.patching.attention import class_token_scores
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -29,7 +29,7 @@ def exact(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
 def test_biased_scores_are_as_exact_as_the_operator(device: torch.device, dtype: torch.dtype) -> None:
     q, k, bias = tensors(dtype, device)
     for own in (bias, bias[:1]):  # of each image, or of all alike
-        scores = class_token_score(q, k, own)
+        scores = class_token_scores(q, k, own)
         assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         # The largest error seen is 6e-8 in float32, that of one rounding.
         tolerance = 1e-14 if dtype == torch.float64 else 1e-6
@@ -40,8 +40,8 @@ def test_biased_scores_are_as_exact_as_the_operator(device: torch.device, dtype:
 def test_a_bias_of_zeros_is_none(device: torch.device, dtype: torch.dtype) -> None:
     q, k, bias = tensors(dtype, device)
     expected = ops.class_attention(q[:, :, 0], k)
-    torch.testing.assert_close(class_token_score(q, k, torch.zeros_like(bias)), expected)
-    assert torch.equal(class_token_score(q, k, None), expected)
+    torch.testing.assert_close(class_token_scores(q, k, torch.zeros_like(bias)), expected)
+    assert torch.equal(class_token_scores(q, k, None), expected)
 
 
 def test_large_products_with_a_bias(device: torch.device) -> None:
@@ -49,30 +49,25 @@ def test_large_products_with_a_bias(device: torch.device) -> None:
     q = torch.full((1, 1, 2, 64), 40.0, device=device, dtype=torch.float16)
     k = torch.cat([q[:, :, :1], q[:, :, :1] * 0.999], dim=2)
     bias = torch.zeros(1, 1, 2, 2, device=device, dtype=torch.float16)
-    torch.testing.assert_close(class_token_score(q, k, bias).double(), exact(q, k, bias), rtol=1e-5, atol=0)
+    torch.testing.assert_close(class_token_scores(q, k, bias).double(), exact(q, k, bias), rtol=1e-5, atol=0)
 
 
 def test_biased_scores_under_autocast(device: torch.device) -> None:
     """Queries and keys are cast as scaled_dot_product_attention casts them, and the rest is exact."""
     q, k, bias = (t.requires_grad_() for t in tensors(torch.float32, device))
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        scores = class_token_score(q, k, bias)
-    assert torch.equal(scores, class_token_score(q.bfloat16(), k.bfloat16(), bias))
+        scores = class_token_scores(q, k, bias)
+    assert torch.equal(scores, class_token_scores(q.bfloat16(), k.bfloat16(), bias))
     grads = torch.autograd.grad(scores.square().sum(), (q, k, bias))
     assert all(grad.dtype == torch.float32 and grad.any() for grad in grads)
 
 
 def test_gradients_of_biased_scores(device: torch.device) -> None:
     args = [t.requires_grad_() for t in tensors(torch.float64, device)]
-    assert torch.autograd.gradcheck(class_token_score, args, fast_mode=True)
+    assert torch.autograd.gradcheck(class_token_scores, args, fast_mode=True)
 
     def gradients(function: Any) -> tuple[Tensor, ...]:
         return torch.autograd.grad(function(*args).square().sum(), args)
 
-    for a, b in zip(gradients(class_token_score), gradients(exact), strict=True):
+    for a, b in zip(gradients(class_token_scores), gradients(exact), strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_mean_score_is_the_operator(device: torch.device) -> None:
-    q, k, _ = tensors(torch.float32, device)
-    assert torch.equal(mean_score(q, k, None), ops.mean_attention(q, k))

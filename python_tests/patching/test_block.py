@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import evit_ext
 from evit_ext.ops import library
 from evit_ext.patching.attention import attend
+from evit_ext.patching.families.timm_attention import TIMM_ATTENTION
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,9 +80,12 @@ def test_scores_carry_gradient(small_vit: Any, device: torch.device) -> None:
     detached = copy.deepcopy(vit)
     block = detached.blocks[0]
     branch = block.attention_branch
-    block.attention_branch = lambda *args: tuple(
-        t if i == 0 else t.detach() for i, t in enumerate(branch(*args))
-    )
+
+    def without_gradient(*args: Any) -> Any:
+        attended = branch(*args)
+        return attended._replace(scores=attended.scores.detach())
+
+    block.attention_branch = without_gradient
     x = images().to(device)
     gradient, without = (
         torch.autograd.grad(m(x)[:, 0].sum(), m.blocks[0].attn.qkv.weight)[0] for m in (vit, detached)
@@ -169,7 +173,7 @@ def test_keys_and_query_are_read_in_place(
         return operator(q, k, scale)
 
     monkeypatch.setattr(evit_ext.ops, "class_attention", spy)
-    attend(small_vit().to(device).blocks[0].attn, torch.randn(2, 17, 24).to(device))
+    attend(TIMM_ATTENTION, small_vit().to(device).blocks[0].attn, torch.randn(2, 17, 24).to(device))
     q, k = seen
     assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
     assert k.untyped_storage().nbytes() == 4 * 2 * 17 * 3 * 24

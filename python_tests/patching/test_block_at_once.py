@@ -43,7 +43,7 @@ def run_both_ways(vit: Any, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) ->
     for separate in (False, True):
         with monkeypatch.context() as patch, torch.no_grad(), evit_ext.record_tokens(vit) as record:
             if separate:
-                patch.setattr(block_module, "_can_reorganize_and_norm_at_once", lambda *args: False)
+                patch.setattr(block_module, "_norms_as_written", lambda *args: False)
             torch.manual_seed(3)
             results += [vit(x), torch.cat([k.flatten() for k in record.kept])]
     return tuple(results)

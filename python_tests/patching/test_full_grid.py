@@ -53,7 +53,8 @@ def slow_grids(vit: Any, x: torch.Tensor, fill: str) -> list[torch.Tensor]:
         vit.forward_features(x)
     for handle in handles:
         handle.remove()
-    steps = [record.trail.step(stage) for stage in range(len(DROP_LOC))]
+    plans = [record.trail.plan(stage) for stage in range(len(DROP_LOC))]
+    steps = [(plan.kept, plan.num_patches) for plan in plans]
     grids = []
     for number, out in enumerate(outputs):
         stages = sum(location <= number for location in DROP_LOC)
@@ -61,7 +62,7 @@ def slow_grids(vit: Any, x: torch.Tensor, fill: str) -> list[torch.Tensor]:
         for b in range(len(x)):
             tokens = list(out[b, prefix:])
             for stage in reversed(range(stages)):
-                kept, num_patches, _ = steps[stage]
+                kept, num_patches = steps[stage]
                 before: list[Any] = []
                 for j in range(num_patches):
                     if j in kept[b].tolist():
@@ -293,9 +294,7 @@ def test_remove_takes_it_away(small_vit: Any) -> None:
 def test_errors(small_vit: Any) -> None:
     vit = evit_ext.apply(small_vit(), 0.6, fuse_token=False)
     x = images(dtype=torch.float32)
-    with pytest.raises(
-        ValueError, match="fill='fused' needs a fused token, but the model has fuse_token=False"
-    ):
+    with pytest.raises(ValueError, match="fill='fused' needs a fused token, but the model drops patches"):
         vit.forward_intermediates(x, fill="fused")
     with pytest.raises(ValueError, match="fill must be one of 'fused', 'before', 'zero', got 'mean'"):
         vit.forward_intermediates(x, fill="mean")

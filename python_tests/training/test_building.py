@@ -18,7 +18,7 @@ from torch import nn
 from evit_ext import models
 from evit_ext.models.by_name import create_dense, create_evit
 from evit_ext.models.dynamicvit import DynamicViT
-from evit_ext.patching.families import reorganizing_blocks
+from evit_ext.tokens.stage import find_stages
 from evit_ext.training import (
     Classification,
     Distillation,
@@ -51,8 +51,8 @@ def test_recipes_build_in_full(recipe: str) -> None:
     settings = load_config(recipe, pretrained=False)
     with torch.device("meta"):
         model: Any = build_model(settings, 10)
-    assert {block.keep_rate for block in reorganizing_blocks(model)} == {0.7}
-    assert len(reorganizing_blocks(model)) == 3 and model.training
+    assert {block.keep_rate for block in find_stages(model)} == {0.7}
+    assert len(find_stages(model)) == 3 and model.training
     assert model.num_classes == 10
     rates = [
         block.drop_path1.drop_prob
@@ -112,9 +112,9 @@ def test_kinds(name: str, kind: type) -> None:
     if isinstance(model, DynamicViT):
         assert model.keep_rate == 0.5 and model.drop_loc == (1, 3)
     else:
-        blocks = reorganizing_blocks(model)
+        blocks = find_stages(model)
         assert [number for number, block in enumerate(model.blocks) if block in blocks] == [1, 3]
-        assert all(block.keep_rate == 0.5 and not block.fuse_token for block in blocks)
+        assert all(block.keep_rate == 0.5 and not block.rule.fuse_token for block in blocks)
     assert model.grad_checkpointing and model.training
     assert model.blocks[3].drop_path1.drop_prob == pytest.approx(0.2)
     objective = build_objective(settings, model, "cpu")
@@ -130,12 +130,10 @@ def test_the_models_own() -> None:
         theirs: Any = build_model(TrainConfig(model="vit_tiny_patch16_224", model_args={"depth": 8}), 7)
         whole: Any = build_model(TrainConfig(model="deit_small", keep_rate=1.0), 7)
     assert ours.patch_embed.img_size == (288, 288)
-    assert {block.keep_rate for block in reorganizing_blocks(ours)} == {0.6}
-    assert [block.keep_rate for block in reorganizing_blocks(theirs)] == [0.7] * 3
-    assert theirs.blocks[2] in reorganizing_blocks(theirs) and theirs.blocks[3] not in reorganizing_blocks(
-        theirs
-    )
-    assert {block.keep_rate for block in reorganizing_blocks(whole)} == {1.0}
+    assert {block.keep_rate for block in find_stages(ours)} == {0.6}
+    assert [block.keep_rate for block in find_stages(theirs)] == [0.7] * 3
+    assert theirs.blocks[2] in find_stages(theirs) and theirs.blocks[3] not in find_stages(theirs)
+    assert {block.keep_rate for block in find_stages(whole)} == {1.0}
 
 
 def test_initial_checkpoint(dense: str) -> None:
@@ -218,7 +216,7 @@ def test_oracle(dense: str) -> None:
     elsewhere = build_objective(settings, model, "meta")
     assert isinstance(elsewhere, Guided) and all(p.is_meta for p in elsewhere.oracle.parameters())
     vit = objective.oracle.vit
-    assert [number for number, block in enumerate(vit.blocks) if block in reorganizing_blocks(vit)] == [0, 3]
+    assert [number for number, block in enumerate(vit.blocks) if block in find_stages(vit)] == [0, 3]
     assert torch.equal(model.head.weight, before)
     objective.initialize(model)
     assert torch.equal(model.head.weight, torch.load(dense)["head.weight"])
@@ -231,7 +229,7 @@ def test_oracle(dense: str) -> None:
     objective = build_objective(deeper, model, "cpu")
     assert isinstance(objective, Guided)
     vit = objective.oracle.vit
-    assert [number for number, block in enumerate(vit.blocks) if block in reorganizing_blocks(vit)] == [
+    assert [number for number, block in enumerate(vit.blocks) if block in find_stages(vit)] == [
         2,
         4,
         6,
@@ -295,12 +293,12 @@ def test_create_by_name() -> None:
     shallow: Any
     with torch.device("meta"):
         assert type(create_dense("deit_tiny")) is type(models.deit_tiny())
-        assert reorganizing_blocks(create_dense("deit_tiny")) == []
+        assert find_stages(create_dense("deit_tiny")) == []
         assert isinstance(create_evit("dynamicvit_tiny", 0.6), DynamicViT)
         evit = create_evit("vit_tiny_patch16_224", (0.9, 0.8, 0.7))
-        assert [block.keep_rate for block in reorganizing_blocks(evit)] == [0.9, 0.8, 0.7]
+        assert [block.keep_rate for block in find_stages(evit)] == [0.9, 0.8, 0.7]
         shallow = create_evit("deit_tiny", depth=4)
-        assert [block in reorganizing_blocks(shallow) for block in shallow.blocks] == [
+        assert [block in find_stages(shallow) for block in shallow.blocks] == [
             False,
             True,
             True,

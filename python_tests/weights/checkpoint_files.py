@@ -159,7 +159,7 @@ def assert_loaded(model: nn.Module, state: dict[str, Tensor], *others: str) -> N
             assert torch.equal(value, state[key].to(value)), key
 
 
-def refused(model: nn.Module, file: Any, error: type[Exception] = ValueError, **options: Any) -> str:
+def refused(model: nn.Module, file: Any, error: type[BaseException] = ValueError, **options: Any) -> str:
     """Load what must be refused; check that nothing in the model has changed, return what was said."""
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(error) as caught:

@@ -6,6 +6,7 @@ The Hugging Face hub is a folder here: its client's functions are replaced by on
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -272,6 +273,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"model_args": {}}, "model.safetensors does not fit: .* they have 48 channels"),
         ("{", "config.json is damaged, no JSON"),
         ("[]", "config.json has no entry 'architecture'"),
+        ("[" * 100_000, "config.json is damaged, no JSON: RecursionError"),
+        (" " * 2**24 + "{}", "config.json has 16777218 bytes, expected at most 16777216"),
+        ({"architecture": "x" * 10**6}, "^.{0,500}$"),
+        ({"model_args": "red"}, "model_args must be a mapping of names to values, got 'red'"),
+        ({"model_args": {"act_layer": "wavy"}}, "config.json names .*: KeyError 'wavy'"),
+        ({"model_args": {"norm_layer": "wavy"}}, "config.json names .* KeyError 'wavy'"),
+        ({"model_args": {"embed_dim": -48}}, "config.json names .* negative dimension -48"),
+        ({"model_args": {"patch_size": 0}}, "config.json names .* ZeroDivisionError"),
+        ({"pretrained_cfg": {"input_size": []}}, "config.json names .* AssertionError"),
     ],
 )
 def test_damaged_folders(saved: Path, tmp_path: Path, change: Any, message: str) -> None:
@@ -300,6 +310,44 @@ def test_missing_files(saved: Path, tmp_path: Path, hub: Hub) -> None:
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        {"depth": 10**6},
+        {"depth": 10**12},
+        {"depth": 10**6, "embed_dim": 4, "num_heads": 1},  # of which only the number is large
+        {"embed_dim": 3 * 2**20},
+        {"img_size": 2**20},
+        {"num_classes": 10**9},
+        {"mlp_ratio": 1e7},
+        {"reg_tokens": 10**9},
+    ],
+    ids=str,
+)
+def test_no_more_memory_than_the_weights_call_for(
+    saved: Path, tmp_path: Path, arguments: dict[str, Any]
+) -> None:
+    """A configuration may ask for a million blocks, of which the weights have four."""
+    folder = shutil.copytree(saved, tmp_path / "folder")
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"].update(arguments)
+    (folder / "config.json").write_text(json.dumps(config))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="config.json .* many times as large as its weights: the"):
+        from_pretrained(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600_000  # KiB
+
+
+def test_position_biases_that_are_not_saved(tmp_path: Path) -> None:
+    """A table of how all patches lie to each other, of a model that is small otherwise."""
+    folder = save_pretrained(applied("beit_base_patch16_224", depth=2, embed_dim=8, num_heads=1), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"]["img_size"] = [16 * 300, 16 * 300]  # 90,001 tokens
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="many times as large as its weights"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
     ("keep_rate", "error", "message"),
     [
         (70, ValueError, r"keep_rate must be in \(0, 1\], got 70"),
@@ -307,12 +355,9 @@ def test_missing_files(saved: Path, tmp_path: Path, hub: Hub) -> None:
         ("0.7", TypeError, "keep_rate must be a number in"),
     ],
 )
-def test_keep_rates_are_checked_before_weights_are_fetched(
-    saved: Path, tmp_path: Path, keep_rate: Any, error: type[Exception], message: str
-) -> None:
-    shutil.copy(saved / "config.json", tmp_path)  # and no weights
+def test_keep_rates_are_checked(saved: Path, keep_rate: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        from_pretrained(tmp_path, keep_rate=keep_rate)
+        from_pretrained(saved, keep_rate=keep_rate)
 
 
 def test_weights_that_do_not_fit(saved: Path, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_hash_in_the_name(server: Any, cache: Path) -> None:
     for name in ("lvvit_s-26M-224-83.3.pth.tar", "deit-20210101.pth"):
         shutil.copy(file, server.folder / name)
         load_checkpoint(evit(), server(name), progress=False)
-    assert not list(cache.rglob("*.partial"))
+    assert not list(cache.rglob("*.unfinished"))
     assert not list(cache.rglob(wrong))
 
 

@@ -29,7 +29,9 @@ template <typename T>
 void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T>& qkv, T* out,
                            accumulate_t<T>* scores, const Executor& executor) {
   using A = accumulate_t<T>;
-  const auto [batch, tokens, heads, channels, scale] = sizes;
+  // Copies, as clang before 16 captures no structured bindings.
+  const int64_t batch = sizes.batch, tokens = sizes.tokens, heads = sizes.heads, channels = sizes.channels;
+  const double scale = sizes.scale;
   if (batch == 0 || tokens == 0) return;
   const auto& rows = row_kernels<T>();
   const auto& kernels = attention_kernels<T>();
@@ -83,7 +85,8 @@ void attention_with_scores_backward(const AttentionWithScoresSizes& sizes, const
                                     const Tokens<T>& grad_out, const Tokens<accumulate_t<T>>& grad_scores,
                                     T* grad_qkv, const Executor& executor) {
   using A = accumulate_t<T>;
-  const auto [batch, tokens, heads, channels, scale] = sizes;
+  const int64_t batch = sizes.batch, tokens = sizes.tokens, heads = sizes.heads, channels = sizes.channels;
+  const double scale = sizes.scale;
   if (batch == 0 || tokens == 0) return;
   const auto& kernels = attention_kernels<T>();
   const int64_t width = heads * channels;

@@ -8,9 +8,15 @@ namespace {
 constexpr char kOperator[] = "add_reorganize_norm";
 constexpr int kNormThreads = 256;
 
-// A warp normalises a row: it reads it three times, from the second time on out of the first-level cache.
-template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kNormThreads, 4)
+// Channels that a thread holds in registers, at most, or half as many.
+template <typename T>
+constexpr int kNormElements = 128 / sizeof(accumulate_t<T>);
+
+// A warp normalises a row. kVectors: of those 16 bytes, a thread has so many of the row in registers; with 0
+// it reads the row three times, from the second time on out of the first-level cache. In either case a thread
+// adds up its elements in their order.
+template <typename T, bool kAligned, int kVectors>
+__global__ void __launch_bounds__(kNormThreads, kVectors* kWidth<T> * sizeof(accumulate_t<T>) > 64 ? 3 : 4)
     layer_norm_kernel(const T* tokens, int64_t rows, int64_t channels, LayerNorm<T> norm, T* normed) {
   using A = accumulate_t<T>;
   constexpr int W = kWidth<T>;
@@ -20,35 +26,75 @@ __global__ void __launch_bounds__(kNormThreads, 4)
   if (row >= rows) return;  // a whole warp
   const T* in = tokens + row * channels;
   T* out = normed + row * channels;
-  A sum = 0, squares = 0;
-  for (int64_t c = lane * W; c < channels; c += kWarp * W) {
-    const Vector<T> value = load<kAligned>(in + c, channels - c);
+
+  A held[kVectors > 0 ? kVectors : 1][W];
 #pragma unroll
-    for (int w = 0; w < W; ++w) sum += widen(value.element[w]);
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t c = (lane + v * kWarp) * W;
+    if (c < channels) widen_vector(load<kAligned>(in + c, channels - c), held[v]);
   }
+  // Calls use(c, elements) for each of the thread's vectors, which may change what is held.
+  const auto for_each_vector = [&](const auto& use) {
+    if constexpr (kVectors > 0) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t c = (lane + v * kWarp) * W;
+        if (c < channels) use(c, held[v]);
+      }
+    } else {
+      for (int64_t c = lane * W; c < channels; c += kWarp * W) {
+        widen_vector(load<kAligned>(in + c, channels - c), held[0]);
+        use(c, held[0]);
+      }
+    }
+  };
+
+  // Of a parameter that may be left out, and is `otherwise` then.
+  const auto read_or = [&](const T* parameter, int64_t c, A otherwise, A(&element)[W]) {
+    if (parameter != nullptr)
+      widen_vector(load<kAligned>(parameter + c, channels - c), element);
+    else
+#pragma unroll
+      for (int w = 0; w < W; ++w) element[w] = otherwise;
+  };
+
+  A sum = 0, squares = 0;
+  for_each_vector([&](int64_t, const A(&element)[W]) {
+#pragma unroll
+    for (int w = 0; w < W; ++w) sum += element[w];
+  });
   const A mean = warp_sum(sum) / static_cast<A>(channels);
-  for (int64_t c = lane * W; c < channels; c += kWarp * W) {
-    const Vector<T> value = load<kAligned>(in + c, channels - c);
+  for_each_vector([&](int64_t c, A(&element)[W]) {
 #pragma unroll
     for (int w = 0; w < W; ++w) {
-      const A difference = widen(value.element[w]) - mean;
-      if (kAligned || c + w < channels) squares = multiply_add(difference, difference, squares);
+      element[w] -= mean;
+      if (kAligned || c + w < channels) squares = multiply_add(element[w], element[w], squares);
     }
-  }
+  });
   const A variance = warp_sum(squares) / static_cast<A>(channels);
   const A factor = A{1} / sqrt(variance + static_cast<A>(norm.eps));
-  for (int64_t c = lane * W; c < channels; c += kWarp * W) {
-    Vector<T> value = load<kAligned>(in + c, channels - c), weight = {}, bias = {};
-    if (norm.weight != nullptr) weight = load<kAligned>(norm.weight + c, channels - c);
-    if (norm.bias != nullptr) bias = load<kAligned>(norm.bias + c, channels - c);
+  for_each_vector([&](int64_t c, A(&element)[W]) {
+    A scale[W], shift[W];
+    read_or(norm.weight, c, A{1}, scale);
+    read_or(norm.bias, c, A{0}, shift);
 #pragma unroll
     for (int w = 0; w < W; ++w) {
-      const A normal = (widen(value.element[w]) - mean) * factor;
-      const A scale = norm.weight != nullptr ? widen(weight.element[w]) : A{1};
-      value.element[w] = narrow<T>(multiply_add(normal, scale, static_cast<A>(widen(bias.element[w]))));
+      const A difference = kVectors > 0 ? element[w] : element[w] - mean;
+      element[w] = multiply_add(multiply(difference, factor), scale[w], shift[w]);
     }
-    store<kAligned>(out + c, value, channels - c);
-  }
+    store<kAligned>(out + c, narrow_vector<T>(element), channels - c);
+  });
+}
+
+// The kernel for rows of so many channels.
+template <typename T>
+auto layer_norm_for(int64_t channels, bool is_aligned) {
+  constexpr int some = kNormElements<T> / 2 / kWidth<T>, many = 2 * some;
+  if (!is_aligned) return layer_norm_kernel<T, false, 0>;
+  const int64_t vectors = channels / kWidth<T>;
+  if (vectors <= some * kWarp) return layer_norm_kernel<T, true, some>;
+  if (vectors <= many * kWarp) return layer_norm_kernel<T, true, many>;
+  return layer_norm_kernel<T, true, 0>;
 }
 
 }  // namespace
@@ -63,7 +109,7 @@ void add_reorganize_norm(const ReorganizeSizes& sizes, const Tokens<T>& x, const
       aligned(tokens, sizes.channels) && aligned(normed) && aligned(norm.weight) && aligned(norm.bias);
   const int64_t rows = sizes.batch * sizes.out_tokens();
   constexpr int rows_per_block = kNormThreads / kWarp;
-  launch(kOperator, is_aligned ? layer_norm_kernel<T, true> : layer_norm_kernel<T, false>,
+  launch(kOperator, layer_norm_for<T>(sizes.channels, is_aligned),
          (rows + rows_per_block - 1) / rows_per_block, kNormThreads, 0, stream, static_cast<const T*>(tokens),
          rows, sizes.channels, norm, normed);
 }

@@ -152,7 +152,7 @@ struct Rows {
       shift[r] = shift_of(largest[r], factor);
       // Nothing but zeros and NaN has been summed up to now where no dot product was above -Inf.
       const float scaling = before == -INFINITY ? 0 : fast_exp2(shift_of(before, factor) - shift[r]);
-      sum[r] *= scaling;
+      sum[r] = multiply(sum[r], scaling);
 #pragma unroll
       for (int c = 0; c < D / 8; ++c) out[c][2 * r] *= scaling, out[c][2 * r + 1] *= scaling;
     }
@@ -162,7 +162,7 @@ struct Rows {
       for (int i = 0; i < 4; ++i) {
         const float p = fast_exp2(multiply_add(s[j][i], factor, -shift[i / 2]));
         s[j][i] = there(j, i % 2) ? p : 0;
-        sum[i / 2] += s[j][i];
+        sum[i / 2] = add(sum[i / 2], s[j][i]);
       }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -193,9 +193,10 @@ struct Rows {
   }
 
   // What is subtracted from exponents. Where all dot products are -Inf every exponential is 0, and the
-  // inverse of their sum makes NaN of it.
+  // inverse of their sum makes NaN of it. Rounded for itself: fused with the subtraction of another shift,
+  // the same shift would not cancel, and every 32 keys would multiply the sums by that error once more.
   static __device__ float shift_of(float largest, float factor) {
-    return largest == -INFINITY ? 0 : largest * factor;
+    return largest == -INFINITY ? 0 : multiply(largest, factor);
   }
 };
 

@@ -11,7 +11,7 @@ constexpr int kThreads = 256;
 // Where the keys of a head fit into shared memory they are read once (kTile); else the second reading meets
 // the cache. Only what is not zero is written: of all queries, the gradient of the class token's.
 template <typename T, bool kAligned, bool kTile>
-__global__ void __launch_bounds__(kThreads, kAligned && sizeof(T) == 2 ? 4 : 2)
+__global__ void __launch_bounds__(kThreads, 2)
     class_attention_backward_kernel(Attention<T> job, const accumulate_t<T>* grad_scores,
                                     int64_t grad_stride_b, int64_t grad_stride_n, T* grad_q, T* grad_k,
                                     accumulate_t<T>* workspace) {
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads, kAligned && sizeof(T) == 2 ? 4 : 2)
   const int num_tokens = static_cast<int>(job.sizes.tokens), channels = static_cast<int>(job.sizes.channels);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   constexpr int warps = kThreads / kWarp, W = kWidth<T>;
-  const int lanes = job.lanes, keys = keys_per_warp(lanes);
+  const int lanes = job.lanes, keys = keys_per_warp<T>(lanes);
   const T* global_keys = job.input.keys(b, h);
   const T* q = job.input.query(b, h);
   const A* g = grad_scores + b * grad_stride_b;
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, kAligned && sizeof(T) == 2 ? 4 : 2)
   A sum = 0, product = 0;
   for (int n = lane; n < num_tokens; n += kWarp) {
     const A e = exp(row[n] - largest);
-    sum += e;
+    sum = add(sum, e);
     product = multiply_add(e, g[n * grad_stride_n], product);
   }
   sum = warp_sum(sum);
@@ -75,20 +75,18 @@ __global__ void __launch_bounds__(kThreads, kAligned && sizeof(T) == 2 ? 4 : 2)
     A total[W] = {};
     if (c < channels) {
       A query[W];
-      const Vector<T> value = load<kAligned>(q + c, channels - c);
-#pragma unroll
-      for (int w = 0; w < W; ++w) query[w] = widen(value.element[w]);
+      widen_vector(load<kAligned>(q + c, channels - c), query);
       for (int n = group; n < num_tokens; n += groups) {
         const A z = row[n];
         const T* from = key_rows + n * job.input.k_stride_n + c;
-        const Vector<T> key = kTile ? load_shared(from) : load<kAligned>(from, channels - c);
-        Vector<T> result;
+        A key[W], result[W];
+        widen_vector(kTile ? load_shared(from) : load<kAligned>(from, channels - c), key);
 #pragma unroll
         for (int w = 0; w < W; ++w) {
-          total[w] = multiply_add(z, static_cast<A>(widen(key.element[w])), total[w]);
-          result.element[w] = narrow<T>(z * query[w]);
+          total[w] = multiply_add(z, key[w], total[w]);
+          result[w] = z * query[w];
         }
-        store<kAligned>(out + static_cast<int64_t>(n) * channels + c, result, channels - c);
+        store<kAligned>(out + static_cast<int64_t>(n) * channels + c, narrow_vector<T>(result), channels - c);
       }
     }
     for (int distance = lanes; distance < kWarp; distance *= 2)

@@ -1,6 +1,6 @@
 // What the CUDA kernels need of the device and of CUDA's host interface, and the one place that knows whether
 // nvcc or a plain C++ compiler reads them: the tests also execute the kernels on the CPU (EVIT_CUDA_ON_HOST,
-// csrc/tests/cuda_on_host.h), so whatever a CPU cannot do has its equivalent here.
+// csrc/tests/cuda_on_host/), so whatever a CPU cannot do has its equivalent here.
 #pragma once
 
 #ifndef EVIT_CUDA_ON_HOST
@@ -33,7 +33,9 @@ inline void check(cudaError_t error, const char* what) {
                            cudaGetErrorString(error));
 }
 
-// Makes a device current for the lifetime of the guard.
+// Makes a device current for the lifetime of the guard. The adapter has done so before with torch's guard,
+// and then there is nothing to do here: to set back a device that the process does not use would create a
+// context on it, for which torch looks out.
 class DeviceGuard {
  public:
   DeviceGuard(int device, const char* what) {
@@ -118,7 +120,7 @@ class SharedParts {
   }
   // What `take` needs, rounded up so that every part is aligned to 16 bytes.
   template <typename T>
-  static EVIT_HOST_DEVICE int64_t bytes(int64_t count) {
+  static EVIT_HOST_DEVICE constexpr int64_t bytes(int64_t count) {
     return (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
   }
 
@@ -151,6 +153,31 @@ extern "C" __host__ __device__ void __assert_fail(const char*, const char*, unsi
 template <typename A>
 __device__ A multiply_add(A a, A b, A c) {
   return fma(a, b, c);
+}
+
+// a * b and a + b, each rounded: for a product that is added, or a sum with a product, where a fused
+// multiply-add would be another result. Of a plain product and sum the compiler may make one.
+template <typename A>
+__device__ A multiply(A a, A b) {
+#ifdef EVIT_CUDA_ON_HOST
+  return a * b;
+#else
+  if constexpr (sizeof(A) == 8)
+    return __dmul_rn(a, b);
+  else
+    return __fmul_rn(a, b);
+#endif
+}
+template <typename A>
+__device__ A add(A a, A b) {
+#ifdef EVIT_CUDA_ON_HOST
+  return a + b;
+#else
+  if constexpr (sizeof(A) == 8)
+    return __dadd_rn(a, b);
+  else
+    return __fadd_rn(a, b);
+#endif
 }
 
 // The sum over the lanes of a warp, to all of them.
@@ -214,79 +241,6 @@ __device__ inline Half narrow<Half>(float value) {
 #endif
 }
 
-// What a thread takes of a row at once: 16 bytes.
-template <typename T>
-constexpr int kWidth = 16 / sizeof(T);
-template <typename T>
-struct alignas(16) Vector {
-  T element[kWidth<T>];
-};
-
-// Whether rows may be read and written 16 bytes at a time: address and strides are multiples of that.
-template <typename T, typename... Strides>
-bool aligned(const T* data, Strides... strides) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && ((strides * sizeof(T) % 16 == 0) && ...);
-}
-
-// A vector from device memory that the kernel does not write. Where rows are not aligned it is read element
-// by element, and where fewer than kWidth are `left` in the row the others are zeros: so a sum is formed in
-// the same order however a tensor lies in memory.
-template <bool kAligned, typename T>
-__device__ Vector<T> load(const T* from, int64_t left) {
-  Vector<T> value = {};
-#ifdef EVIT_CUDA_ON_HOST
-  cuda_on_host::interleave();
-  if (kAligned) cuda_on_host::check_aligned(from, sizeof value);
-  memcpy(static_cast<void*>(&value), from,
-         sizeof(T) * min(int64_t{kAligned ? kWidth<T> : left}, int64_t{kWidth<T>}));
-#else
-  if constexpr (kAligned) {
-    // With a plain assignment nvcc is free to make several instructions of one, and does.
-    const uint4 word = __ldg(reinterpret_cast<const uint4*>(from));
-    memcpy(&value, &word, sizeof value);
-  } else {
-#pragma unroll
-    for (int w = 0; w < kWidth<T>; ++w)
-      if (w < left) value.element[w] = from[w];
-  }
-#endif
-  return value;
-}
-
-// The reverse: to device memory, no more than is `left` of the row.
-template <bool kAligned, typename T>
-__device__ void store(T* to, const Vector<T>& value, int64_t left) {
-#ifdef EVIT_CUDA_ON_HOST
-  cuda_on_host::interleave();
-  if (kAligned) cuda_on_host::check_aligned(to, sizeof value);
-  memcpy(static_cast<void*>(to), &value,
-         sizeof(T) * min(int64_t{kAligned ? kWidth<T> : left}, int64_t{kWidth<T>}));
-#else
-  if constexpr (kAligned) {
-    uint4 word;
-    memcpy(&word, &value, sizeof value);
-    __stcg(reinterpret_cast<uint4*>(to), word);
-  } else {
-#pragma unroll
-    for (int w = 0; w < kWidth<T>; ++w)
-      if (w < left) to[w] = value.element[w];
-  }
-#endif
-}
-
-// The same from shared memory, which is always aligned.
-template <typename T>
-__device__ Vector<T> load_shared(const T* from) {
-#ifdef EVIT_CUDA_ON_HOST
-  return load<true>(from, kWidth<T>);
-#else
-  const uint4 word = *reinterpret_cast<const uint4*>(from);
-  Vector<T> value;
-  memcpy(&value, &word, sizeof value);
-  return value;
-#endif
-}
-
 // Where something lies in shared memory, in bytes: half as long as a pointer.
 #ifdef EVIT_CUDA_ON_HOST
 using SharedAddress = uintptr_t;
@@ -298,41 +252,6 @@ __device__ inline SharedAddress shared_address(const void* in_shared_memory) {
   return reinterpret_cast<uintptr_t>(in_shared_memory);
 #else
   return static_cast<uint32_t>(__cvta_generic_to_shared(in_shared_memory));
-#endif
-}
-
-// Copies 16 bytes to shared memory, or zeros where there is nothing to copy (`from` must be a valid address
-// all the same). They are complete after copies_arrived and a barrier; on their way they take no registers,
-// so that any number of copies is under way at once.
-template <typename T>
-__device__ void copy_vector_to_shared(T* to, const T* from, bool there = true) {
-#ifdef EVIT_CUDA_ON_HOST
-  cuda_on_host::copy_async(to, from, sizeof(Vector<T>), there);
-#else
-  // Not CUDA's __pipeline_memcpy_async: it makes a branch, and two instructions, of `there`.
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-               :
-               : "r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
-               : "memory");
-#endif
-}
-
-// Copies what `load` would return to shared memory, which is complete after copies_arrived and a barrier.
-// Where rows are not aligned, the way is through registers.
-template <bool kAligned, typename T>
-__device__ void copy_to_shared(T* to, const T* from, int64_t left) {
-  if constexpr (kAligned) {
-    copy_vector_to_shared(to, from);
-  } else {
-    const Vector<T> value = load<kAligned>(from, left);
-    memcpy(static_cast<void*>(to), &value, sizeof value);
-  }
-}
-__device__ inline void copies_arrived() {
-#ifdef EVIT_CUDA_ON_HOST
-  cuda_on_host::wait_for_copies();
-#else
-  asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 

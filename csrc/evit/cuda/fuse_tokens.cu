@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kRowLanes * 16, 1)
   const int indices = static_cast<int>(sizes.indices);
   const int64_t column = (static_cast<int64_t>(slice) * vectors + threadIdx.x % vectors) * W;
   SharedParts parts;
-  A* scratch = parts.take<A>(vectors * static_cast<int>(blockDim.x) / kWarp * W);
+  A* scratch = parts.take<A>(static_cast<int>(blockDim.x) / kWarp * Columns<W>(vectors).count());
   A sum[W] = {};
   for (int row = static_cast<int>(threadIdx.x) / vectors; row < indices; row += kUnroll * kRowLanes) {
     Vector<T> value[kUnroll] = {};
@@ -37,9 +37,12 @@ __global__ void __launch_bounds__(kRowLanes * 16, 1)
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
-      if (row + u * kRowLanes < indices && column < sizes.channels)
+      if (row + u * kRowLanes < indices && column < sizes.channels) {
+        A element[W];
+        widen_vector(value[u], element);
 #pragma unroll
-        for (int w = 0; w < W; ++w) sum[w] = multiply_add(weight[u], widen(value[u].element[w]), sum[w]);
+        for (int w = 0; w < W; ++w) sum[w] = multiply_add(weight[u], element[w], sum[w]);
+      }
   }
   sum_row_lanes<W>(sum, vectors, scratch, [&](int offset, A total) {
     const int64_t c = static_cast<int64_t>(slice) * vectors * W + offset;

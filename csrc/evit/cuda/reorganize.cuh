@@ -1,16 +1,17 @@
 // The forward pass of reorganize_tokens and add_reorganize_norm.
 //
 // Up to kSelectInPlace patches, one launch does everything: every block selects for itself, which costs less
-// than a launch, then moves its slice of the columns, in one pass over the rows in their order. Longer
-// sequences take three launches: the selection, with a block for each sequence; the rows, in chunks, with
-// partial sums; the sum of those.
+// than a launch, then moves its slice of the columns, in one pass over the rows in their order. In a large
+// batch the slice is all of 384 columns in 16 bits, and the selection is made once. Longer sequences take
+// three launches: the selection, with a block for each sequence (or several: select_chunks.cuh); the rows, in
+// chunks, with partial sums; the sum of those.
 #pragma once
 
 #include <algorithm>
 
 #include "../reorganize_tokens.h"
 #include "rows.cuh"
-#include "select.cuh"
+#include "select_chunks.cuh"
 
 namespace evit::cuda {
 
@@ -78,8 +79,11 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   });
 }
 
-template <typename T, bool kAligned, bool kAdd, bool kSelect>
-__global__ void __launch_bounds__(kRowLanes * 16, kAligned && sizeof(T) < 8 && (kSelect || !kAdd) ? 2 : 1)
+// kOwn: how many row lanes a thread serves (rows.cuh). The rows that it has in flight are of its lanes, or of
+// its only one.
+template <typename T, bool kAligned, bool kAdd, bool kSelect, int kOwn>
+__global__ void __launch_bounds__(kOwn == 1 ? kRowLanes * 16 : kRowLanes / kOwn * kWideVectors,
+                                  kAligned && sizeof(T) < 8 && !(kAdd && (kOwn > 1 || !kSelect)) ? 2 : 1)
     reorganize_kernel(Reorganize<T> job) {
   using A = accumulate_t<T>;
   using Key = decltype(order_key(A{}));
@@ -91,20 +95,22 @@ __global__ void __launch_bounds__(kRowLanes * 16, kAligned && sizeof(T) < 8 && (
   const int num_tokens = static_cast<int>(sizes.tokens), prefix = static_cast<int>(sizes.prefix);
   const int patches = num_tokens - prefix, keep = static_cast<int>(sizes.keep);
 
-  const int vectors = job.slices.vectors;
-  const int64_t column = (static_cast<int64_t>(slice) * vectors + threadIdx.x % vectors) * W;
+  const unsigned thread = threadIdx.x, vectors = static_cast<unsigned>(job.slices.vectors);
+  const int64_t column = (static_cast<int64_t>(slice) * vectors + thread % vectors) * W;
   const int64_t channels = sizes.channels, left = channels - column;
   const int first = chunk * kChunkRows, last = kSelect ? num_tokens : min(first + kChunkRows, num_tokens);
-  int row = first + static_cast<int>(threadIdx.x) / vectors;
+  int row = first + static_cast<int>(thread / vectors) * kOwn;
   if (left <= 0) row = last;
 
-  // The rows row, row + kRowLanes ... that this thread has in flight.
-  constexpr int unroll = kAdd ? kUnroll / 2 : kUnroll;
+  // The rows row, row + apart ... that this thread has in flight.
+  constexpr int unroll = kAdd && kOwn == 1 ? kUnroll / 2 : kUnroll;
+  constexpr int apart = kOwn == 1 ? kRowLanes : 1, all = kOwn == 1 ? unroll * kRowLanes : kRowLanes;
+  static_assert(kOwn == 1 || kOwn == unroll);
   Vector<T> value[unroll] = {}, added[unroll] = {};
   const auto load_rows = [&] {
 #pragma unroll
     for (int u = 0; u < unroll; ++u) {
-      const int n = row + u * kRowLanes;
+      const int n = row + u * apart;
       if (n < last) value[u] = load<kAligned>(job.x.row(b, n) + column, left);
       if (kAdd && n < last) added[u] = load<kAligned>(job.branch.row(b, n) + column, left);
     }
@@ -112,14 +118,15 @@ __global__ void __launch_bounds__(kRowLanes * 16, kAligned && sizeof(T) < 8 && (
   load_rows();  // under way while the selection is made
 
   SharedParts parts;
-  A* scratch = parts.take<A>(vectors * static_cast<int>(blockDim.x) / kWarp * W);
+  A* scratch = parts.take<A>((kOwn == 1 ? static_cast<int>(blockDim.x) / kWarp : kRowLanes / kOwn) *
+                             Columns<W>(vectors).count());
   const int* place = job.workspace.place + b * patches;
   const A* weights = job.workspace.weights + b * patches;
   if constexpr (kSelect) {
     SelectScratch& select = *parts.take<SelectScratch>(1);
     int* own_place = parts.take<int>(patches);
     A* own_weights = parts.take<A>(patches);
-    for (int i = static_cast<int>(threadIdx.x); i < patches; i += static_cast<int>(blockDim.x))
+    for (int i = static_cast<int>(thread); i < patches; i += static_cast<int>(blockDim.x))
       own_weights[i] = *job.scores.row(b, i);
     const auto key_at = [&](int i) { return order_key(own_weights[i]); };
     // Its first barrier is that of the weights, too.
@@ -132,56 +139,67 @@ __global__ void __launch_bounds__(kRowLanes * 16, kAligned && sizeof(T) < 8 && (
     weights = own_weights;
   }
 
-  A sum[W] = {};
+  A sum[kOwn][W] = {};
   T* out = job.tokens + b * sizes.out_tokens() * channels + column;
   while (row < last) {
 #pragma unroll
     for (int u = 0; u < unroll; ++u) {
-      const int n = row + u * kRowLanes;
+      const int n = row + u * apart;
       if (n >= last) continue;
-      if constexpr (kAdd)
+      A element[W];
+      if constexpr (kAdd) {
+        A other[W];
+        widen_vector(value[u], element);
+        widen_vector(added[u], other);
 #pragma unroll
-        for (int w = 0; w < W; ++w)
-          value[u].element[w] = narrow<T>(widen(value[u].element[w]) + widen(added[u].element[w]));
-      const int to = n < prefix ? n : place[n - prefix] < 0 ? -1 : prefix + place[n - prefix];
-      if (to >= 0) {
-        store<kAligned>(out + to * channels, value[u], left);
+        for (int w = 0; w < W; ++w) element[w] += other[w];
+        value[u] = narrow_vector<T>(element);
+      }
+      const int to = n < prefix ? n - prefix : place[n - prefix];
+      if (n < prefix || to >= 0) {
+        store<kAligned>(out + (prefix + to) * channels, value[u], left);
       } else if (sizes.fuse) {
         const A weight = weights[n - prefix];
+        widen_vector(value[u], element);
 #pragma unroll
-        for (int w = 0; w < W; ++w) sum[w] = multiply_add(weight, widen(value[u].element[w]), sum[w]);
+        for (int w = 0; w < W; ++w) sum[u % kOwn][w] = multiply_add(weight, element[w], sum[u % kOwn][w]);
       }
     }
-    row += unroll * kRowLanes;
+    row += all;
     load_rows();
   }
   if (!sizes.fuse) return;
-  sum_row_lanes<W>(sum, vectors, scratch, [&](int offset, A total) {
+  const auto write = [&](int offset, A total) {
     const int64_t c = static_cast<int64_t>(slice) * vectors * W + offset;
     if (c >= channels) return;
     if constexpr (kSelect)
       job.tokens[((b + 1) * sizes.out_tokens() - 1) * channels + c] = narrow<T>(total);
     else
       job.workspace.partials[(b * job.chunks + chunk) * channels + c] = total;
-  });
+  };
+  if constexpr (kOwn == 1)
+    sum_row_lanes<W>(sum[0], job.slices.vectors, scratch, write);
+  else
+    sum_own_row_lanes<W>(sum, job.slices.vectors, scratch, write);
 }
 
 template <typename T, bool kAligned, bool kAdd>
 void launch_reorganize(const char* what, const Reorganize<T>& job, bool select, const Stream& stream) {
   using A = accumulate_t<T>;
-  const int64_t blocks = job.sizes.batch * job.chunks * job.slices.count;
+  constexpr int64_t selection = SharedParts::bytes<SelectScratch>(1) +
+                                SharedParts::bytes<int>(kSelectInPlace) +
+                                SharedParts::bytes<A>(kSelectInPlace);
+  static_assert(selection + row_sum_bytes<T>({16, 1, 1}) <= kSharedMemory);
+  static_assert(selection + row_sum_bytes<T>({kWideVectors, 1, kUnroll}) <= kSharedMemory);
   int64_t shared = row_sum_bytes<T>(job.slices);
-  static_assert(kSelectInPlace * (sizeof(int) + sizeof(A)) + sizeof(SelectScratch) +
-                    kRowLanes * 16 / kWarp * 16 * kWidth<T> * sizeof(A) + 64 <=
-                kSharedMemory);
-  if (!select) {
-    launch(what, reorganize_kernel<T, kAligned, kAdd, false>, blocks, job.slices.threads(), shared, stream,
-           job);
-    return;
-  }
-  shared += SharedParts::bytes<SelectScratch>(1) + SharedParts::bytes<int>(job.sizes.patches()) +
-            SharedParts::bytes<A>(job.sizes.patches());
-  launch(what, reorganize_kernel<T, kAligned, kAdd, true>, blocks, job.slices.threads(), shared, stream, job);
+  if (select)
+    shared += SharedParts::bytes<SelectScratch>(1) + SharedParts::bytes<int>(job.sizes.patches()) +
+              SharedParts::bytes<A>(job.sizes.patches());
+  launch(what,
+         !select               ? reorganize_kernel<T, kAligned, kAdd, false, 1>
+         : job.slices.own == 1 ? reorganize_kernel<T, kAligned, kAdd, true, 1>
+                               : reorganize_kernel<T, kAligned, kAdd, true, kUnroll>,
+         job.sizes.batch * job.chunks * job.slices.count, job.slices.threads(), shared, stream, job);
 }
 
 // kAdd: the tokens are x + branch, else branch is not read.
@@ -201,11 +219,20 @@ void reorganize(const char* what, const ReorganizeSizes& sizes, const Tokens<T>&
   } else {
     job.chunks = static_cast<int>(ReorganizeWorkspace<A>::chunks(sizes));
     job.workspace = ReorganizeWorkspace<A>::in(memory, sizes);
-    launch(what, select_kernel<S, A>, sizes.batch, kSelectThreads, SharedParts::bytes<SelectScratch>(1),
-           stream, sizes, scores, kept, job.workspace.place, job.workspace.weights);
+    int* place = job.workspace.place;
+    A* weights = job.workspace.weights;
+    if (selects_in_chunks<S>(sizes))
+      select_in_chunks(what, sizes, scores,
+                       {static_cast<unsigned char*>(memory) + ReorganizeWorkspace<A>::bytes(sizes), sizes},
+                       kept, place, weights, stream);
+    else
+      launch(what, select_kernel<S, A>, sizes.batch, kSelectThreads, SharedParts::bytes<SelectScratch>(1),
+             stream, sizes, scores, kept, place, weights);
   }
   // Without channels there still are kept tokens to name.
-  job.slices = share_out_columns<T>(sizes.batch * job.chunks, std::max<int64_t>(sizes.channels, 1), stream);
+  const int64_t columns = std::max<int64_t>(sizes.channels, 1);
+  job.slices = select ? share_out_columns_widely<T>(sizes.batch, columns, stream)
+                      : share_out_columns<T>(sizes.batch * job.chunks, columns, stream);
   if (is_aligned)
     launch_reorganize<T, true, kAdd>(what, job, select, stream);
   else

@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(kWriteThreads, sizeof(T) == 8 ? 2 : 4)
 template <typename T, typename S>
 int64_t reorganize_tokens_workspace(const ReorganizeSizes& sizes) {
   using Workspace = ReorganizeWorkspace<accumulate_t<T>>;
-  return Workspace::needed(sizes, std::is_same_v<S, accumulate_t<T>>) ? Workspace::bytes(sizes) : 0;
+  if (!Workspace::needed(sizes, std::is_same_v<S, accumulate_t<T>>)) return 0;
+  return Workspace::bytes(sizes) + (selects_in_chunks<S>(sizes) ? ChunkedSelection::bytes(sizes) : 0);
 }
 
 template <typename T, typename S>

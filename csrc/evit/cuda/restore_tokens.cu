@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kRowLanes * 16, kAligned && sizeof(T) < 8 ? 2 
   load_rows();  // under way while the kept ones among them are found
 
   SharedParts parts;
-  A* scratch = parts.take<A>(vectors * static_cast<int>(blockDim.x) / kWarp * W);
+  A* scratch = parts.take<A>(static_cast<int>(blockDim.x) / kWarp * Columns<W>(vectors).count());
   int* place = parts.take<int>(last - first);
   find_places(of_sequence, keep, patches, prefix, first, last - first, static_cast<int>(blockDim.x), place);
   check_kept(of_sequence, keep, patches, first - prefix, last - first);
@@ -130,8 +130,10 @@ __global__ void __launch_bounds__(kRowLanes * 16, kAligned && sizeof(T) < 8 ? 2 
       if (to >= 0) {
         store<kAligned>(out + to * channels, value[u], left);
       } else {
+        A element[W];
+        widen_vector(value[u], element);
 #pragma unroll
-        for (int w = 0; w < W; ++w) sum[w] += widen(value[u].element[w]);
+        for (int w = 0; w < W; ++w) sum[w] += element[w];
       }
     }
     row += kUnroll * kRowLanes;
@@ -186,8 +188,7 @@ void restore_tokens_backward(const RestoreSizes& sizes, bool fill_fused, const T
   const int64_t chunks = sum_chunks(sizes);
   const Slices slices = share_out_columns<T>(sizes.batch * chunks, sizes.channels, stream);
   const int64_t places = chunks == 1 ? sizes.tokens : kChunkRows;
-  static_assert(kSumInPlace * sizeof(int) + kRowLanes * 16 / kWarp * 16 * kWidth<T> * sizeof(A) + 32 <=
-                kSharedMemory);
+  static_assert(SharedParts::bytes<int>(kSumInPlace) + row_sum_bytes<T>({16, 1, 1}) <= kSharedMemory);
   static_assert(kChunkRows <= kSumInPlace);
   A* partials = static_cast<A*>(workspace);
   launch(kBackward, is_aligned ? restore_backward_sum_kernel<T, true> : restore_backward_sum_kernel<T, false>,

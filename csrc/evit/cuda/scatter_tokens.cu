@@ -62,15 +62,14 @@ __global__ void __launch_bounds__(kWriteThreads, sizeof(T) == 8 ? 2 : 4 + kAlign
           if (c >= channels) continue;
           const Vector<T> value =
               load<kAligned>(x.row(b, start + __ffs(static_cast<int>(hits)) - 1) + c, channels - c);
+          A element[W];
+          widen_vector(value, element);
 #pragma unroll
-          for (int w = 0; w < W; ++w) sum[w] += widen(value.element[w]);
+          for (int w = 0; w < W; ++w) sum[w] += element[w];
         }
       }
       if (c >= channels) continue;
-      Vector<T> value;
-#pragma unroll
-      for (int w = 0; w < W; ++w) value.element[w] = narrow<T>(sum[w]);
-      store<kAligned>(rows + n * channels + c, value, channels - c);
+      store<kAligned>(rows + n * channels + c, narrow_vector<T>(sum), channels - c);
     }
   }
 }

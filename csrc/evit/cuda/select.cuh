@@ -16,13 +16,42 @@ struct SelectScratch {
 };
 
 // Neighbouring lanes look after 8 digits each; so they read neighbouring words.
-__device__ inline int slot(int digit) { return digit % 8 * kWarp + digit / 8; }
+__device__ inline unsigned slot(unsigned digit) { return digit % 8 * kWarp + digit / 8; }
 
 template <typename Key>
 struct Threshold {
   Key key;   // keys above it are selected,
   int ties;  // and so many equal ones, the first ones
 };
+
+// Finds the byte of the wanted key, the `wanted`-th largest of those in the histogram: the digit, how many of
+// the keys with it are wanted, and whether that is all of them, to the scratch memory. Called by all threads
+// of the block; the first warp does it.
+__device__ inline void find_digit(SelectScratch& scratch, int wanted) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread >= kWarp) return;
+  // Lane l looks after the digits 255 - 8l ... 248 - 8l; exactly one lane finds the wanted key among its.
+  constexpr int share = 256 / kWarp;
+  const int first = 255 - share * thread;
+  int inside = 0;
+  static_assert(share == 8);  // so slot(255 - 8 l - d) is this, of which only the lane is not constant:
+  for (int d = 0; d < share; ++d)
+    inside += static_cast<int>(scratch.histogram[(share - 1 - d) * kWarp + kWarp - 1 - thread]);
+  int through = inside;  // keys with this lane's digits or larger ones
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const int other = __shfl_up_sync(kFullWarp, through, distance);
+    if (thread >= distance) through += other;
+  }
+  int rest = wanted - (through - inside);
+  if (rest > 0 && rest <= inside) {
+    unsigned digit = static_cast<unsigned>(first);
+    for (; static_cast<int>(scratch.histogram[slot(digit)]) < rest; --digit)
+      rest -= static_cast<int>(scratch.histogram[slot(digit)]);
+    scratch.digit = static_cast<int>(digit);
+    scratch.wanted = rest;
+    scratch.whole = static_cast<int>(scratch.histogram[slot(digit)]) == rest;
+  }
+}
 
 // The threshold that selects `keep` of the `count` keys key_at(0), key_at(1) ..., 1 <= keep <= count. Byte by
 // byte from the top, the byte that the keep-th largest key has is found from a histogram of the keys that
@@ -38,30 +67,10 @@ __device__ Threshold<Key> select_threshold(SelectScratch& scratch, int count, in
     for (int i = thread; i < count; i += threads) {
       const Key key = key_at(i);
       if ((key & mask) == prefix)
-        atomicAdd(&scratch.histogram[slot(static_cast<int>(key >> shift & 0xff))], 1u);
+        atomicAdd(&scratch.histogram[slot(static_cast<unsigned>(key >> shift & 0xff))], 1u);
     }
     __syncthreads();
-    if (thread < kWarp) {
-      // Lane l looks after the digits 255 - 8l ... 248 - 8l; exactly one lane finds the wanted key among its.
-      constexpr int share = 256 / kWarp;
-      const int first = 255 - share * thread;
-      int inside = 0;
-      for (int d = 0; d < share; ++d) inside += static_cast<int>(scratch.histogram[slot(first - d)]);
-      int through = inside;  // keys with this lane's digits or larger ones
-      for (int distance = 1; distance < kWarp; distance *= 2) {
-        const int other = __shfl_up_sync(kFullWarp, through, distance);
-        if (thread >= distance) through += other;
-      }
-      int rest = wanted - (through - inside);
-      if (rest > 0 && rest <= inside) {
-        int digit = first;
-        for (; static_cast<int>(scratch.histogram[slot(digit)]) < rest; --digit)
-          rest -= static_cast<int>(scratch.histogram[slot(digit)]);
-        scratch.digit = digit;
-        scratch.wanted = rest;
-        scratch.whole = static_cast<int>(scratch.histogram[slot(digit)]) == rest;
-      }
-    }
+    find_digit(scratch, wanted);
     __syncthreads();
     prefix |= static_cast<Key>(scratch.digit) << shift;
     mask |= Key{0xff} << shift;
@@ -73,15 +82,14 @@ __device__ Threshold<Key> select_threshold(SelectScratch& scratch, int count, in
 }
 
 // Calls emit(i, selected, position) for every i below count, in any order: whether key_at(i) is selected
-// by the threshold and how many selected ones come before it. Called by all threads of a block of whole
-// warps.
+// by the threshold and how many selected ones come before it. `above` and `ties` are how many keys above the
+// threshold and equal to it come before the first one. Called by all threads of a block of whole warps.
 template <typename Key, typename KeyAt, typename Emit>
 __device__ void place_selected(SelectScratch& scratch, int count, const Threshold<Key>& threshold,
-                               const KeyAt& key_at, const Emit& emit) {
+                               const KeyAt& key_at, const Emit& emit, int above = 0, int ties = 0) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int lane = thread % kWarp, warp = thread / kWarp, warps = threads / kWarp;
   const unsigned lanes_before = (1u << lane) - 1;
-  int above = 0, ties = 0;  // in the parts that lie behind
   for (int start = 0; start < count; start += threads) {
     const int i = start + thread;
     bool is_above = false, is_tie = false;

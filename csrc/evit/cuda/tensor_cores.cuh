@@ -11,7 +11,7 @@
 //   C  16 x 8    c[0], c[1]: C[row][pair, pair + 1]   c[2], c[3]: C[row + 8][pair, pair + 1]
 #pragma once
 
-#include "device.cuh"
+#include "vectors.cuh"
 
 namespace evit::cuda {
 
@@ -62,26 +62,6 @@ __device__ inline void warp_load_matrices(uint32_t (&m)[4], SharedAddress row) {
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
                  : "r"(row)
                  : "memory");
-#endif
-}
-
-// Two values as a register of 16-bit elements, to nearest, ties to even.
-template <typename T>
-__device__ inline uint32_t narrow_pair(float low, float high) {
-#ifndef EVIT_CUDA_ON_HOST
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    uint32_t bits;
-    memcpy(&bits, &pair, sizeof bits);
-    return bits;
-  } else {
-    const __half2 pair = __floats2half2_rn(low, high);
-    uint32_t bits;
-    memcpy(&bits, &pair, sizeof bits);
-    return bits;
-  }
-#else
-  return narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16;
 #endif
 }
 

@@ -4,7 +4,7 @@
 // rows of a group at a time. Every element is written once.
 #pragma once
 
-#include "device.cuh"
+#include "vectors.cuh"
 
 namespace evit::cuda {
 
@@ -58,13 +58,17 @@ __device__ void write_rows(int first, int num_rows, int64_t channels, T* out, co
     for (int u = 0; u < kGroupRows; ++u) {
       if (row[u].kind == Row<T>::skip) continue;
       if constexpr (kScaled)
-        if (row[u].kind == Row<T>::scaled)
+        if (row[u].kind == Row<T>::scaled) {
+          A element[W], factor[W];
+          widen_vector(value[u], element);
+          widen_vector(multiplier, factor);
 #pragma unroll
           for (int w = 0; w < W; ++w) {
-            const A g = widen(multiplier.element[w]);
-            dot[u] = multiply_add(g, widen(value[u].element[w]), dot[u]);
-            value[u].element[w] = narrow<T>(row[u].weight * g);
+            dot[u] = multiply_add(factor[w], element[w], dot[u]);
+            element[w] = row[u].weight * factor[w];
           }
+          value[u] = narrow_vector<T>(element);
+        }
       store<kAligned>(out + n[u] * channels + c, value[u], channels - c);
     }
   }

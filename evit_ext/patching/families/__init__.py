@@ -1,7 +1,8 @@
 """The model families that :func:`evit_ext.apply` supports.
 
 Each family is a module of this package. It defines which block classes can be replaced, by what, and how
-positions reach the blocks. To support other models, add a module and its family to ``FAMILIES``.
+positions reach the blocks. To support other models of timm, add a module and its family to
+``timm_models.FAMILIES``; for those of transformers, a line to ``huggingface.TOWERS``.
 """
 
 from __future__ import annotations
@@ -10,92 +11,92 @@ import importlib
 import importlib.metadata
 import re
 import sys
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from evit_ext.cpu.forward import CpuForward, remember
-from evit_ext.patching.block import ReorganizingBlock
-from evit_ext.patching.families import beit, eva, vision_transformer
+from evit_ext.patching.families import timm_models
 from evit_ext.patching.families.family import Blocks, Family
+from evit_ext.tokens.stage import Stage
 
 __all__ = [
-    "FAMILIES",
+    "WRAPPED",
     "Blocks",
     "Family",
-    "applied_blocks",
+    "Located",
     "check_block",
-    "cpu_forwards",
+    "drop_locations",
     "family_of",
-    "find_blocks",
-    "reorganizing_blocks",
-    "vision_tower",
+    "locate",
+    "unwrapped",
 ]
-
-FAMILIES = (vision_transformer.FAMILY, eva.FAMILY, beit.FAMILY)
-
-_CPU_FORWARDS = {module: forward for family in FAMILIES for module, forward in family.cpu_forwards.items()}
-remember(*_CPU_FORWARDS)
 
 #: The first release of transformers whose vision models have the layers that evit_ext knows.
 MINIMUM_TRANSFORMERS = (5, 18)
 
-_PARALLEL = "its attention and MLP run side by side, so no tokens can be dropped between them"
+#: Where wrappers keep the module they wrap: torch's checkpoint_wrapper, torch.compile, FSDP, DDP.
+WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module", "module")
 
-#: Why blocks and attentions of timm cannot be supported, by the name of their class.
-_REASONS = {
-    "ParallelScalingBlock": _PARALLEL,
-    "DiffParallelScalingBlock": _PARALLEL,
-    "ParallelThingsBlock": "it has several attentions, and so no one score for a token",
-    "DiffAttention": "its weights are the difference of two softmaxes, which is no score",
-    "RelPosBlock": "its relative position embedding is not known to evit_ext",
-    "ResPostRelPosBlock": "its relative position embedding is not known to evit_ext",
-    "LayerScaleBlock": "CaiT has no class token in it, and mixes the attention of its heads",
-    "XCABlock": "its attention is between channels, so that tokens get no score",
-}
+
+class Located(NamedTuple):
+    """Where the blocks of a model are.
+
+    Attributes:
+        family: of the model.
+        vit: the module that holds the blocks, out of all wrappers.
+        blocks: as the module holds them; each may be wrapped, see :func:`unwrapped`.
+    """
+
+    family: Family
+    vit: Any
+    blocks: Blocks
+
+
+def locate(model: nn.Module) -> Located | None:
+    """Return where the blocks of `model` are, whatever wraps it; None if it has none that are known."""
+    for module in model.modules():
+        # Wrappers hand the attributes of what they wrap on, and so look like it.
+        family = _library(module).find(module) if unwrapped(module) is module else None
+        if family is not None:
+            vit = family.vision_tower(module)
+            return Located(family, vit, family.find_blocks(vit))
+    return None
+
+
+def unwrapped(block: nn.Module) -> nn.Module:
+    """Return the module inside the wrappers that have a module of their own around it."""
+    while True:
+        inner = next((block._modules[name] for name in WRAPPED if block._modules.get(name) is not None), None)
+        if inner is None:
+            return block
+        block = inner
+
+
+def drop_locations(vit: Any) -> list[int]:
+    """Return the numbers of the blocks at which the tokens of `vit` are reduced."""
+    if hasattr(vit, "drop_loc"):
+        return list(vit.drop_loc)
+    located = locate(vit)
+    if located is None:
+        return []
+    return [number for number, block in enumerate(located.blocks) if isinstance(unwrapped(block), Stage)]
 
 
 def family_of(vit: nn.Module) -> Family:
     """Return the family of `vit`; a ValueError explains why it belongs to none."""
-    if _is_of_transformers(vit):
-        return _huggingface().family_of(vit)
-    name = type(vit).__name__
-    blocks = getattr(vit, "blocks", None)
-    if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
-        raise ValueError(
-            f"{name} is not supported: expected a vision transformer with its blocks in .blocks, as timm's "
-            f"VisionTransformer has{_hint_of_wrapper(vit)}"
-        )
-    if hasattr(vit, "score_predictor"):
-        raise ValueError(f"{name} is not supported: it drops tokens itself, by its score_predictor")
-    if name == "NaFlexVit":
-        raise ValueError("NaFlexVit is not supported: its images are padded and masked sequences of patches")
-    replaced = {type(block) for block in blocks if not isinstance(block, ReorganizingBlock)}
-    for family in FAMILIES:
-        if family.model is not None and isinstance(vit, family.model):
-            return family
-        if replaced & set(family.blocks):
-            break
-    else:
-        family = vision_transformer.FAMILY  # its check of the blocks reports what is expected
-    if family.model is not None:
-        raise ValueError(f"{name} is not supported: it has the blocks of {family.name}, but is none")
-    if not hasattr(vit, "num_prefix_tokens"):
-        raise ValueError(
-            f"{name} is not supported: it does not tell the number of its prefix tokens (.num_prefix_tokens)"
-        )
+    family: Family = _library(vit).family_of(vit)
     return family
 
 
-def _is_of_transformers(vit: Any) -> bool:
-    """Return whether `vit` is a transformers model, without importing transformers, which takes seconds."""
+def _library(model: Any) -> Any:
+    """Return the module for models of transformers, or the one for timm's; transformers is not imported.
+
+    Raises:
+        ValueError: it is a model of transformers, of a version that is too old.
+    """
     transformers = sys.modules.get("transformers")
-    return transformers is not None and isinstance(vit, transformers.PreTrainedModel)
-
-
-def _huggingface() -> Any:
-    """Return the module for transformers models; ValueError if transformers is too old."""
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return timm_models
     version = importlib.metadata.version("transformers")
     release = re.match(r"(\d+)\.(\d+)", version)
     if release is None or tuple(map(int, release.groups())) < MINIMUM_TRANSFORMERS:
@@ -106,15 +107,12 @@ def _huggingface() -> Any:
     return importlib.import_module("evit_ext.patching.families.huggingface")
 
 
-def _hint_of_wrapper(vit: nn.Module) -> str:
-    for attribute in ("module", "model", "trunk"):
-        if isinstance(getattr(vit, attribute, None), nn.Module):
-            return f"; pass the model inside the wrapper (.{attribute})"
-    return ""
-
-
 def check_block(family: Family, block: nn.Module, location: int) -> None:
     """Raise ValueError unless a reorganising block of `family` can replace `block`."""
+    if unwrapped(block) is not block:
+        raise ValueError(
+            f"block {location} is wrapped in a {type(block).__name__}: call evit_ext.apply before that"
+        )
     if "forward" in block.__dict__:
         raise ValueError(
             f"block {location} has a forward of its own, in the place of its class's, as accelerate's hooks "
@@ -127,7 +125,7 @@ def check_block(family: Family, block: nn.Module, location: int) -> None:
         if type(found) in expected:
             continue
         what = f"block {location}" if kind == "block" else f"the attention of block {location}"
-        reason = _REASONS.get(type(found).__name__)
+        reason = timm_models.REASONS.get(type(found).__name__)
         raise ValueError(
             f"{what} is a {_full_name(type(found))}, which is not supported: "
             + (reason or f"expected {' or '.join(map(_full_name, expected))}")
@@ -137,44 +135,3 @@ def check_block(family: Family, block: nn.Module, location: int) -> None:
 def _full_name(cls: type) -> str:
     # With its module, because several of timm's models call their block "Block".
     return f"{cls.__module__}.{cls.__name__}"
-
-
-def find_blocks(vit: Any) -> Blocks | None:
-    """Return the blocks of `vit`, or None if it has no supported blocks."""
-    if _is_of_transformers(vit):
-        return _huggingface().find_blocks(vit)
-    blocks = getattr(vit, "blocks", None)
-    return blocks if isinstance(blocks, (nn.Sequential, nn.ModuleList)) else None
-
-
-def cpu_forwards(vit: Any) -> Mapping[type[nn.Module], type[CpuForward]]:
-    """Return, by module class, the CPU replacements for forwards inside the blocks of `vit`."""
-    if _is_of_transformers(vit):
-        return _huggingface().CPU_FORWARDS
-    return _CPU_FORWARDS
-
-
-def vision_tower(vit: Any) -> Any:
-    """Return the vision model inside a transformers model, or `vit` itself for any other model."""
-    return _huggingface().vision_tower(vit) if _is_of_transformers(vit) else vit
-
-
-def reorganizing_blocks(vit: nn.Module) -> list[ReorganizingBlock]:
-    """Return the reorganising blocks of `vit` in order; empty if `apply` was not called."""
-    return [block for block in find_blocks(vit) or () if isinstance(block, ReorganizingBlock)]
-
-
-def applied_blocks(vit: nn.Module) -> list[ReorganizingBlock]:
-    """Return the reorganising blocks of `vit`; ValueError if there are none."""
-    blocks = reorganizing_blocks(vit)
-    if not blocks and hasattr(vit, "score_predictor"):
-        raise ValueError(
-            f"{type(vit).__name__} drops tokens by its score_predictor and has no block that reorganises "
-            "them: expected a model that evit_ext.apply changed"
-        )
-    if not blocks:
-        raise ValueError(
-            f"{type(vit).__name__} has no block that reorganises tokens: call evit_ext.apply first"
-            + (", and pass the model inside the wrapper (.module)" if hasattr(vit, "module") else "")
-        )
-    return blocks

@@ -16,11 +16,12 @@ from timm.layers import Mlp
 from timm.models.beit import Attention, Beit, Block
 from torch import Tensor, nn
 
-from evit_ext.patching.attention import Score, attend
+from evit_ext.cpu import forward as cpu_forward
+from evit_ext.patching.attention import NOTHING_ELSE, Attended, Linear, Projected, Wants, attend
 from evit_ext.patching.block import AdoptedBlock, ReorganizingBlock
-from evit_ext.patching.cpu_overrides import CpuAttention, CpuMlp
 from evit_ext.patching.families.family import Family
 from evit_ext.patching.families.gamma import GammaBranches
+from evit_ext.patching.families.timm_attention import TimmAttention, attention_forward, mlp_forward
 from evit_ext.tokens.trail import TokenTrail
 
 
@@ -45,6 +46,50 @@ class BiasTrail(TokenTrail):
         return bias[0, :, tokens[:, :, None], tokens[:, None, :]].transpose(0, 1)
 
 
+class BeitAttention(TimmAttention):
+    """BEiT's attention, whose own forward takes the tokens of a whole grid only."""
+
+    def project(self, attention: Any, x: Tensor, linear: Linear, positions: Any) -> Projected:
+        """See :meth:`AttentionKind.project`."""
+        return super().project(attention, x, linear, None)
+
+    def call(self, attention: Any, x: Tensor, positions: Any, bias: Tensor | None) -> Tensor:
+        """See :meth:`AttentionKind.call`; the attention adds its own bias itself.
+
+        While all patches are there, `positions` is the shared bias in a tuple.
+        """
+        if positions is None and attention.relative_position_bias_table is not None:
+            raise RuntimeError(
+                "hooks, or a forward that other code replaced, on an attention of BEiT cannot run on the "
+                "tokens that are left: its bias is for all patches. Take them away, set the keep rate to 1, "
+                "or call evit_ext.remove"
+            )
+        shared = bias if positions is None else positions[0]
+        out: Tensor = attention(x, shared_rel_pos_bias=shared)
+        return out
+
+    def is_watched(self, attention: Any) -> bool:
+        """See :meth:`AttentionKind.is_watched`; global hooks, as profilers have, do not see it."""
+        return cpu_forward.is_watched(attention, everywhere=False)
+
+    def is_sdpa(self, attention: Any) -> bool:
+        """See :meth:`AttentionKind.is_sdpa`; :meth:`weigh` also does what it does without."""
+        return True
+
+    def weigh(self, attention: Any, projected: Projected, bias: Tensor | None) -> Tensor:
+        """See :meth:`AttentionKind.weigh`."""
+        if attention.fused_attn:
+            return super().weigh(attention, projected, bias)
+        q, k, v, _ = projected
+        logits = q * attention.scale @ k.transpose(2, 3)
+        weights = (logits if bias is None else logits + bias).softmax(dim=-1)
+        out: Tensor = attention.attn_drop(weights) @ v
+        return out
+
+
+_ATTENTION = BeitAttention()
+
+
 class _BeitBlock(GammaBranches, AdoptedBlock):
     """Shared by all blocks of a Beit that reorganises tokens."""
 
@@ -52,14 +97,15 @@ class _BeitBlock(GammaBranches, AdoptedBlock):
         """Return the replaced block's result for the remaining tokens."""
         if trail.patches(self.stage) is None:
             return self.as_before(x, shared_rel_pos_bias=trail.positions)
-        x = x + self.attention_branch(x, _no_score, trail)[0]
+        x = x + self.attention_branch(x, NOTHING_ELSE, trail).out
         return x + self.mlp_branch(x, None)
 
-    def attention_branch(self, x: Tensor, score: Score, positions: BiasTrail) -> tuple[Tensor, Tensor]:
+    def attention_branch(self, x: Tensor, wants: Wants, positions: BiasTrail) -> Attended:
         """See :meth:`ReorganizingBlock.attention_branch`."""
         bias = positions.bias(self.attn, self.stage)
-        attended, scores = attend(self.attn, self.norm1(x), score, bias=bias)
-        return self.scaled_attention(attended), scores
+        whole = (positions.positions,) if positions.patches(self.stage) is None else None
+        attended = attend(_ATTENTION, self.attn, self.norm1(x), wants, whole, bias)
+        return attended._replace(out=self.scaled_attention(attended.out))
 
 
 def _trail(shared_rel_pos_bias: Any) -> BiasTrail:
@@ -68,21 +114,20 @@ def _trail(shared_rel_pos_bias: Any) -> BiasTrail:
     return given if isinstance(given, BiasTrail) else BiasTrail(given)
 
 
-def _no_score(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """Return a placeholder where the scores are not used."""
-    return q
-
-
-class FollowingBeitBlock(_BeitBlock):
+class FollowingBeitBlock(_BeitBlock, Block):
     """A Beit block that does not drop tokens but uses the biases of those that reach it."""
+
+    REPLACES = Block
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Any = None) -> Tensor:
         """Return the replaced block's result for the remaining tokens."""
         return self.follow(x, _trail(shared_rel_pos_bias))
 
 
-class ReorganizingBeitBlock(_BeitBlock, ReorganizingBlock):
+class ReorganizingBeitBlock(_BeitBlock, ReorganizingBlock, Block):
     """timm's BEiT ``Block`` with token reorganisation."""
+
+    REPLACES = Block
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Any = None) -> Tensor:
         """Return the reorganised tokens of `x`."""
@@ -140,9 +185,9 @@ FAMILY = Family(
     model=Beit,
     blocks={Block: ReorganizingBeitBlock},
     attentions=(Attention,),
-    following=FollowingBeitBlock,
+    following={Block: FollowingBeitBlock},
     has_positions=_has_positions,
     install=_install,
     uninstall=_uninstall,
-    cpu_forwards={Attention: CpuAttention, Mlp: CpuMlp},
+    cpu_forwards={Attention: attention_forward, Mlp: mlp_forward},
 )

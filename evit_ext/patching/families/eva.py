@@ -18,11 +18,11 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
 from evit_ext._util.overriding import Override
-from evit_ext.patching.attention import Score, attend
+from evit_ext.patching.attention import Attended, Wants, attend
 from evit_ext.patching.block import AdoptedBlock, ReorganizingBlock
-from evit_ext.patching.cpu_overrides import CpuAttention, CpuMlp
 from evit_ext.patching.families.family import Family
 from evit_ext.patching.families.gamma import GammaBranches
+from evit_ext.patching.families.timm_attention import TIMM_ATTENTION, attention_forward, mlp_forward
 from evit_ext.patching.families.vision_transformer import mask_arguments
 from evit_ext.tokens.trail import TokenTrail
 
@@ -74,8 +74,8 @@ def _rope(rope: Any, stage: int) -> Tensor | None:
     return rope.rope(stage) if isinstance(rope, RotaryTrail) else rope
 
 
-class FollowingEvaBlock(AdoptedBlock):
-    """An Eva block that does not drop tokens but uses the rotary embeddings of those that reach it."""
+class _FollowingBlock(AdoptedBlock):
+    """Shared by Eva blocks that do not drop tokens but use the rotary embeddings of those that reach them."""
 
     def forward(
         self, x: Tensor, rope: Any = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -85,8 +85,20 @@ class FollowingEvaBlock(AdoptedBlock):
         return self.as_before(x, rope=_rope(rope, self.stage), **masks)
 
 
-class ReorganizingEvaBlock(GammaBranches, ReorganizingBlock):
-    """timm's ``EvaBlock`` with token reorganisation."""
+class FollowingEvaBlock(_FollowingBlock, EvaBlock):
+    """An ``EvaBlock`` with the rotary embeddings of the tokens that reach it."""
+
+    REPLACES = EvaBlock
+
+
+class FollowingEvaBlockPostNorm(_FollowingBlock, EvaBlockPostNorm):
+    """An ``EvaBlockPostNorm`` with the rotary embeddings of the tokens that reach it."""
+
+    REPLACES = EvaBlockPostNorm
+
+
+class _EvaBlock(GammaBranches, ReorganizingBlock):
+    """Shared by the blocks of timm's Eva that reorganise tokens."""
 
     def forward(
         self, x: Tensor, rope: Any = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -99,19 +111,27 @@ class ReorganizingEvaBlock(GammaBranches, ReorganizingBlock):
             x, lambda: self.as_before(x, rope=rope, **masks), bool(masks), positions=rope, trail=trail
         )
 
-    def attention_branch(self, x: Tensor, score: Score, positions: Any) -> tuple[Tensor, Tensor]:
+
+class ReorganizingEvaBlock(_EvaBlock, EvaBlock):
+    """timm's ``EvaBlock`` with token reorganisation."""
+
+    REPLACES = EvaBlock
+
+    def attention_branch(self, x: Tensor, wants: Wants, positions: Any) -> Attended:
         """See :meth:`ReorganizingBlock.attention_branch`."""
-        attended, scores = attend(self.attn, self.norm1(x), score, rope=positions)
-        return self.scaled_attention(attended), scores
+        attended = attend(TIMM_ATTENTION, self.attn, self.norm1(x), wants, positions)
+        return attended._replace(out=self.scaled_attention(attended.out))
 
 
-class ReorganizingEvaBlockPostNorm(ReorganizingEvaBlock):
+class ReorganizingEvaBlockPostNorm(_EvaBlock, EvaBlockPostNorm):
     """timm's ``EvaBlockPostNorm``, whose norms come after attention and MLP, with token reorganisation."""
 
-    def attention_branch(self, x: Tensor, score: Score, positions: Any) -> tuple[Tensor, Tensor]:
+    REPLACES = EvaBlockPostNorm
+
+    def attention_branch(self, x: Tensor, wants: Wants, positions: Any) -> Attended:
         """See :meth:`ReorganizingBlock.attention_branch`."""
-        attended, scores = attend(self.attn, x, score, rope=positions)
-        return self.drop_path1(self.norm1(attended)), scores
+        attended = attend(TIMM_ATTENTION, self.attn, x, wants, positions)
+        return attended._replace(out=self.drop_path1(self.norm1(attended.out)))
 
     def mlp_norm(self) -> nn.Module | None:
         """See :meth:`ReorganizingBlock.mlp_norm`."""
@@ -146,8 +166,8 @@ FAMILY = Family(
     model=Eva,
     blocks={EvaBlock: ReorganizingEvaBlock, EvaBlockPostNorm: ReorganizingEvaBlockPostNorm},
     attentions=_ATTENTIONS,
-    following=FollowingEvaBlock,
+    following={EvaBlock: FollowingEvaBlock, EvaBlockPostNorm: FollowingEvaBlockPostNorm},
     has_positions=_has_positions,
     install=_install,
-    cpu_forwards={**dict.fromkeys(_ATTENTIONS, CpuAttention), Mlp: CpuMlp},
+    cpu_forwards={**dict.fromkeys(_ATTENTIONS, attention_forward), Mlp: mlp_forward},
 )

@@ -9,10 +9,11 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import Tensor, nn
 
-from evit_ext.patching.attention import Score, attend
+from evit_ext.patching.attention import Attended, Wants, attend
 from evit_ext.patching.block import ReorganizingBlock
-from evit_ext.patching.cpu_overrides import CpuAttention, CpuMlp
 from evit_ext.patching.families.family import Family
+from evit_ext.patching.families.timm_attention import TIMM_ATTENTION, attention_forward, mlp_forward
+from evit_ext.tokens.trail import TokenTrail
 
 
 def mask_arguments(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
@@ -21,52 +22,62 @@ def mask_arguments(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
     return {"attn_mask": attn_mask, "is_causal": is_causal} if masked else {}
 
 
-class ReorganizingViTBlock(ReorganizingBlock):
-    """timm's pre-norm ``Block`` with token reorganisation."""
+class _ViTBlock(ReorganizingBlock):
+    """Shared by the blocks of timm's VisionTransformer that reorganise tokens."""
 
-    # nn.Module's __getattr__ types a submodule as "Tensor | Module".
-    norm1: nn.Module
-    attn: nn.Module
-    norm2: nn.Module
-    mlp: nn.Module
-    ls1: nn.Module
-    ls2: nn.Module
-    drop_path1: nn.Module
-    drop_path2: nn.Module
+    # nn.Module's __getattr__ types a submodule as "Tensor | Module", and the classes of timm as their own.
+    norm1: Any
+    attn: Any
+    norm2: Any
+    mlp: Any
+    ls1: Any
+    ls2: Any
+    drop_path1: Any
+    drop_path2: Any
 
     def forward(
         self,
         x: Tensor,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        kept: list[Tensor] | None = None,
+        trail: TokenTrail | None = None,
     ) -> Tensor:
         """Return the reorganised tokens of `x`; masks are allowed only if all patches are kept."""
         masks = mask_arguments(attn_mask, is_causal)
-        return self.reorganize(x, lambda: self.as_before(x, **masks), masked=bool(masks), kept=kept)
-
-    def attention_branch(self, x: Tensor, score: Score, positions: Any) -> tuple[Tensor, Tensor]:
-        """See :meth:`ReorganizingBlock.attention_branch`."""
-        attended, scores = attend(self.attn, self.norm1(x), score)
-        return self.drop_path1(self.ls1(attended)), scores
+        return self.reorganize(x, lambda: self.as_before(x, **masks), masked=bool(masks), trail=trail)
 
     def mlp_norm(self) -> nn.Module | None:
         """See :meth:`ReorganizingBlock.mlp_norm`."""
-        return self.norm2
+        norm: nn.Module = self.norm2
+        return norm
+
+
+class ReorganizingViTBlock(_ViTBlock, Block):
+    """timm's pre-norm ``Block`` with token reorganisation."""
+
+    REPLACES = Block
+
+    def attention_branch(self, x: Tensor, wants: Wants, positions: Any) -> Attended:
+        """See :meth:`ReorganizingBlock.attention_branch`."""
+        attended = attend(TIMM_ATTENTION, self.attn, self.norm1(x), wants)
+        return attended._replace(out=self.drop_path1(self.ls1(attended.out)))
 
     def mlp_branch(self, x: Tensor, normed: Tensor | None) -> Tensor:
         """See :meth:`ReorganizingBlock.mlp_branch`."""
         normed = self.norm2(x) if normed is None else normed
-        return self.drop_path2(self.ls2(self.mlp(normed)))
+        out: Tensor = self.drop_path2(self.ls2(self.mlp(normed)))
+        return out
 
 
-class ReorganizingResPostBlock(ReorganizingViTBlock):
+class ReorganizingResPostBlock(_ViTBlock, ResPostBlock):
     """timm's ``ResPostBlock``, whose norms come after attention and MLP, with token reorganisation."""
 
-    def attention_branch(self, x: Tensor, score: Score, positions: Any) -> tuple[Tensor, Tensor]:
+    REPLACES = ResPostBlock
+
+    def attention_branch(self, x: Tensor, wants: Wants, positions: Any) -> Attended:
         """See :meth:`ReorganizingBlock.attention_branch`."""
-        attended, scores = attend(self.attn, x, score)
-        return self.drop_path1(self.norm1(attended)), scores
+        attended = attend(TIMM_ATTENTION, self.attn, x, wants)
+        return attended._replace(out=self.drop_path1(self.norm1(attended.out)))
 
     def mlp_norm(self) -> nn.Module | None:
         """See :meth:`ReorganizingBlock.mlp_norm`."""
@@ -74,7 +85,8 @@ class ReorganizingResPostBlock(ReorganizingViTBlock):
 
     def mlp_branch(self, x: Tensor, normed: Tensor | None) -> Tensor:
         """See :meth:`ReorganizingBlock.mlp_branch`."""
-        return self.drop_path2(self.norm2(self.mlp(x)))
+        out: Tensor = self.drop_path2(self.norm2(self.mlp(x)))
+        return out
 
 
 FAMILY = Family(
@@ -82,5 +94,5 @@ FAMILY = Family(
     model=None,  # other models with these blocks and a class token work too
     blocks={Block: ReorganizingViTBlock, ResPostBlock: ReorganizingResPostBlock},
     attentions=(Attention,),
-    cpu_forwards={Attention: CpuAttention, Mlp: CpuMlp},
+    cpu_forwards={Attention: attention_forward, Mlp: mlp_forward},
 )

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
-from evit_ext.patching.families import applied_blocks
 from evit_ext.patching.oracle import Oracle
+from evit_ext.tokens.stage import stages_of
 from evit_ext.training.objectives.objective import Objective, ObjectiveOutput
 
 
@@ -32,7 +32,7 @@ class Guided(Objective):
         self, model: nn.Module, images: Tensor, targets: Tensor, token_labels: Tensor | None = None
     ) -> ObjectiveOutput:
         """As :meth:`Objective.__call__`; RuntimeError outside of :meth:`step`."""
-        if any(block.guidance is None for block in applied_blocks(unwrap_model(model))):
+        if any(stage.guidance is None for stage in stages_of(unwrap_model(model))):
             raise RuntimeError(
                 "the oracle does not guide the model: have `with objective.step(model):` around the forward "
                 "and the backward"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from evit_ext._util.files import UNFINISHED, replacing
+from evit_ext._util.files import remove_unfinished, replacing
 
 _logger = logging.getLogger(__name__)
 
@@ -25,9 +25,9 @@ class RunCheckpoints:
     """The checkpoints in a folder, named by their step, ``checkpoint-000001200.pth``.
 
     A checkpoint is written under another name, flushed to disk, and then renamed. Whenever the process is
-    killed, the folder contains complete checkpoints only, and perhaps an unfinished file that the next save
-    removes. Files are in torch's format and contain tensors and plain Python values only, so reading one
-    executes nothing.
+    killed, the folder contains complete checkpoints only, and perhaps an unfinished one, hidden, that the
+    next save removes. Files are in torch's format and contain tensors and plain Python values only, so
+    reading one executes nothing.
 
     Args:
         folder: created with the first checkpoint if necessary.
@@ -62,8 +62,7 @@ class RunCheckpoints:
         """
         path = self.path(step)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(f"*{UNFINISHED}"):
-            leftover.unlink()
+        remove_unfinished(self.folder)
         try:
             with replacing(path, "wb") as file:
                 torch.save(dict(state), file)

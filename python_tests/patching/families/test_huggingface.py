@@ -14,6 +14,7 @@ from slow_huggingface import Slow
 
 import evit_ext
 from evit_ext.patching import families
+from evit_ext.tokens.stage import find_stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,7 +62,7 @@ def test_agrees_with_the_slow_implementation(line: str, fuse: bool) -> None:
 def test_remove_restores_the_original(line: str) -> None:
     model, x = build(line), images()
     expected, keys = output(model, x), list(model.state_dict())
-    layers = families.find_blocks(model)
+    layers = families.locate(model).blocks
     assert layers is not None
     before = list(layers)
     evit_ext.apply(model, 0.6)
@@ -91,12 +92,12 @@ def test_gradient_checkpointing(line: str) -> None:
         model = evit_ext.apply(build(line, torch.float64), 0.6).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-            assert all(block.gradient_checkpointing for block in families.reorganizing_blocks(model))
+            assert all(block.gradient_checkpointing for block in find_stages(model))
         output(model, images(dtype=torch.float64)).square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
         # What was switched on while the model reorganised tokens stays on.
         evit_ext.remove(model)
-        layers = families.find_blocks(model)
+        layers = families.locate(model).blocks
         assert layers is not None
         assert {layer.gradient_checkpointing for layer in layers} == {checkpointing}
     for a, b in zip(*gradients, strict=True):

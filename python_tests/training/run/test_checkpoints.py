@@ -80,18 +80,21 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk(tmp_path: Path) -> None:
     checkpoints = RunCheckpoints(tmp_path)
-    (tmp_path / "checkpoint-000000002.pth.unfinished").symlink_to("/dev/full")
-    # The leftover is taken away first, so that the disk must be full while writing.
+    leftover = tmp_path / ".checkpoint-000000001.pth.abc.unfinished"  # of a kill
+    leftover.mkdir()
+    (leftover / "checkpoint-000000001.pth").touch()
     original = Path.open
 
     def open_full(self: Path, *args: Any, **kwargs: Any) -> Any:
-        return original(Path("/dev/full") if self.name.endswith(".unfinished") else self, *args, **kwargs)
+        return original(
+            Path("/dev/full") if self.parent.name.endswith(".unfinished") else self, *args, **kwargs
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "open", open_full)
         with pytest.raises(OSError, match="could not be written"):
             checkpoints.save({"weight": torch.zeros(1_000_000)}, 2)
-    assert checkpoints.steps() == []
+    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_checkpoints_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -23,7 +23,9 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 // GCC 12 warns about _mm512_undefined_ps in its own header.
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 #define EVIT_SIMD_NAMESPACE avx512
 #define EVIT_SIMD_BYTES 64

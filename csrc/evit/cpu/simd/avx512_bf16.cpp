@@ -23,7 +23,9 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 // GCC 12 warns about _mm512_undefined_ps in its own header.
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 #define EVIT_SIMD_NAMESPACE avx512_bf16
 #define EVIT_SIMD_BYTES 64
@@ -46,7 +48,11 @@ struct Pairs {
   static constexpr int64_t logits_padding = 32;
 
   EVIT_INLINE void multiply_add(FloatV& sum, Element a, const UintV& b) {
-    sum = _mm512_dpbf16_ps(sum, bits_as<__m512bh>(UintV{} + a), bits_as<__m512bh>(b));
+    UintV everywhere = UintV{} + a;
+#if defined(__clang__) && __clang_major__ == 16
+    asm("" : "+v"(everywhere));  // clang 16 does not survive a broadcast that becomes bfloat16
+#endif
+    sum = _mm512_dpbf16_ps(sum, bits_as<__m512bh>(everywhere), bits_as<__m512bh>(b));
   }
 
   EVIT_INLINE UintV load(const BFloat16* values, int64_t count) {
