@@ -26,7 +26,7 @@ from evit_ext.training.ranks import Ranks
 from evit_ext.training.run import folder as run_folder
 from evit_ext.training.run.checkpoints import RunCheckpoints
 from evit_ext.training.run.clock import RunClock
-from evit_ext.training.run.introduction import introduction
+from evit_ext.training.run.introduction import introduce
 from evit_ext.training.run.lock import FolderLock
 from evit_ext.training.run.metrics import Metrics
 from evit_ext.training.run.results import Results
@@ -210,7 +210,7 @@ class Run:
         self._evaluate_if_due(config.epochs)
 
     def _introduce(self) -> None:
-        text = introduction(self.config, self._loaders, self.trainer.model, self.precision, self.ranks)
+        text = introduce(self.config, self._loaders, self.trainer.model, self.precision, self.ranks)
         self._say(f"{text}\nthe run is in {self.folder}")
 
     def advice(self) -> str:
