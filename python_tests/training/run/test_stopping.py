@@ -13,6 +13,7 @@ import pytest
 import runs
 from image_data import write_folder
 
+from evit_ext.training import waiting
 from evit_ext.training.run.checkpoints import RunCheckpoints
 
 LONG = [*runs.SMALL, "--epochs", "500", "--checkpoint-every", "100000", "--eval-every", "1000"]
@@ -99,3 +100,16 @@ def test_what_is_not_waiting_is_only_noted() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout == "ready\nwent on\n" and not done.stderr
+
+
+def test_what_is_waited_for_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(waiting, "TOLD_AFTER", 0.1)
+    with waiting.told("the hub"):
+        pass
+    time.sleep(0.3)
+    assert not capsys.readouterr().err
+    with waiting.told("the hub"):
+        time.sleep(0.3)
+    assert capsys.readouterr().err == "waiting for the hub, for 0 s now\n"
