@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ def contestants(
     name: str,
     keep_rates: Sequence[float] = (0.7, 0.5),
     device: torch.device | str = "cpu",
+    reduction: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> list[Contestant]:
     """Return a model's dense form and, for each keep rate, a form that drops patches, with the same weights.
@@ -47,6 +48,7 @@ def contestants(
         name: from :mod:`evit_ext.models` or timm's registry.
         keep_rates: each in (0, 1].
         device: where to put the models.
+        reduction: how tokens are dropped, besides the keep rate: drop_loc, fuse_token, rule and rule_args.
         arguments: of the model, such as ``img_size``.
 
     Raises:
@@ -58,7 +60,7 @@ def contestants(
     found = [Contestant("dense", dense, 1.0, _gmacs(dense, arguments))]
     state = dense.state_dict()
     for keep_rate in keep_rates:
-        model = create_evit(name, keep_rate=keep_rate, **arguments).to(device).eval()
+        model = create_evit(name, keep_rate=keep_rate, **(reduction or {}), **arguments).to(device).eval()
         model.load_state_dict(state)
         title = find_stages(model)[0].rule.title
         found.append(Contestant(f"{title} {keep_rate:g}", model, keep_rate, _gmacs(model, arguments)))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from evit_ext._util.files import replacing
 from evit_ext._util.tables import aligned
 from evit_ext.benchmark import MODES, TASKS, Row, contestants, measure
 from evit_ext.cli.options import add_device, add_output, chosen_device, keep_rate
@@ -136,24 +137,26 @@ def _benchmark(options: argparse.Namespace) -> None:
     text = table(rows)
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
-        options.output.with_suffix(".md").write_text(f"# {options.named}\n\n{text}\n")
+        contents = {"json": json.dumps(everything, indent=1), "md": f"# {options.named}\n\n{text}"}
+        for ending, content in contents.items():
+            with replacing(options.output.with_name(f"{options.output.name}.{ending}")) as file:
+                file.write(f"{content}\n")
     print(json.dumps(everything, indent=2) if options.json else text)
 
 
 def _model(options: argparse.Namespace) -> tuple[str, list[float], dict[str, Any]]:
-    """Return the model's name, the keep rates, and arguments of the model."""
+    """Return the model's name, the keep rates, and further arguments of :func:`contestants`."""
     size = {} if options.img_size is None else {"img_size": options.img_size}
     if not Path(options.named).is_dir() or run_of(options.named) is None:
         return options.named, options.keep_rate or [0.7, 0.5], size
     config = run_config(options.named, size)
-    given = {"img_size": config.img_size, "drop_loc": config.drop_loc, "num_classes": config.num_classes}
     names = run_classes(options.named)
-    if names is not None:
-        given["num_classes"] = len(names)
+    classes = config.num_classes if names is None else len(names)
+    given = {"img_size": config.img_size, "num_classes": classes}
     arguments = {**config.model_args, **{name: value for name, value in given.items() if value is not None}}
+    reduction = {name: getattr(config, name) for name in ("drop_loc", "fuse_token", "rule", "rule_args")}
     rates = options.keep_rate or ([0.7, 0.5] if config.keep_rate is None else [config.keep_rate])
-    return config.model, rates, arguments
+    return config.model, rates, {"reduction": reduction, **arguments}
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import fields
@@ -163,10 +164,21 @@ def _run(config: TrainConfig, output: Path, ranks: Ranks, options: argparse.Name
 
 
 def _end_within(seconds: float, status: int) -> None:
-    """End the process if it does not end by itself: it may wait for workers that wait for a dead mount."""
-    timer = threading.Timer(seconds, os._exit, [status])
-    timer.daemon = True
-    timer.start()
+    """End the process if it ends and cannot: it may wait for workers that wait for a dead mount.
+
+    A process that goes on, because it called the command itself, is left alone.
+    """
+
+    def watch() -> None:
+        until = time.monotonic() + 10 * seconds
+        while threading.main_thread().is_alive():
+            if time.monotonic() > until:
+                return
+            time.sleep(0.1)
+        time.sleep(seconds)
+        os._exit(status)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _tell(error: str) -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from evit_ext._util.files import replacing
 from evit_ext._util.modes import eval_mode
+from evit_ext._util.safetensors_bytes import to_bytes
 from evit_ext.cost.macs import count_macs
 from evit_ext.data import CanvasBatch, ClutteredDigits, denormalize, object_patches
 from evit_ext.demo.settings import Settings
@@ -162,14 +163,17 @@ class Demo:
 
     def _save(self, models: dict[str, nn.Module], rows: list[dict[str, Any]]) -> None:
         s = self.settings
-        (self.output / "metrics.json").write_text(json.dumps(rows, indent=2) + "\n")
+        with replacing(self.output / "metrics.json") as file:
+            file.write(json.dumps(rows, indent=2) + "\n")
         shape = {
             name: str(getattr(s, name))
             for name in ("canvas_size", "patch_size", "embed_dim", "depth", "num_heads")
         }
         for name, model in models.items():
             path = self.output / f"{name.lower().replace('/', '_')}.safetensors"
-            save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path, shape)
+            tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+            with replacing(path, "wb") as file:
+                file.write(to_bytes(tensors, shape))
         batch = self._test.render(_pictured(self._test, s.pictured))
         self._picture(models, rows, batch)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch._dynamo
@@ -43,19 +43,20 @@ def allow_recompiles(count: int) -> Iterator[None]:
         yield
 
 
-def programs_of_run(config: TrainConfig, num_patches: int) -> tuple[int, str]:
-    """Return how many programs torch.compile makes of a block at most, and that in words; 0 and "" for none.
+def programs_of_run(config: TrainConfig, num_patches: int, say: Callable[[str], None]) -> int:
+    """Return how many programs torch.compile makes of a block at most in a run, and say so; 0 without it.
 
     Args:
         config: of the run.
         num_patches: of the model.
+        say: prints a line.
     """
     if not config.compile:
-        return 0, ""
+        return 0
     levels = [1.0]
     if config.keep_rate is not None and config.keep_rate_token_step is not None:
         levels = keep_rate_levels(config.keep_rate, num_patches, config.keep_rate_token_step)
     rates = "1 keep rate" if len(levels) == 1 else f"{len(levels)} keep rates"
-    words = f"torch.compile compiles for at most {rates}, for training and for evaluation"
+    say(f"torch.compile compiles for at most {rates}, for training and for evaluation")
     # Besides training and evaluation, a last batch that is smaller.
-    return 3 * len(levels), words
+    return 3 * len(levels)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from evit_ext.training.waiting import told
+
 # What a launcher sets: torchrun, or Slurm's srun with a task for each process.
 _VARIABLES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -149,7 +151,8 @@ def join(device: str = "auto", timeout: float = 1800.0) -> Iterator[Ranks]:
     on_gpu = chosen.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(chosen)
-    with _talking(rank, world_size):
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    with _talking(rank, world_size), told(f"all {world_size} processes to meet at {where}"):
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             rank=rank,

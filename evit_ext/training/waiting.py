@@ -24,6 +24,22 @@ GRACE_OF_RANKS = 25.0
 SECOND = 2.0
 
 
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Say after :data:`TOLD_AFTER` seconds what the process waits for in the context, if it still does."""
+
+    def say() -> None:
+        print(f"waiting for {what}, for {TOLD_AFTER:.0f} s now", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(TOLD_AFTER, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class Watch:
     """A thread that says what a process waits for, and ends a process that was asked to stop and cannot.
 

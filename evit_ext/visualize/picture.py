@@ -12,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from evit_ext._util.files import replacing
 from evit_ext.visualize.class_names import NamedProbability, most_probable
 from evit_ext.visualize.gallery import Gallery, work_saved
 from evit_ext.visualize.heat import COLORS, Heat, heat
@@ -69,7 +70,8 @@ def save(image: Image.Image, path: Path) -> None:
             f"a {path.suffix} picture has sides of up to {longest} pixels, and this one is "
             f"{image.width} x {image.height}: write a .png, or show fewer photographs or keep rates"
         )
-    image.save(path)
+    with replacing(path, "wb") as file:
+        image.save(file, Image.registered_extensions()[path.suffix.lower()])
 
 
 def kept_picture(image: Image.Image, kept: Tensor, side: int) -> Image.Image:

@@ -143,11 +143,22 @@ def test_an_export_knows_its_classes(run: tuple[Path, str], tmp_path: Path) -> N
     assert list(read_metadata(tmp_path / "a.pt2").classes or ()) == ["china", "flower"]
 
 
-def test_a_benchmark_of_a_run(run: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_benchmark_of_a_run(
+    run: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--batch-size", "1", "--seconds", "0.1", "--latency-calls", "5", "--precision", "float32"]
     assert main(["benchmark", str(run[0]), *options, "--json", "--device", "cpu"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["keep_rate"] for row in rows] == [1.0, 0.7] and rows[0]["gmacs"] < 0.01
+    # As the run reduces tokens, in one block only and at random.
+    other = tmp_path / "run"
+    other.mkdir()
+    shutil.copy(run[0] / "classes.txt", other)
+    settings = yaml.safe_load((run[0] / "config.yaml").read_text())
+    (other / "config.yaml").write_text(yaml.safe_dump({**settings, "drop_loc": [3], "rule": "random"}))
+    assert main(["benchmark", str(other), *options, "--json", "--device", "cpu"]) == 0
+    last = json.loads(capsys.readouterr().out)["rows"]
+    assert rows[1]["gmacs"] < last[1]["gmacs"] < rows[0]["gmacs"] and "andom" in last[1]["model"]
 
 
 def test_all_that_is_wrong_is_said_at_once(

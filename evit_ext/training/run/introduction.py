@@ -13,9 +13,7 @@ from evit_ext.training.precision import Precision
 from evit_ext.training.ranks import Ranks
 
 
-def introduction(
-    config: TrainConfig, loaders: Loaders, model: Any, precision: Precision, ranks: Ranks
-) -> str:
+def introduce(config: TrainConfig, loaders: Loaders, model: Any, precision: Precision, ranks: Ranks) -> str:
     """Return a block of lines, without one for where the run is.
 
     Args:

@@ -26,7 +26,7 @@ from evit_ext.training.ranks import Ranks
 from evit_ext.training.run import folder as run_folder
 from evit_ext.training.run.checkpoints import RunCheckpoints
 from evit_ext.training.run.clock import RunClock
-from evit_ext.training.run.introduction import introduction
+from evit_ext.training.run.introduction import introduce
 from evit_ext.training.run.lock import FolderLock
 from evit_ext.training.run.metrics import Metrics
 from evit_ext.training.run.results import Results
@@ -35,7 +35,7 @@ from evit_ext.training.run.summary import RunSummary
 from evit_ext.training.run.unreadable import UnreadableImages
 from evit_ext.training.sharding import distribute, share_buffers
 from evit_ext.training.trainer import Trainer
-from evit_ext.training.waiting import Watch
+from evit_ext.training.waiting import Watch, told
 
 _WEIGHTS_STREAM = 2  # of the random numbers that the first weights are drawn from
 
@@ -116,7 +116,7 @@ class Run:
         if goes_on:
             run_folder.check_classes(self.folder, self._loaders.classes)
         self._results.classes = self._loaders.classes
-        with seeded(derive_seed(config.seed, _WEIGHTS_STREAM)):
+        with seeded(derive_seed(config.seed, _WEIGHTS_STREAM)), told(f"the weights of {config.model}"):
             start = dataclasses.replace(config, pretrained=False) if goes_on else config
             model = build_model(start, self._loaders.num_classes).to(ranks.device)
         embed: Any = model.patch_embed
@@ -174,7 +174,8 @@ class Run:
         self._clock.start()
         self._introduce()
         embed: Any = unwrap_model(trainer.model).patch_embed
-        with self._stop, allow_recompiles(self._programs(embed.num_patches)):
+        programs = programs_of_run(self.config, embed.num_patches, self._say)
+        with self._stop, allow_recompiles(programs):
             try:
                 self._train_epochs()
             except StoppedWaiting as waiting:
@@ -210,7 +211,7 @@ class Run:
         self._evaluate_if_due(config.epochs)
 
     def _introduce(self) -> None:
-        text = introduction(self.config, self._loaders, self.trainer.model, self.precision, self.ranks)
+        text = introduce(self.config, self._loaders, self.trainer.model, self.precision, self.ranks)
         self._say(f"{text}\nthe run is in {self.folder}")
 
     def advice(self) -> str:
@@ -375,13 +376,6 @@ class Run:
     def _write(self, kind: str, **figures: float) -> None:
         epoch = (self.trainer.step - 1) // self.trainer.steps_per_epoch + 1
         self._metrics.write(self.trainer.step, epoch, kind, **figures)
-
-    def _programs(self, num_patches: int) -> int:
-        """Return how many programs torch.compile makes of a block at most, and say so."""
-        programs, words = programs_of_run(self.config, num_patches)
-        if words:
-            self._say(words)
-        return programs
 
     def _val_batches(self) -> int | None:
         """Return how many batches of validation the first process has, where that is known."""

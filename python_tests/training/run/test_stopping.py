@@ -13,6 +13,7 @@ import pytest
 import runs
 from image_data import write_folder
 
+from evit_ext.training import waiting
 from evit_ext.training.run.checkpoints import RunCheckpoints
 
 LONG = [*runs.SMALL, "--epochs", "500", "--checkpoint-every", "100000", "--eval-every", "1000"]
@@ -41,8 +42,11 @@ def test_images_that_never_come(tmp_path: Path, workers: int) -> None:
     """As of a dead mount: opening a pipe that nobody writes to waits for ever."""
     data = write_folder(tmp_path / "data", train=7, val=2)
     folder, log = tmp_path / "run", tmp_path / "run.log"
-    options = [*LONG, "--data", str(data), "--workers", str(workers)]
-    processes = runs.start(folder, options, log=log)
+    options = [*LONG, "--data", str(data), "--workers", str(workers), "--output", str(folder)]
+    # In a process as of a terminal: how the harness of `runs` ends its processes is its own.
+    with log.open("w") as output:
+        command = [sys.executable, "-m", "evit_ext", "train", *options, "--device", "cpu"]
+        process = subprocess.Popen(command, stdout=output, stderr=output)
     metrics = folder / "metrics.csv"
     until(lambda: metrics.exists() and metrics.read_text().count("\n") > 5)
     for path in (data / "train").rglob("*.jpg"):
@@ -56,8 +60,8 @@ def test_images_that_never_come(tmp_path: Path, workers: int) -> None:
 
     until(stands_still)
     began = time.monotonic()
-    os.kill(processes[0].pid, signal.SIGTERM)
-    assert runs.wait(processes, 30) == [128 + signal.SIGTERM], log.read_text()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM, log.read_text()
     assert time.monotonic() - began < 25  # less than schedulers grant
     said = log.read_text()
     assert f"asked to stop while waiting for images of {data} from the loader ({workers} workers)" in said
@@ -99,3 +103,16 @@ def test_what_is_not_waiting_is_only_noted() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout == "ready\nwent on\n" and not done.stderr
+
+
+def test_what_is_waited_for_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(waiting, "TOLD_AFTER", 0.1)
+    with waiting.told("the hub"):
+        pass
+    time.sleep(0.3)
+    assert not capsys.readouterr().err
+    with waiting.told("the hub"):
+        time.sleep(0.3)
+    assert capsys.readouterr().err == "waiting for the hub, for 0 s now\n"
