@@ -15,10 +15,13 @@ Notation: B batch, H heads, N tokens, C channels.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -67,19 +70,39 @@ def runs_on(x: Tensor, with_gradient: bool = False) -> bool:
         # In torch 2.10 this is always true while compiling, so compiled models run timm's code there.
         return not torch.compiler.is_exporting()
     # Traced models, like exported ones, may run elsewhere. no_grad does not end forward mode.
-    return not torch.jit.is_tracing() and forward_ad._current_level < 0
+    if torch.jit.is_tracing() or forward_ad._current_level >= 0:
+        return False
+    # Functions that other code has put in the place of PyTorch's, or watches, must be called.
+    replaced = any(getattr(F, name) is not getattr(torch._C._nn, name) for name in _FUNCTIONS)
+    return not replaced and torch._C._len_torch_function_stack() == 0
 
+
+#: The functions that the code here takes the place of.
+_FUNCTIONS = ("scaled_dot_product_attention", "gelu", "linear")
 
 #: The original forwards of classes, to notice when other code replaces them.
 _WRITTEN: dict[type[nn.Module], Any] = {}
 
 
 def remember(*kinds: type[nn.Module]) -> None:
-    """Record the present forwards of these classes as their original ones."""
-    _WRITTEN.update({kind: kind.forward for kind in kinds})
+    """Record the forwards of these classes, unless other code has replaced them already."""
+    _WRITTEN.update({kind: kind.forward for kind in kinds if _is_of_its_library(kind)})
 
 
-remember(nn.Linear, nn.Identity, nn.GELU, nn.Dropout)
+def _is_of_its_library(kind: type[nn.Module]) -> bool:
+    """Return whether the forward of a class is code of the library that the class is from."""
+    owner = next(base for base in kind.__mro__ if "forward" in base.__dict__)
+    package = sys.modules[owner.__module__.partition(".")[0]]
+    code = getattr(owner.__dict__["forward"], "__code__", None)
+    return code is not None and str(code.co_filename).startswith(str(Path(str(package.__file__)).parent))
+
+
+def is_written(kind: type[nn.Module]) -> bool:
+    """Return whether :func:`remember` knows a class, and its forward is still the one that it was."""
+    return kind.forward is _WRITTEN.get(kind)
+
+
+remember(nn.Linear, nn.Identity, nn.GELU, nn.Dropout, nn.LayerNorm, LayerNorm)
 
 #: The attributes in which nn.Module keeps its hooks.
 _HOOKS = (
@@ -100,13 +123,12 @@ _GLOBAL_HOOKS = (
 )
 
 
-def is_watched(module: nn.Module, everywhere: bool = True) -> bool:
-    """Return whether hooks would run if `module` were called: its own, or, if `everywhere`, those of all.
+def is_watched(module: nn.Module) -> bool:
+    """Return whether hooks would run if `module` were called, its own or those of all modules.
 
     Of those of all modules, PyTorch's own do not count: they are the FLOP counter's and the profiler's.
     """
-    own = any(getattr(module, hooks) for hooks in _HOOKS)
-    return own or (everywhere and _is_watched_everywhere())
+    return any(getattr(module, hooks) for hooks in _HOOKS) or _is_watched_everywhere()
 
 
 def _is_watched_everywhere() -> bool:
@@ -118,7 +140,7 @@ def _is_watched_everywhere() -> bool:
 
 def has_written_forward(module: nn.Module) -> bool:
     """Return whether the class of `module` is one that :func:`remember` knows, with its original forward."""
-    return type(module).forward is _WRITTEN.get(type(module))
+    return is_written(type(module))
 
 
 def as_written(module: nn.Module, kind: type[nn.Module]) -> bool:

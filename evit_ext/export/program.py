@@ -31,6 +31,11 @@ def check_exportable(model: nn.Module, images: Tensor) -> None:
             raise ValueError(
                 "an oracle guides the model, which is not part of it: export it after Oracle.guide's context"
             )
+        if stage.rule.draws:
+            raise ValueError(
+                f"its rule {stage.rule.name} draws random numbers, so that no file can be compared with the "
+                "model: apply another rule"
+            )
         if stage.recorders:
             raise ValueError("its tokens are being recorded: export it after record_tokens' context")
     if any(value.is_meta for value in (*model.parameters(), *model.buffers())):

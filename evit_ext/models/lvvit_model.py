@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evit_ext._util.messages import shown
+from evit_ext._util.wrappers import unwrapped
 from evit_ext.models.deit_model import DeiT
 from evit_ext.models.lvvit_stem import ConvStem
 from evit_ext.models.mix_token import draw_exchanged
-from evit_ext.patching.families import unwrapped
 from evit_ext.tokens.stage import Stage, find_stages
 from evit_ext.tokens.trail import TokenTrail
 

@@ -11,9 +11,10 @@ from torch import nn
 
 from evit_ext._util.messages import shown
 from evit_ext._util.overriding import ReplicateOverrides, overrides, remove_overrides
+from evit_ext._util.wrappers import WRAPPED, unwrapped
 from evit_ext.cpu import packed_weights, replacing
 from evit_ext.patching.block import AdoptedBlock
-from evit_ext.patching.families import WRAPPED, check_block, family_of, locate, unwrapped
+from evit_ext.patching.families import check_block, family_of, locate
 from evit_ext.patching.full_grid import FullGridIntermediates
 from evit_ext.tokens.evit import EViT
 from evit_ext.tokens.keep_rate import check_keep_rates
@@ -139,15 +140,6 @@ def _is_changed(vit: nn.Module) -> bool:
     return adopted or bool(overrides(located.vit))
 
 
-def check_locations(depth: int, drop_loc: Sequence[int] | None) -> list[int]:
-    """Return the checked numbers of the reorganising blocks of a model with `depth` blocks.
-
-    Raises:
-        TypeError, ValueError: as :func:`apply`.
-    """
-    return _locations(drop_loc, depth)
-
-
 def check_rules(
     number: int,
     keep_rate: float | Sequence[float] | None = None,
@@ -178,7 +170,7 @@ def check_rules(
                 "rule must be a rule, such as evit_ext.tokens.EViT(0.7), or one for each reorganising block, "
                 f"got {one!r}"
             )
-        if missing := one.wants() - WANTED:
+        if missing := frozenset(one.wants()) - WANTED:
             raise ValueError(
                 f"the rule {one.name} wants {', '.join(sorted(missing))}, which no attention returns: it is "
                 "for models of evit_ext.models that have them"
@@ -220,6 +212,11 @@ def remove(vit: Model) -> Model:
                 f"block {number} became a {type(inner).__name__} after evit_ext.apply, as by fully_shard or "
                 "a parametrization of the block: undo that first"
             )
+        if isinstance(inner, AdoptedBlock) and "forward" in inner.__dict__:
+            raise RuntimeError(
+                f"block {number} got a forward of its own after evit_ext.apply, which would be lost: take it "
+                "away first"
+            )
         if isinstance(inner, AdoptedBlock) and _has_fsdp(block):
             raise RuntimeError(
                 f"block {number} is inside FullyShardedDataParallel: call evit_ext.remove before wrapping"
@@ -249,8 +246,12 @@ def _has_fsdp(block: nn.Module) -> bool:
     return any(type(module).__name__ == "FullyShardedDataParallel" for module in block.modules())
 
 
-def _locations(drop_loc: Sequence[int] | None, depth: int) -> list[int]:
-    """Return the checked numbers of the reorganising blocks of a model with `depth` blocks."""
+def check_locations(depth: int, drop_loc: Sequence[int] | None) -> list[int]:
+    """Return the checked numbers of the reorganising blocks of a model with `depth` blocks.
+
+    Raises:
+        TypeError, ValueError: as :func:`apply`.
+    """
     if drop_loc is None:
         return sorted({depth * quarter // 4 for quarter in (1, 2, 3)})
     expected = "drop_loc must be a sequence of block numbers, such as (3, 6, 9)"

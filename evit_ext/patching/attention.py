@@ -13,6 +13,7 @@ Notation: B batch, H heads, N tokens, P prefix tokens, C channels, D channels pe
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evit_ext import ops
+from evit_ext._util.wrappers import unwrapped
 from evit_ext.cpu import forward as cpu_forward
 from evit_ext.cpu.replacing import is_replaced
 from evit_ext.ops import checks
@@ -78,6 +80,10 @@ class Projected(NamedTuple):
 
 class AttentionKind(ABC):
     """How to run the attentions of a library."""
+
+    @abstractmethod
+    def classes(self) -> tuple[type[nn.Module], ...]:
+        """Return the classes of attentions, whose subclasses count."""
 
     @abstractmethod
     def project(self, attention: Any, x: Tensor, linear: Linear, positions: Any) -> Projected:
@@ -184,27 +190,78 @@ def _run_module(
     """Run the attention's own forward; see :func:`attend`."""
     if not wants.scores and not wants.keys:
         return Attended(kind.call(attention, x, positions, bias), None, None)
-    found: list[Projected] = []
+    inner = unwrapped(attention)
+    if not isinstance(inner, kind.classes()):
+        raise RuntimeError(
+            f"the attention became a {type(inner).__name__} after evit_ext.apply: its queries and keys are "
+            "not known, so tokens get no scores; call evit_ext.remove first"
+        )
+    run = _run_hooked
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        # A tracer does not follow hooks that come and go.
-        out = kind.call(attention, x, positions, bias)
-        found.append(kind.project(attention, x, apply_linear, positions))
-    else:
-        projected: dict[int, Tensor] = {}
+        if not attention._forward_pre_hooks and _is_own_forward(inner):
+            # It sees the same input, so the projection may be computed again.
+            out = kind.call(attention, x, positions, bias)
+            projected = kind.project(attention, x, apply_linear, positions)
+            return _scored(kind, attention, out, projected, wants, bias)
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise RuntimeError(
+                "an attention with hooks before its forward, or with a forward of its own, cannot be "
+                "exported or traced in a block that reorganises tokens: take them away first"
+            )
+        run = _run_outside_of_graphs
+    out, projected = run(kind, attention, x, positions, bias)
+    return _scored(kind, attention, out, projected, wants, bias)
 
-        def keep(layer: nn.Module, args: Any, output: Tensor) -> None:
+
+def _is_own_forward(attention: nn.Module) -> bool:
+    """Return whether the forward is that of a class that is known; FSDP makes subclasses that inherit it."""
+    known = any(
+        base.__dict__.get("forward") is type(attention).forward and cpu_forward.is_written(base)
+        for base in type(attention).__mro__
+    )
+    return known and is_replaced(attention)
+
+
+def _scored(
+    kind: AttentionKind,
+    attention: Any,
+    out: Tensor,
+    projected: Projected,
+    wants: Wants,
+    bias: Tensor | None,
+) -> Attended:
+    scores = _scores(projected.q, projected.k, wants, kind.scale(attention), bias)
+    return Attended(out, scores, projected.k if wants.keys else None)
+
+
+#: One thread at a time has hooks on an attention, whose calls by other threads they pass over.
+_lock = threading.RLock()
+
+
+def _run_hooked(
+    kind: AttentionKind, attention: Any, x: Tensor, positions: Any, bias: Tensor | None
+) -> tuple[Tensor, Projected]:
+    """Call the attention, and take queries and keys from its projections while it runs."""
+    thread = threading.get_ident()
+    found: list[Projected] = []
+    projected: dict[int, Tensor] = {}
+
+    def keep(layer: nn.Module, args: Any, output: Tensor) -> None:
+        if threading.get_ident() == thread:
             projected[id(layer)] = output
 
-        def project(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-            # Before the hooks that take parameters away again, as those of FSDP do, and with the input that
-            # the module got of its own hooks.
+    def project(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        # Before the hooks that take parameters away again, as those of FSDP do, and with the input that the
+        # module got of its own hooks.
+        if threading.get_ident() == thread:
             given = args[0] if args else next(iter(named.values()))
             found.append(kind.project(module, given, again, positions))
 
-        def again(layer: Any, given: Tensor, bias: Tensor | None) -> Tensor:
-            known = projected.get(id(layer)) if bias is None else None
-            return apply_linear(layer, given, bias) if known is None else known
+    def again(layer: Any, given: Tensor, bias: Tensor | None) -> Tensor:
+        known = projected.get(id(layer)) if bias is None else None
+        return apply_linear(layer, given, bias) if known is None else known
 
+    with _lock:
         hooks = [layer.register_forward_hook(keep) for layer in kind.projections(attention)]
         hooks.append(attention.register_forward_hook(project, prepend=True, with_kwargs=True))
         try:
@@ -212,9 +269,11 @@ def _run_module(
         finally:
             for hook in hooks:
                 hook.remove()
-    q, k, _, _ = found[0]
-    scores = _scores(q, k, wants, kind.scale(attention), bias)
-    return Attended(out, scores, k if wants.keys else None)
+    return out, found[0]
+
+
+#: The same where torch.compile leaves its graph for it: it does not follow hooks that come and go.
+_run_outside_of_graphs = torch.compiler.disable(_run_hooked)
 
 
 def _unusual(scale: float | None, q: Tensor) -> dict[str, Any]:

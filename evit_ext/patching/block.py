@@ -13,9 +13,10 @@ import torch.fx
 from timm.layers import LayerNorm
 from torch import Tensor, nn
 
-from evit_ext.cpu.forward import is_watched
+from evit_ext.cpu.forward import has_written_forward, is_watched, is_written
 from evit_ext.ops import checks
 from evit_ext.patching.attention import Attended, Wants
+from evit_ext.tokens.plan import Plan
 from evit_ext.tokens.rule import Rule, Seen
 from evit_ext.tokens.stage import Stage
 from evit_ext.tokens.trail import TokenTrail
@@ -38,7 +39,7 @@ def _norms_as_written(norm: nn.Module | None, x: Tensor, branch: Tensor) -> bool
         return False
     assert norm is not None
     # Hooks, or an overridden forward as some libraries install.
-    if is_watched(norm) or "forward" in norm.__dict__:
+    if is_watched(norm) or "forward" in norm.__dict__ or not has_written_forward(norm):
         return False
     if checks.autocast_enabled(x.device.type):  # autocast runs LayerNorm in float32
         return False
@@ -164,7 +165,8 @@ class ReorganizingBlock(Stage, AdoptedBlock):
         """
         prefix = self.num_prefix_tokens
         num_patches = _size(x) - prefix
-        num_image_patches = num_patches if trail is None else trail.num_image_patches(num_patches)
+        # Without a trail nobody hands it on, and by its own number each block would be a graph of its own.
+        num_image_patches = None if trail is None else trail.num_image_patches(num_patches)
         keeps_all = self.rule.num_kept(num_patches, num_image_patches) == num_patches
         if masked and not keeps_all:
             raise NotImplementedError(
@@ -176,7 +178,7 @@ class ReorganizingBlock(Stage, AdoptedBlock):
             # The model's own code, so that keep rate 1 equals the unchanged model bit for bit.
             return unchanged()
         self._check_block()
-        wanted = self.rule.wants()
+        wanted = frozenset(self.rule.wants())
         guided = self.guidance is not None and not keeps_all
         wants = Wants(
             scores="scores" in wanted and not guided, keys="keys" in wanted, mean=not self.class_token
@@ -186,6 +188,7 @@ class ReorganizingBlock(Stage, AdoptedBlock):
             scores = self.guidance.scores(self.stage, x, num_patches)
         seen = Seen(x, branch, prefix, num_patches, num_image_patches, scores, keys)
         plan = self.rule.plan(seen)
+        self._check_plan(plan, num_patches, num_image_patches)
         norm: Any = self.mlp_norm()
         both = None
         if not self.wants_tokens() and _norms_as_written(norm, x, branch):
@@ -198,9 +201,22 @@ class ReorganizingBlock(Stage, AdoptedBlock):
             self.report(plan, trail, seen.tokens if self.wants_tokens() else None)
         return out + self.mlp_branch(out, normed)
 
+    def _check_plan(self, plan: Plan, num_patches: int, num_image_patches: int | None) -> None:
+        """Raise ValueError where the rule plans something else than it says from sizes alone."""
+        planned = (plan.num_kept, plan.num_kept + plan.num_made)
+        said = (
+            self.rule.num_kept(num_patches, num_image_patches),
+            self.rule.num_out(num_patches, num_image_patches),
+        )
+        if planned != said:
+            raise ValueError(
+                f"the rule {self.rule.name} says that of {num_patches} patch tokens {said[0]} are kept and "
+                f"{said[1]} leave, and plans {planned[0]} and {planned[1]}: see its num_kept and num_out"
+            )
+
     def _check_block(self) -> None:
         """Raise where the block's class computes something else than when evit_ext was imported."""
-        if self.REPLACES.forward is not _WRITTEN.get(self.REPLACES):
+        if not is_written(self.REPLACES):
             raise RuntimeError(
                 f"{self.REPLACES.__name__}.forward was replaced by other code, which a block that "
                 "reorganises tokens cannot run in part: undo that, or call evit_ext.remove"
@@ -209,15 +225,6 @@ class ReorganizingBlock(Stage, AdoptedBlock):
     def extra_repr(self) -> str:
         """Return the settings for ``print(model)``."""
         return f"rule={self.rule}, num_prefix_tokens={self.num_prefix_tokens}"
-
-
-#: The forwards of the block classes, to notice when other code replaces them.
-_WRITTEN: dict[type[nn.Module], Any] = {}
-
-
-def remember_blocks(*kinds: type[ReorganizingBlock]) -> None:
-    """Record the present forwards of the classes that these blocks replace as their original ones."""
-    _WRITTEN.update({kind.REPLACES: kind.REPLACES.forward for kind in kinds})
 
 
 def _size(x: Tensor) -> int:

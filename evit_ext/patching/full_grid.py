@@ -9,7 +9,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from evit_ext._util.overriding import Override
-from evit_ext.patching.families import unwrapped
+from evit_ext._util.wrappers import unwrapped
 from evit_ext.patching.recording import TokenRecord, recording
 from evit_ext.tokens.stage import Stage, find_stages
 
@@ -107,7 +107,7 @@ def _check_fill(fill: str | None, fused: bool) -> str:
     if fill not in _FILLS:
         raise ValueError(f"fill must be one of {', '.join(map(repr, _FILLS))}, got {fill!r}")
     if fill == "fused" and not fused:
-        raise ValueError("fill='fused' needs a fused token, but the model drops patches (fuse_token=False)")
+        raise ValueError("fill='fused' needs a fused token, but the model drops patches")
     return fill
 
 

@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from evit_ext import ops
+from evit_ext._util.wrappers import unwrapped
 from evit_ext.ops import checks
 from evit_ext.patching.applying import apply
 from evit_ext.patching.block import AdoptedBlock
-from evit_ext.patching.families import locate, unwrapped
+from evit_ext.patching.families import locate
 from evit_ext.patching.full_grid import FullGridIntermediates
 from evit_ext.patching.recording import TokenRecord, graph_task, recording
 from evit_ext.tokens.plan import Plan
@@ -92,6 +94,7 @@ class Oracle(nn.Module):
         Raises:
             ValueError: they do not fit; the student is left as it was.
         """
+        student = unwrap_model(student)
         weights, own = self.vit.state_dict(), student.state_dict()
         wrong = [
             f"{name}: {_shape(weights, name)} in the oracle, {_shape(own, name)} in the student"

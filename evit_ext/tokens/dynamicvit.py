@@ -45,8 +45,9 @@ class PredictedSelection(KeepRateRule, name="dynamicvit"):
         """See `Rule.wants`."""
         return frozenset({"predictions"})
 
-    def num_out(self, num_patches: int, num_image_patches: int) -> int:
+    def num_out(self, num_patches: int, num_image_patches: int | None) -> int:
         """See `Rule.num_out`."""
+        assert num_image_patches is not None
         return max(1, int(num_image_patches * self.keep_ratio))
 
     def plan(self, seen: Seen) -> Plan:

@@ -58,9 +58,9 @@ class BestPlan(Plan):
         return self.num_keep == self.num_patches
 
     @property
-    def num_out(self) -> int:
+    def num_kept(self) -> int:
         """See :class:`Plan`."""
-        return self.num_keep + self.num_made
+        return self.num_keep
 
     def apply(self, x: Tensor, num_prefix_tokens: int) -> Tensor:
         """Return the prefix tokens, the kept ones and the fused one, [B, P + K (+ 1), C]."""
@@ -132,11 +132,11 @@ class EViT(KeepRateRule, name="evit"):
         """See `Rule.wants`."""
         return frozenset({"scores"})
 
-    def num_kept(self, num_patches: int, num_image_patches: int) -> int:
+    def num_kept(self, num_patches: int, num_image_patches: int | None) -> int:
         """See `Rule.num_kept`."""
         return math.ceil(self.keep_rate * num_patches)
 
-    def num_out(self, num_patches: int, num_image_patches: int) -> int:
+    def num_out(self, num_patches: int, num_image_patches: int | None) -> int:
         """See `Rule.num_out`."""
         num_kept = self.num_kept(num_patches, num_image_patches)
         return num_kept + (1 if self.fuse_token and num_kept < num_patches else 0)

@@ -36,6 +36,8 @@ class Plan:
         scores: Tensor | None = None,
         complete: bool = False,
     ) -> None:
+        if owner is None and num_made > 1:
+            raise ValueError(f"a plan that makes {num_made} tokens must say by owner which they stand for")
         self.kept = kept
         self.num_patches = num_patches
         self.num_made = num_made
@@ -58,9 +60,14 @@ class Plan:
         return others.scatter(1, kept, places)
 
     @property
+    def num_kept(self) -> int:
+        """K."""
+        return self.kept.shape[1]
+
+    @property
     def num_out(self) -> int:
         """M, how many patch tokens leave."""
-        return self.kept.shape[1] + self.num_made
+        return self.num_kept + self.num_made
 
     @property
     def represents_all(self) -> bool:
@@ -138,6 +145,8 @@ class Plan:
         owner = self.owner
         of_owner = ops.gather_tokens(patches, owner.clamp(min=0))
         if isinstance(fill, str) and fill == "fused":
+            if not self.represents_all:
+                raise ValueError("fill='fused' needs a token that stands for each, but the plan drops some")
             return of_owner
         is_kept = torch.zeros_like(owner, dtype=torch.bool).scatter(1, self.kept, True).unsqueeze(2)
         others = torch.zeros_like(of_owner) if isinstance(fill, str) else fill

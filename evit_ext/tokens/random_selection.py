@@ -25,7 +25,9 @@ class RandomSelection(KeepRateRule, name="random"):
 
     keep_rate: float = 0.7
 
-    def num_out(self, num_patches: int, num_image_patches: int) -> int:
+    draws = True
+
+    def num_out(self, num_patches: int, num_image_patches: int | None) -> int:
         """See `Rule.num_out`."""
         return math.ceil(self.keep_rate * num_patches)
 

@@ -31,7 +31,8 @@ class Seen:
     Attributes:
         num_prefix_tokens: P.
         num_patches: N − P, the patch tokens that enter; fused tokens of earlier stages count.
-        num_image_patches: the patch tokens that entered the first stage.
+        num_image_patches: the patch tokens that entered the first stage; None in models whose blocks do not
+            hand that on, which are timm's VisionTransformer and those of transformers.
         token_scores: float32 (float64 for float64), [B, N] for all tokens or [B, N − P] for the patch tokens;
             None if the rule does not want scores.
         keys: [B, H, N, D], as attention multiplies them, with norms and rotary embeddings; None if the rule
@@ -44,7 +45,7 @@ class Seen:
         branch: Tensor | None,
         num_prefix_tokens: int,
         num_patches: int,
-        num_image_patches: int,
+        num_image_patches: int | None,
         token_scores: Tensor | None = None,
         keys: Tensor | None = None,
     ) -> None:
@@ -117,7 +118,10 @@ class Rule:
     #: The name under which configurations and saved models know the rule.
     name: ClassVar[str] = ""
 
-    #: Whether training may lower its keep rate step by step: not if the model learns the rate itself.
+    #: Whether it draws random numbers, so that two forwards differ.
+    draws: ClassVar[bool] = False
+
+    #: Whether training may lower its keep rate step by step: not if a loss holds the model to the rate.
     has_schedule: ClassVar[bool] = True
 
     #: The address of the paper it is from.
@@ -137,19 +141,22 @@ class Rule:
         """Return what the attention must also return: any of "scores" and "keys"; by default nothing."""
         return frozenset()
 
-    def num_out(self, num_patches: int, num_image_patches: int) -> int:
+    def num_out(self, num_patches: int, num_image_patches: int | None) -> int:
         """Return M, how many patch tokens leave, fused tokens included.
 
         Known from sizes alone: exported programs, CUDA graphs and budgets need it.
 
         Args:
             num_patches: patch tokens that enter the block.
-            num_image_patches: patch tokens that entered the first stage.
+            num_image_patches: patch tokens that entered the first stage; see :class:`Seen`.
         """
         raise NotImplementedError
 
-    def num_kept(self, num_patches: int, num_image_patches: int) -> int:
-        """Return K, how many of the patch tokens go on as tokens of their own; by default all that leave."""
+    def num_kept(self, num_patches: int, num_image_patches: int | None) -> int:
+        """Return K, how many of the patch tokens go on as tokens of their own; by default all that leave.
+
+        A rule that makes a token of several must say so here. If K is all of them, the block does nothing.
+        """
         return self.num_out(num_patches, num_image_patches)
 
     def plan(self, seen: Seen) -> Plan:
@@ -157,8 +164,16 @@ class Rule:
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings as JSON can hold them; ``type(rule)(**rule.settings())`` is the same rule."""
-        return dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
+        """Return the settings as JSON can hold them, of which ``type(rule)(**settings)`` makes the rule.
+
+        Raises:
+            TypeError: it is no dataclass, but has settings of its own.
+        """
+        if dataclasses.is_dataclass(self):
+            return dataclasses.asdict(self)
+        if vars(self):
+            raise TypeError(f"the rule {self.name} must be a dataclass, or define settings(), to be saved")
+        return {}
 
     def describe(self) -> str:
         """Return what becomes of the patches that are not kept, to follow "what is not kept is"."""

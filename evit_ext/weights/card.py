@@ -17,7 +17,7 @@ import evit_ext
 import timm.data
 from PIL import Image
 
-model = evit_ext.from_pretrained("hf-hub:{repo_id}")  # or keep_rate=0.5, or any other
+model = evit_ext.from_pretrained("hf-hub:{repo_id}"){hint}
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 logits = model(transform(Image.open("photo.jpg").convert("RGB")).unsqueeze(0))
 ```
@@ -76,7 +76,7 @@ def model_card(
         "",
         "## Use",
         "",
-        _USE.format(repo_id=repo_id),
+        _USE.format(repo_id=repo_id, hint="  # or keep_rate=0.5, or any other" if rates else ""),
         "" if is_ours(config["architecture"]) else _DENSE.format(repo_id=repo_id),
     ]
     return "\n".join(lines).rstrip() + "\n"

@@ -16,7 +16,7 @@ from evit_ext.models.by_name import create, create_dense, is_ours
 from evit_ext.patching.applying import apply
 from evit_ext.patching.keep_rates import set_keep_rate
 from evit_ext.tokens.evit import EViT
-from evit_ext.tokens.rule import Rule, make_rule
+from evit_ext.tokens.rule import Rule, make_rule, rules_by_name
 from evit_ext.weights.limits import no_larger_than
 from evit_ext.weights.loading import load_checkpoint
 from evit_ext.weights.source import HUB_PREFIXES, hub_file
@@ -27,8 +27,11 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 #: The entry of config.json about token reorganisation, which timm ignores.
 ENTRY = "evit"
 
+#: Entries of it that are beside what the models of this package take as arguments.
+BESIDE = frozenset({"rule", "settings", "num_prefix_tokens"})
+
 #: Entries of it that are no settings of the rule.
-_NOT_OF_A_RULE = frozenset({"rule", "drop_loc", "dtype", "version"})
+_NOT_OF_A_RULE = BESIDE | {"drop_loc", "dtype", "version"}
 
 #: Bytes that a config.json has at most; that of ImageNet's 21,841 classes with descriptions has 3 million.
 _LARGEST = 2**24
@@ -37,9 +40,6 @@ _LARGEST = 2**24
 _NOT_OF_A_MODEL = frozenset(
     {"model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 )
-
-#: Entries of config.json's `ENTRY` that are no settings of the rule.
-_NOT_OF_A_RULE = frozenset({"rule", "drop_loc", "dtype", "version"})
 
 
 def from_pretrained(
@@ -121,20 +121,21 @@ def _read(file: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def _rules(name: str, settings: dict[str, Any]) -> Rule | list[Rule]:
+def _rules(evit: dict[str, Any]) -> Rule | list[Rule]:
     """Return the rule of a config.json, or one for each stage; TypeError or ValueError if there is none."""
+    name, settings = evit.get("rule", EViT.name), evit.get("settings")
     if not isinstance(name, str):
-        raise ValueError(f"rule must be the name of a rule, got {type(name).__name__}")
-    lists = {key: value for key, value in settings.items() if isinstance(value, list)}
-    if len({len(value) for value in lists.values()}) > 1:
-        raise ValueError("settings of a rule must have one value, or one for each stage")
-    if not lists:
-        return make_rule(name, settings)
-    stages = len(next(iter(lists.values())))
-    return [
-        make_rule(name, {**settings, **{key: value[stage] for key, value in lists.items()}})
-        for stage in range(stages)
-    ]
+        raise ValueError(f"rule must be the name of a rule, got {shown(name)}")
+    if settings is None:
+        others = {key: value for key, value in evit.items() if key not in _NOT_OF_A_RULE}
+        return rules_by_name(name, others.pop("keep_rate", None), others)
+    every = settings if isinstance(settings, list) else [settings]
+    if not all(isinstance(each, dict) for each in every):
+        raise ValueError(
+            f"settings must be those of a rule, or a list of each stage's, got {shown(settings)}"
+        )
+    rules = [make_rule(name, each) for each in every]
+    return rules if isinstance(settings, list) else rules[0]
 
 
 def _build(config: dict[str, Any]) -> nn.Module:
@@ -153,13 +154,14 @@ def _build(config: dict[str, Any]) -> nn.Module:
         if entry in config:
             cfg[entry] = config[entry]
     arguments.setdefault("num_classes", cfg.get("num_classes"))
-    settings = {key: value for key, value in evit.items() if key not in _NOT_OF_A_RULE}
     drop_loc = evit.get("drop_loc")
-    if "rule" not in evit and is_ours(name):
+    if is_ours(name) and not BESIDE & evit.keys():
+        settings = {key: value for key, value in evit.items() if key not in _NOT_OF_A_RULE}
         model = create(name, pretrained_cfg=cfg, **{**arguments, **settings, "drop_loc": drop_loc})
     else:
         dense = create_dense(name, pretrained_cfg=cfg, **arguments)
-        model = apply(dense, drop_loc=drop_loc, rule=_rules(evit.get("rule", EViT.name), settings))
+        prefix = evit.get("num_prefix_tokens")
+        model = apply(dense, drop_loc=drop_loc, rule=_rules(evit), num_prefix_tokens=prefix)
     dtype = getattr(torch, str(evit.get("dtype", "float32")), None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype must be one of torch's, such as 'float32', got {shown(evit['dtype'])}")

@@ -17,14 +17,17 @@ from torch import nn
 
 from evit_ext._util.files import private_folder, put
 from evit_ext._util.messages import shown
+from evit_ext._util.modes import eval_mode
 from evit_ext._util.version import VERSION
 from evit_ext.cost.macs import input_size
 from evit_ext.models.building import is_connection_error
-from evit_ext.models.by_name import rule_of
-from evit_ext.patching.families import drop_locations
+from evit_ext.models.by_name import is_ours, rule_of
+from evit_ext.patching.families import drop_locations, locate
+from evit_ext.patching.keep_rates import keep_rates
+from evit_ext.tokens.evit import EViT
 from evit_ext.tokens.stage import find_stages
 from evit_ext.weights.card import model_card
-from evit_ext.weights.pretrained import CONFIG, ENTRY, WEIGHTS, from_pretrained
+from evit_ext.weights.pretrained import BESIDE, CONFIG, ENTRY, WEIGHTS, from_pretrained
 
 _CARD = "README.md"
 
@@ -194,14 +197,11 @@ def _write_config(
     model_args: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Write config.json and return its contents."""
-    evit = {**rule_settings(vit), "drop_loc": drop_locations(vit)}
+    evit = reduction(vit)
     channels, size = input_size(vit, None)
     arguments = dict(model_args or {})
-    rule = find_stages(vit)[0].rule.name
-    if rule == rule_of(vit.pretrained_cfg["architecture"]):
+    if is_ours(vit.pretrained_cfg["architecture"]) and not BESIDE & evit.keys():
         arguments.update(evit)  # so that timm builds it with them too
-    else:
-        evit["rule"] = rule
     if getattr(getattr(vit, "patch_embed", None), "img_size", None):
         arguments.setdefault("img_size", list(size))
     settings: dict[str, Any] = {"pretrained_cfg": {"input_size": (channels, *size), **(pretrained_cfg or {})}}
@@ -218,23 +218,36 @@ def _write_config(
     return config
 
 
-def rule_settings(vit: nn.Module) -> dict[str, Any]:
-    """Return the settings of the stages' rules: a value, or a list of one for each stage if they differ.
+def reduction(vit: Any) -> dict[str, Any]:
+    """Return how the tokens of `vit` are reduced, as :func:`from_pretrained` reads it.
+
+    A model that is built with its rule, and a timm model with EViT's, has that rule's settings as entries.
+    Any other has the name of its rule and, as "settings", those of all stages or a list of each stage's.
 
     Raises:
         ValueError: the stages have different rules.
     """
-    rules = [stage.rule for stage in find_stages(vit)]
-    if len({rule.name for rule in rules}) > 1:
-        raise ValueError(
-            f"the stages must have one rule, got {', '.join(sorted({rule.name for rule in rules}))}"
-        )
-    every = [rule.settings() for rule in rules]
-    settings = {}
-    for name in every[0]:
-        values = [settings_[name] for settings_ in every]
-        settings[name] = values[0] if all(value == values[0] for value in values) else values
-    return settings
+    stages, located = find_stages(vit), locate(vit)
+    assert located is not None
+    names = sorted({stage.rule.name for stage in stages})
+    if len(names) > 1:
+        raise ValueError(f"the stages must have one rule, got {', '.join(names)}")
+    every = [stage.rule.settings() for stage in stages]
+    entries: dict[str, Any] = {"drop_loc": drop_locations(vit)}
+    # One keep rate a stage is what the models' own arguments take; of other settings, one for all.
+    others = [{name: value for name, value in each.items() if name != "keep_rate"} for each in every]
+    if names[0] == (rule_of(vit.pretrained_cfg["architecture"]) or EViT.name) and others.count(
+        others[0]
+    ) == len(others):
+        rates = keep_rates(vit)
+        entries = {"keep_rate": rates[0] if len(rates) == 1 else rates, **others[0], **entries}
+    else:
+        same = every.count(every[0]) == len(every)
+        entries |= {"rule": names[0], "settings": every[0] if same else every}
+    prefix = {getattr(stage, "num_prefix_tokens", None) for stage in stages} - {None}
+    if prefix and prefix != {located.family.num_prefix_tokens(located.vit)}:
+        entries["num_prefix_tokens"] = prefix.pop()
+    return entries
 
 
 def _compare(vit: nn.Module, folder: Path) -> None:
@@ -247,13 +260,21 @@ def _compare(vit: nn.Module, folder: Path) -> None:
     like = next(vit.parameters())
     channels, size = input_size(vit, None)
     images = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0)).to(like)
-    modes = {module: module.training for module in vit.modules()}  # some may be frozen in eval mode
-    vit.eval()
-    try:
-        with torch.no_grad():
-            expected, found = vit(images), loaded.to(like.device)(images)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    if not torch.allclose(expected.float(), found.float(), rtol=1e-3, atol=1e-3, equal_nan=True):
+    with eval_mode(vit), torch.no_grad():
+        # Rules may draw random numbers: the same ones.
+        logits = []
+        for model in (vit, loaded.to(like.device)):
+            with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
+                torch.manual_seed(0)
+                logits.append(model(images).float())
+    expected, found = logits
+    same = torch.allclose(expected, found, rtol=1e-3, atol=1e-3, equal_nan=True)
+    if not same or _stages_of(loaded) != _stages_of(vit):
         raise ValueError(f"{type(vit).__name__} would be loaded as another model: {reason}")
+
+
+def _stages_of(vit: nn.Module) -> list[Any]:
+    return [
+        (stage.rule.name, json.dumps(stage.rule.settings()), getattr(stage, "num_prefix_tokens", None))
+        for stage in find_stages(vit)
+    ]

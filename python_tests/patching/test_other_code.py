@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import sys
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
+from timm.layers import LayerNorm
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -217,6 +220,14 @@ def test_stages_are_found_inside_wrappers(wrap: Callable[..., Any], wrapped: str
     assert not find_stages(model) and torch.equal(model(images()), expected)
 
 
+def test_the_model_that_was_applied_is_found_beside_others() -> None:
+    both = nn.ModuleDict({"teacher": vit(), "student": evit_ext.apply(vit(), RATE, DROP_LOC)})
+    evit_ext.set_keep_rate(both, 1.0)
+    assert torch.equal(both["student"](images()), both["teacher"](images()))
+    evit_ext.remove(both)
+    assert not find_stages(both)
+
+
 def test_two_models_in_one() -> None:
     both = nn.ModuleList([evit_ext.apply(vit(), RATE), evit_ext.apply(vit(), RATE)])
     with pytest.raises(ValueError, match="ModuleList holds several models that reduce tokens: pass one"):
@@ -330,6 +341,70 @@ def test_a_class_of_the_same_name_in_another_library() -> None:
     other = type("VisionTransformer", (nn.Module,), {"__module__": "other.library"})()
     with pytest.raises(ValueError, match="other.library.VisionTransformer is not supported"):
         evit_ext.apply(other)
+
+
+def test_an_attention_of_another_kind_after_apply() -> None:
+    model = evit_ext.apply(vit(), RATE, DROP_LOC)
+    model.blocks[2].attn = nn.MultiheadAttention(48, 3)
+    with pytest.raises(RuntimeError, match="the attention became a MultiheadAttention after evit_ext.apply"):
+        model(images())
+
+
+def test_remove_does_not_lose_a_forward() -> None:
+    model = evit_ext.apply(vit(), RATE, DROP_LOC)
+    own = model.blocks[2].forward
+    model.blocks[2].forward = lambda *args, **named: own(*args, **named)
+    model(images())
+    with pytest.raises(RuntimeError, match="block 2 got a forward of its own after evit_ext.apply"):
+        evit_ext.remove(model)
+
+
+def test_a_norm_whose_class_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = evit_ext.apply(vit(), RATE, DROP_LOC)
+    original = LayerNorm.forward
+    monkeypatch.setattr(LayerNorm, "forward", lambda self, x: 2 * original(self, x))
+    with torch.no_grad():
+        without = model(images())
+    torch.testing.assert_close(without, model(images()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["scaled_dot_product_attention", "gelu"])
+def test_functions_of_pytorch_that_were_replaced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = evit_ext.apply(vit(), RATE, DROP_LOC), []
+    original = getattr(nn.functional, name)
+
+    def replaced(*args: Any, **named: Any) -> Tensor:
+        asked.append(name)
+        out: Tensor = original(*args, **named)
+        return out
+
+    monkeypatch.setattr(nn.functional, name, replaced)
+    with torch.no_grad():
+        model(images())
+    assert len(asked) == 8
+
+
+def test_threads_that_share_an_attention_with_hooks() -> None:
+    model = _unfused(evit_ext.apply(vit(), RATE, DROP_LOC))
+    batches = [torch.randn(1, 3, 64, 64) for _ in range(4)]
+    with torch.no_grad():
+        expected = [model(batch) for batch in batches]
+    wrong: list[int] = []
+
+    def run(number: int) -> None:
+        with torch.no_grad():
+            for _ in range(20):
+                if not torch.equal(model(batches[number]), expected[number]):
+                    wrong.append(number)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(run, range(4)))
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong
 
 
 def test_beit_refuses_what_its_bias_cannot_follow() -> None:

@@ -81,3 +81,28 @@ def test_blocks_compiled_one_by_one(library: str, rate: float, gradients: bool) 
         torch.testing.assert_close(run(images()), expected)
         run(images())
     assert len(graphs) == (2 if rate == 1 else 4)
+
+
+def half(attention: Any) -> None:
+    attention.register_forward_pre_hook(lambda module, args: (args[0] * torch.linspace(0, 2, 48),))
+
+
+def own(attention: Any) -> None:
+    forward = type(attention).forward
+    attention.forward = lambda x, **named: forward(attention, x * torch.linspace(0, 2, 48), **named)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("change", [half, own])
+def test_attentions_whose_input_other_code_changes(change: Any) -> None:
+    """Compiled, they leave the graph; what leaves Python is refused."""
+    model = evit_ext.apply(vit(), RATE, DROP_LOC)
+    for block in model.blocks:
+        change(block.attn)
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="eager")(images()), model(images()))
+    with pytest.raises(RuntimeError, match="cannot be exported or traced in a block that reorganises tokens"):
+        torch.jit.trace(model, images(), check_trace=False)
+    with pytest.raises(Exception, match="cannot be exported or traced in a block that reorganises tokens"):
+        torch.export.export(model, (images(),))

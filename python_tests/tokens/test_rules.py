@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 
@@ -118,7 +121,8 @@ def test_merging_rules_follow_their_owner_map(small_vit: Any) -> None:
 
     vit = evit_ext.apply(small_vit(dtype=torch.float64), rule=Pairs(), drop_loc=[0, 2])
     x = torch.randn(3, 17, 24, dtype=torch.float64)
-    plan = Plan(torch.arange(0, 16, 2).expand(3, -1), 16, owner=torch.arange(16).expand(3, -1) // 2)
+    owner = torch.arange(16).expand(3, -1) // 2
+    plan = Plan(torch.arange(0, 16, 2).expand(3, -1), 16, owner=owner, complete=True)
     merged = plan.apply(x, 1)
     torch.testing.assert_close(merged[:, 1:], x[:, 1:].unflatten(1, (8, 2)).mean(dim=2))
     assert torch.equal(plan.restore(merged[:, 1:]), merged[:, 1:].repeat_interleave(2, dim=1))
@@ -140,3 +144,77 @@ def test_rules_by_name_build_models() -> None:
     assert [stage.rule for stage in find_stages(model)] == [RandomSelection(0.5)] * 3
     with pytest.raises(ValueError, match="rule_args are settings of a rule that is given by its name"):
         create_evit("deit_tiny", rule_args={"fuse_token": False}, **sizes)
+
+
+def test_a_plan_that_is_not_as_the_rule_says(small_vit: Any) -> None:
+    class Wrong(RandomSelection):
+        def num_out(self, num_patches: int, num_image_patches: int | None) -> int:
+            return num_patches // 4
+
+        def plan(self, seen: Seen) -> Plan:
+            return Plan(torch.arange(5).expand(seen.batch, -1), seen.num_patches)
+
+    vit = evit_ext.apply(small_vit(), rule=Wrong(0.5))
+    with pytest.raises(ValueError, match="of 16 patch tokens 4 are kept and 4 leave, and plans 5 and 5"):
+        vit(images())
+
+
+def test_sizes_of_the_image_are_known_or_not_given(small_vit: Any) -> None:
+    class Share(Rule):
+        def num_out(self, num_patches: int, num_image_patches: int | None) -> int:
+            return int(num_image_patches * 0.5)  # type: ignore[operator]
+
+    vit = evit_ext.apply(small_vit(), rule=Share())
+    with pytest.raises(TypeError, match="NoneType"):
+        vit(images())
+
+
+def test_plans_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="a plan that makes 2 tokens must say by owner"):
+        Plan(torch.zeros(1, 1, dtype=torch.int64), 4, num_made=2)
+    lost = Plan(torch.tensor([[0, 2]]), 4, owner=torch.tensor([[0, 0, 1, -1]]))
+    with pytest.raises(ValueError, match="fill='fused' needs a token that stands for each"):
+        lost.restore(torch.ones(1, 2, 3))
+
+
+@dataclass(frozen=True)
+class Window(Rule, name="window-of-the-tests"):
+    start: tuple[int, int] = (0, 8)
+
+    def num_out(self, num_patches: int, num_image_patches: int | None) -> int:
+        return self.start[1] - self.start[0]
+
+    def plan(self, seen: Seen) -> Plan:
+        kept = torch.arange(*self.start, device=seen.device)
+        return Plan(kept.expand(seen.batch, -1), seen.num_patches)
+
+
+@pytest.mark.parametrize(
+    ("rules", "prefix"),
+    [
+        ([RandomSelection(0.5)] * 2, None),
+        ([Window((2, 10)), Window((0, 4))], None),
+        ([EViT(0.5, True), EViT(0.5, False)], None),
+        ([EViT(0.9), EViT(0.5)], 3),
+    ],
+)
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "evit_deit_tiny_patch16_224"])
+def test_any_rule_is_saved_and_loaded(
+    name: str, rules: list[Rule], prefix: int | None, tmp_path: Any
+) -> None:
+    model = timm.create_model(name, img_size=64, embed_dim=24, num_heads=2, depth=4, num_classes=5)
+    evit_ext.apply(evit_ext.remove(model), drop_loc=(1, 3), rule=rules, num_prefix_tokens=prefix)
+    evit_ext.save_pretrained(model, tmp_path)
+    stages = find_stages(evit_ext.from_pretrained(tmp_path))
+    assert [list(stage.rule.settings().values()) for stage in stages] == [
+        json.loads(json.dumps(list(rule.settings().values()))) for rule in rules
+    ]
+    assert {stage.num_prefix_tokens for stage in stages} == {1 if prefix is None else prefix}
+    card = (tmp_path / "README.md").read_text()
+    assert ("or keep_rate=0.5" in card) == (rules[0].keep_rate is not None)
+
+
+def test_random_rules_are_not_exported(small_vit: Any, tmp_path: Any) -> None:
+    vit = evit_ext.apply(small_vit(), rule=RandomSelection(0.5))
+    with pytest.raises(ValueError, match="its rule random draws random numbers"):
+        evit_ext.export.export_model(vit, tmp_path / "a.pt2", "pt2")

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from evit_ext._util.wrappers import unwrapped
+from evit_ext.patching.block import AdoptedBlock
 from evit_ext.patching.families import timm_models
 from evit_ext.patching.families.family import Blocks, Family
 from evit_ext.tokens.stage import Stage
 
 __all__ = [
-    "WRAPPED",
     "Blocks",
     "Family",
     "Located",
@@ -28,14 +29,10 @@ __all__ = [
     "drop_locations",
     "family_of",
     "locate",
-    "unwrapped",
 ]
 
 #: The first release of transformers whose vision models have the layers that evit_ext knows.
 MINIMUM_TRANSFORMERS = (5, 18)
-
-#: Where wrappers keep the module they wrap: torch's checkpoint_wrapper, torch.compile, FSDP, DDP.
-WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module", "module")
 
 
 class Located(NamedTuple):
@@ -53,23 +50,21 @@ class Located(NamedTuple):
 
 
 def locate(model: nn.Module) -> Located | None:
-    """Return where the blocks of `model` are, whatever wraps it; None if it has none that are known."""
+    """Return where the blocks of `model` are, whatever wraps it; None if it has none that are known.
+
+    Of several models in one, it is the one that :func:`evit_ext.apply` changed, else the first.
+    """
+    first: Located | None = None
     for module in model.modules():
         # Wrappers hand the attributes of what they wrap on, and so look like it.
         family = _library(module).find(module) if unwrapped(module) is module else None
         if family is not None:
             vit = family.vision_tower(module)
-            return Located(family, vit, family.find_blocks(vit))
-    return None
-
-
-def unwrapped(block: nn.Module) -> nn.Module:
-    """Return the module inside the wrappers that have a module of their own around it."""
-    while True:
-        inner = next((block._modules[name] for name in WRAPPED if block._modules.get(name) is not None), None)
-        if inner is None:
-            return block
-        block = inner
+            found = Located(family, vit, family.find_blocks(vit))
+            if any(isinstance(unwrapped(block), AdoptedBlock) for block in found.blocks):
+                return found
+            first = found if first is None else first
+    return first
 
 
 def drop_locations(vit: Any) -> list[int]:

@@ -16,7 +16,6 @@ from timm.layers import Mlp
 from timm.models.beit import Attention, Beit, Block
 from torch import Tensor, nn
 
-from evit_ext.cpu import forward as cpu_forward
 from evit_ext.patching.attention import NOTHING_ELSE, Attended, Linear, Projected, Wants, attend
 from evit_ext.patching.block import AdoptedBlock, ReorganizingBlock
 from evit_ext.patching.families.family import Family
@@ -68,13 +67,9 @@ class BeitAttention(TimmAttention):
         out: Tensor = attention(x, shared_rel_pos_bias=shared)
         return out
 
-    def is_watched(self, attention: Any) -> bool:
-        """See :meth:`AttentionKind.is_watched`; global hooks, as profilers have, do not see it."""
-        return cpu_forward.is_watched(attention, everywhere=False)
-
     def is_sdpa(self, attention: Any) -> bool:
-        """See :meth:`AttentionKind.is_sdpa`; :meth:`weigh` also does what it does without."""
-        return True
+        """See :meth:`AttentionKind.is_sdpa`; with a bias of its own, :meth:`weigh` does the rest."""
+        return bool(attention.fused_attn) or attention.relative_position_bias_table is not None
 
     def weigh(self, attention: Any, projected: Projected, bias: Tensor | None) -> Tensor:
         """See :meth:`AttentionKind.weigh`."""

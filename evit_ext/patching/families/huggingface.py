@@ -21,8 +21,9 @@ from transformers.models.dinov2_with_registers import modeling_dinov2_with_regis
 from transformers.models.siglip import modeling_siglip as siglip
 from transformers.models.vit import modeling_vit as vit
 
+from evit_ext.cpu.forward import remember
 from evit_ext.patching.attention import Attended, Wants, attend
-from evit_ext.patching.block import ReorganizingBlock, remember_blocks
+from evit_ext.patching.block import ReorganizingBlock
 from evit_ext.patching.families.family import Blocks, Family
 from evit_ext.patching.families.huggingface_attention import (
     CPU_FORWARDS,
@@ -137,7 +138,7 @@ class Tower:
     class_token: bool = True
 
 
-_TOWERS = (
+TOWERS = (
     Tower(
         vit.ViTPreTrainedModel,
         vit.ViTModel,
@@ -219,7 +220,7 @@ def _family(tower: Tower) -> Family:
     )
 
 
-FAMILIES = tuple(_family(tower) for tower in _TOWERS)
+FAMILIES = tuple(_family(tower) for tower in TOWERS)
 
 
 def find(model: nn.Module) -> Family | None:
@@ -235,7 +236,7 @@ def family_of(model: nn.Module) -> Family:
         raise ValueError(f"{name} is not supported: it needs a token for every patch at the end")
     family = find(model)
     if family is None:
-        known = ", ".join(tower.model.__name__ for tower in _TOWERS)
+        known = ", ".join(tower.model.__name__ for tower in TOWERS)
         raise ValueError(
             f"{name} is not supported: of transformers, evit_ext knows {known}, and what is built on them in "
             f"the same module (transformers {transformers.__version__}){_hint(model)}"
@@ -257,4 +258,4 @@ def _hint(model: Any) -> str:
 #: Architectures that are supported in timm's form.
 _IN_TIMM = {"DINOv3ViT": "DINOv3 (vit_small_patch16_dinov3)", "Beit": "BEiT (beit_base_patch16_224)"}
 
-remember_blocks(*(tower.reorganizing for tower in _TOWERS))
+remember(*(tower.layer for tower in TOWERS))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN, GELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip import modeling_clip as clip
 from transformers.models.deit import modeling_deit as deit
@@ -55,6 +56,10 @@ class HuggingFaceAttention(AttentionKind):
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
 
+    def classes(self) -> tuple[type[nn.Module], ...]:
+        """See :meth:`AttentionKind.classes`."""
+        return tuple(_KINDS)
+
     def project(self, attention: Any, x: Tensor, linear: Linear, positions: Any) -> Projected:
         """See :meth:`AttentionKind.project`."""
         q, k, v = (
@@ -86,7 +91,11 @@ class HuggingFaceAttention(AttentionKind):
 
     def is_sdpa(self, attention: Any) -> bool:
         """See :meth:`AttentionKind.is_sdpa`; users choose another function for its map or its exact bits."""
-        return attention.config._attn_implementation == "sdpa" and ALL_ATTENTION_FUNCTIONS["sdpa"] is _SDPA
+        if attention.config._attn_implementation != "sdpa":
+            return False
+        # Attributes that this function reads, and the attentions here have as they are in encoders.
+        plain = not getattr(attention, "is_causal", False) and not hasattr(attention, "num_key_value_groups")
+        return plain and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
 
     def is_watched(self, attention: Any) -> bool:
         """See :meth:`AttentionKind.is_watched`; the hooks that transformers leaves behind do nothing."""
@@ -97,9 +106,6 @@ class HuggingFaceAttention(AttentionKind):
         collecting = bool(hooks) and output_capturing._active_collector.get() is not None
         return collecting or bool(others) or torch.nn.modules.module._has_any_global_hook()
 
-
-#: The function that "sdpa" stood for when evit_ext was imported.
-_SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 #: Where the hooks come from that record hidden states and attention maps.
 _CAPTURING = output_capturing.__name__

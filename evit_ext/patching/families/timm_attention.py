@@ -9,11 +9,22 @@ from typing import Any
 
 import torch
 from timm.layers import apply_rot_embed_cat
+from timm.models.beit import Attention as BeitAttention
+from timm.models.eva import EvaAttention
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from evit_ext import ops
 from evit_ext.cpu import forward as cpu_forward
 from evit_ext.patching.attention import NOTHING_ELSE, AttentionKind, Linear, Projected, attend, choose
+
+_CLASSES: tuple[type[nn.Module], ...] = (Attention, EvaAttention, BeitAttention)
+try:
+    from timm.layers import AttentionRope
+except ImportError:  # an older timm
+    pass
+else:
+    _CLASSES += (AttentionRope,)
 
 
 class TimmAttention(AttentionKind):
@@ -22,6 +33,10 @@ class TimmAttention(AttentionKind):
     Positions are timm's rotary embeddings of the patch tokens, [N − P, 2 D], or with leading dimensions that
     broadcast with [B, H]; or None.
     """
+
+    def classes(self) -> tuple[type[nn.Module], ...]:
+        """See :meth:`AttentionKind.classes`."""
+        return _CLASSES
 
     def project(self, attention: Any, x: Tensor, linear: Linear, positions: Any) -> Projected:
         """See :meth:`AttentionKind.project`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from evit_ext.cpu.forward import remember
-from evit_ext.patching.block import AdoptedBlock, remember_blocks
+from evit_ext.patching.block import AdoptedBlock
 from evit_ext.patching.families import beit, eva, vision_transformer
 from evit_ext.patching.families.family import Family
 from evit_ext.tokens.stage import find_stages
@@ -13,8 +13,7 @@ from evit_ext.tokens.stage import find_stages
 FAMILIES = (vision_transformer.FAMILY, eva.FAMILY, beit.FAMILY)
 
 for _family in FAMILIES:
-    remember(*_family.attentions, *_family.cpu_forwards)
-    remember_blocks(*_family.blocks.values())
+    remember(*_family.attentions, *_family.cpu_forwards, *_family.blocks)
 
 _PARALLEL = "its attention and MLP run side by side, so no tokens can be dropped between them"
 

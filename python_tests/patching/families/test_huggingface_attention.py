@@ -89,6 +89,17 @@ def test_scaling_is_heeded() -> None:
     torch.testing.assert_close(model(images()).last_hidden_state, eager(images()).last_hidden_state)
 
 
+def test_causal_attention_is_heeded() -> None:
+    dense, model = vit("sdpa"), evit_ext.apply(vit("sdpa"), 0.6)
+    whole = evit_ext.apply(vit("sdpa"), 1.0)
+    for each in (dense, model, whole):
+        for layer in each.layers:
+            layer.attention.is_causal = True
+    torch.testing.assert_close(whole(images()).last_hidden_state, dense(images()).last_hidden_state)
+    eager = evit_ext.apply(vit("sdpa"), 0.6)(images()).last_hidden_state
+    assert (model(images()).last_hidden_state - eager).abs().max() > 1e-3
+
+
 def test_hints_for_models_of_transformers() -> None:
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
     vision = transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=8)
