@@ -73,12 +73,13 @@ def runs_on(x: Tensor, with_gradient: bool = False) -> bool:
     if torch.jit.is_tracing() or forward_ad._current_level >= 0:
         return False
     # Functions that other code has put in the place of PyTorch's, or watches, must be called.
-    replaced = any(getattr(F, name) is not getattr(torch._C._nn, name) for name in _FUNCTIONS)
-    return not replaced and torch._C._len_torch_function_stack() == 0
+    own = F.scaled_dot_product_attention is _ATTENTION and F.gelu is _GELU and F.linear is _LINEAR
+    return own and torch._C._len_torch_function_stack() == 0
 
 
 #: The functions that the code here takes the place of.
-_FUNCTIONS = ("scaled_dot_product_attention", "gelu", "linear")
+_ATTENTION, _GELU = torch._C._nn.scaled_dot_product_attention, torch._C._nn.gelu
+_LINEAR = torch._C._nn.linear
 
 #: The original forwards of classes, to notice when other code replaces them.
 _WRITTEN: dict[type[nn.Module], Any] = {}
@@ -140,12 +141,13 @@ def _is_watched_everywhere() -> bool:
 
 def has_written_forward(module: nn.Module) -> bool:
     """Return whether the class of `module` is one that :func:`remember` knows, with its original forward."""
-    return is_written(type(module))
+    kind = type(module)
+    return kind.forward is _WRITTEN.get(kind)
 
 
 def as_written(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether `module` is exactly a `kind` with the original forward and without forward hooks."""
-    if type(module) is not kind or not has_written_forward(module) or "forward" in module.__dict__:
+    if type(module) is not kind or kind.forward is not _WRITTEN.get(kind) or "forward" in module.__dict__:
         return False
     return not module._forward_hooks and not module._forward_pre_hooks
 
@@ -182,28 +184,33 @@ def linear(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
     A `bias` replaces the layer's own; the layer's forward then does not run.
     """
+    operands = _operands(layer, x, bias)
     out: Tensor
-    if _fuses(layer, x, bias) and not torch.nn.modules.module._has_any_global_hook():
-        weight = packed_weights.weight_of(layer)
-        out = _linear_pointwise(x, weight, layer.bias if bias is None else bias, "none", [], "")
+    if operands is not None:
+        out = _linear_pointwise(x, *operands, "none", [], "")
     else:
         out = layer(x) if bias is None else F.linear(x, layer.weight, bias)
     return out
 
 
-def _fuses(layer: Any, x: Tensor, bias: Tensor | None = None) -> bool:
-    """Return whether oneDNN may apply a linear layer to `x`, with the layer's bias or a given one."""
+def _operands(layer: Any, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None] | None:
+    """Return weight and bias with which oneDNN may apply a linear layer to `x`; None if it may not."""
     if not as_written(layer, nn.Linear) or x.dtype not in _LINEAR_DTYPES or x.numel() == 0:
-        return False
+        return None
     if torch.is_grad_enabled():
-        return False  # oneDNN's product has no gradient
+        return None  # oneDNN's product has no gradient
     if torch.compiler.is_compiling() or checks.autocast_enabled("cpu") or not torch._C._get_mkldnn_enabled():
-        return False  # the compiler does its own fusion
-    weight, own = layer.weight, layer.bias if bias is None else bias
+        return None  # the compiler does its own fusion
+    if torch.nn.modules.module._has_any_global_hook():
+        return None
+    # Not by attribute, which takes nn.Module half a microsecond each time.
+    weight, own = layer._parameters["weight"], layer._parameters["bias"] if bias is None else bias
     if type(weight) is not nn.Parameter or weight.layout is not torch.strided or not _same_kind(weight, x):
-        return False
+        return None
     # oneDNN gets the bias's address, not its strides.
-    return own is None or (_same_kind(own, x) and own.shape == weight.shape[:1] and own.is_contiguous())
+    if own is None or (_same_kind(own, x) and own.shape == weight.shape[:1] and own.is_contiguous()):
+        return packed_weights.weight_of(layer, weight), own
+    return None
 
 
 def _same_kind(value: Tensor, x: Tensor) -> bool:
@@ -212,10 +219,10 @@ def _same_kind(value: Tensor, x: Tensor) -> bool:
 
 def gelu_between(first: Any, approximate: str, second: nn.Module, x: Tensor) -> Tensor | None:
     """Apply linear, GELU, linear to `x`; return None if oneDNN may not compute the first layer."""
-    if not _fuses(first, x) or torch.nn.modules.module._has_any_global_hook():
+    operands = _operands(first, x)
+    if operands is None:
         return None
-    weight = packed_weights.weight_of(first)
-    hidden = _linear_pointwise(x, weight, first.bias, "gelu", [], approximate)
+    hidden = _linear_pointwise(x, *operands, "gelu", [], approximate)
     return linear(second, hidden)
 
 

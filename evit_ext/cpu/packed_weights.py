@@ -78,10 +78,9 @@ def _count_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
             packed.steps += 1
 
 
-def weight_of(layer: nn.Linear) -> Tensor:
-    """Return a layer's weight, packed if that is kept; only for use in oneDNN's product."""
-    packed = _PACKED.get(layer)
+def weight_of(layer: nn.Linear, weight: Tensor) -> Tensor:
+    """Return a layer's `weight`, packed if that is kept; only for use in oneDNN's product."""
     # A tensor made in inference mode has no version to notice changes by.
-    if packed is None or _reorder is None or layer.weight.is_inference():
-        return layer.weight
-    return packed.of(layer.weight)
+    if not _PACKED or (packed := _PACKED.get(layer)) is None or _reorder is None or weight.is_inference():
+        return weight
+    return packed.of(weight)

@@ -36,8 +36,8 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counted[0] += 1
         return reorder(weight)
 
-    def count_use(layer: nn.Linear) -> Tensor:
-        weight = weight_of(layer)
+    def count_use(layer: nn.Linear, own: Tensor) -> Tensor:
+        weight = weight_of(layer, own)
         counted[1] += weight.is_mkldnn
         return weight
 

@@ -44,9 +44,8 @@ class TimmAttention(AttentionKind):
         # Not every attention, and not every version of timm, has these.
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         if q_norm is not None and k_norm is not None:
-            q, k = linear(q_norm, q, None), linear(k_norm, k, None)
             if not (cpu_forward.is_identity(q_norm) and cpu_forward.is_identity(k_norm)):
-                qkv = None
+                q, k, qkv = linear(q_norm, q, None), linear(k_norm, k, None), None
         if positions is not None:
             prefix = attention.num_prefix_tokens
             # Older versions of timm do not have this argument.
