@@ -82,7 +82,7 @@ def test_one_model_layer_by_layer(capsys: pytest.CaptureFixture[str]) -> None:
 def test_layers_are_those_of_the_first_keep_rate(capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys, "info", "dynamicvit_tiny", "--keep-rate", "0.5", "1")
     lines = cells(out)
-    assert "keep rate: 0.5\n" in out
+    assert "keep rate: 0.5, what is not kept is dropped\n" in out
     assert any(line[:6] == ["score_predictor.0", "-", "-", "98", "of", "196"] for line in lines)
     assert [line[0] for line in lines[-2:]] == ["0.5", "1"]
 

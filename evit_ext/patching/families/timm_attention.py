@@ -43,9 +43,9 @@ class TimmAttention(AttentionKind):
         qkv, q, k, v = _project(attention, x, linear)
         # Not every attention, and not every version of timm, has these.
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        if q_norm is not None and k_norm is not None:
-            if not (cpu_forward.is_identity(q_norm) and cpu_forward.is_identity(k_norm)):
-                q, k, qkv = linear(q_norm, q, None), linear(k_norm, k, None), None
+        norms = [norm for norm in (q_norm, k_norm) if norm is not None]
+        if len(norms) == 2 and not all(cpu_forward.is_identity(norm) for norm in norms):
+            q, k, qkv = linear(q_norm, q, None), linear(k_norm, k, None), None
         if positions is not None:
             prefix = attention.num_prefix_tokens
             # Older versions of timm do not have this argument.
