@@ -164,10 +164,11 @@ class ReorganizingBlock(Stage, AdoptedBlock):
             trail: receives this stage.
         """
         prefix = self.num_prefix_tokens
+        rule = self.rule  # once: another thread may set it
         num_patches = _size(x) - prefix
         # Without a trail nobody hands it on, and by its own number each block would be a graph of its own.
         num_image_patches = None if trail is None else trail.num_image_patches(num_patches)
-        keeps_all = self.rule.num_kept(num_patches, num_image_patches) == num_patches
+        keeps_all = rule.num_kept(num_patches, num_image_patches) == num_patches
         if masked and not keeps_all:
             raise NotImplementedError(
                 "a block that reorganises tokens takes no attention mask (attn_mask, is_causal): the mask of "
@@ -178,7 +179,7 @@ class ReorganizingBlock(Stage, AdoptedBlock):
             # The model's own code, so that keep rate 1 equals the unchanged model bit for bit.
             return unchanged()
         self._check_block()
-        wanted = frozenset(self.rule.wants())
+        wanted = frozenset(rule.wants())
         guided = self.guidance is not None and not keeps_all
         wants = Wants(
             scores="scores" in wanted and not guided, keys="keys" in wanted, mean=not self.class_token
@@ -187,8 +188,8 @@ class ReorganizingBlock(Stage, AdoptedBlock):
         if self.guidance is not None and guided:
             scores = self.guidance.scores(self.stage, x, num_patches)
         seen = Seen(x, branch, prefix, num_patches, num_image_patches, scores, keys)
-        plan = self.rule.plan(seen)
-        self._check_plan(plan, num_patches, num_image_patches)
+        plan = rule.plan(seen)
+        self._check_plan(rule, plan, num_patches, num_image_patches)
         norm: Any = self.mlp_norm()
         both = None
         if not self.wants_tokens() and _norms_as_written(norm, x, branch):
@@ -201,16 +202,17 @@ class ReorganizingBlock(Stage, AdoptedBlock):
             self.report(plan, trail, seen.tokens if self.wants_tokens() else None)
         return out + self.mlp_branch(out, normed)
 
-    def _check_plan(self, plan: Plan, num_patches: int, num_image_patches: int | None) -> None:
+    @staticmethod
+    def _check_plan(rule: Rule, plan: Plan, num_patches: int, num_image_patches: int | None) -> None:
         """Raise ValueError where the rule plans something else than it says from sizes alone."""
         planned = (plan.num_kept, plan.num_kept + plan.num_made)
         said = (
-            self.rule.num_kept(num_patches, num_image_patches),
-            self.rule.num_out(num_patches, num_image_patches),
+            rule.num_kept(num_patches, num_image_patches),
+            rule.num_out(num_patches, num_image_patches),
         )
         if planned != said:
             raise ValueError(
-                f"the rule {self.rule.name} says that of {num_patches} patch tokens {said[0]} are kept and "
+                f"the rule {rule.name} says that of {num_patches} patch tokens {said[0]} are kept and "
                 f"{said[1]} leave, and plans {planned[0]} and {planned[1]}: see its num_kept and num_out"
             )
 
