@@ -59,7 +59,7 @@ test: env test-cpp test-python
 
 test-quick: env
 	$(PYTEST) python_tests/ops python_tests/tokens python_tests/patching --ignore python_tests/patching/families \
-	    python_tests/models/test_golden.py python_tests/cost python_tests/weights python_tests/tools/test_house.py
+	    python_tests/models/test_golden.py python_tests/tools/test_house.py
 
 # What takes longer, too: what python_tests/thorough.py lists, and the CUDA kernels under the Python tests.
 # These one at a time: some measure, and some have processes of their own.

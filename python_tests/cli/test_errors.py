@@ -12,7 +12,7 @@ UNKNOWN = "there is no model 'deit_smal': the nearest names are deit_small"
 RATE = "keep_rate must be in (0, 1], got"
 
 CASES: dict[str, str] = {
-    "train --recipe binary": "binary is not YAML: ",
+    "train --recipe binary": "binary is not YAML",
     "train --data notes.jpg": "data must be a folder with the data set's splits; notes.jpg is a file",
     "train --dataset digits --data empty": "'digits' needs no files: data must be none, or dataset, got",
     "train --dataset digits --drop-loc 3,6,9": "drop_loc must be whole numbers or none, got ['3,6,9']",
