@@ -24,7 +24,7 @@ THOROUGH = (
     "tools/test_ptx.py",
     # Trainings, evaluations and servers of their own, some of them killed.
     "benchmark/test_apart.py",
-    "benchmark/test_measure.py::test_memory_that_a_call_adds",  # of this process, which others must not disturb
+    "benchmark/test_measure.py::test_memory_that_a_call_adds",
     "cli/test_output.py",
     "training/run/test_run.py::test_kinds_of_runs",
     "training/run/test_run.py::test_photographs_and_digits",
