@@ -102,8 +102,8 @@ struct Rows {
   }
 
   // Takes in kKeys keys of a tile, and the values that belong to them. kLast: there are only `left`. kClass:
-  // one of the warp's rows is the class token's. The lanes whose first row it is have `dots`, which is not
-  // null: its dot products are written there, the first two of every eight.
+  // the warp's first row is the class token's. Its dot products with these keys are written to `dots`, two of
+  // every eight by each of the four lanes that have the row.
   template <bool kLast, bool kClass>
   __device__ void attend(SharedAddress keys, int left, float factor, float* dots, unsigned lane) {
     // Chunk 2 c + i of a row lies where chunk i does, but for the bits of 2 c: `place` exchanges bits, too.
@@ -132,12 +132,12 @@ struct Rows {
     // This lane's keys are two of every eight.
     const int last = left - static_cast<int>(lane % 4 * 2);
     const auto there = [&](int j, int i) { return !kLast || 8 * j + i < last; };
-    if (kClass && dots != nullptr)
+    if (kClass && lane < 4)
 #pragma unroll
       for (int j = 0; j < 2 * kSteps; ++j)
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-          if (there(j, i)) dots[8 * j + i] = s[j][i];
+          if (there(j, i)) dots[8 * j + 2 * lane + i] = s[j][i];
     float shift[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -229,8 +229,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D > 64 ? 1 : 2) attention_wi
 #pragma unroll 1
     for (int key = 0; key < Tile::kKeys; key += some) {
       const int n = t * Tile::kKeys + key, left = job.tokens - n;
-      float* dots = nullptr;
-      if (kClass && lane < 4) dots = job.dots + int64_t{head} * job.tokens + (n + 2 * lane);
+      float* dots = job.dots + (int64_t{head} * job.tokens + n);
       if (left >= some)
         rows.template attend<false, kClass>(keys_at + key * kRowBytes, left, job.factor, dots, lane);
       else if (left > 0)
