@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from evit_ext._util.messages import shown
 from evit_ext._util.modes import eval_mode
 from evit_ext._util.timing import Here, Timed, time_in_turns
 from evit_ext.benchmark.apart import apart as in_processes
@@ -94,10 +95,10 @@ def measure(
         RuntimeError: a call in another process failed.
     """
     if task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {shown(task)}")
     for mode in modes:
         if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {shown(mode)}")
         if mode == "cudagraph" and (task == "training" or not images.is_cuda):
             raise ValueError("CUDA graphs are for inference on a GPU: leave the mode 'cudagraph' out")
     precision = precision or Precision(torch.float32, "the default")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 
+from evit_ext._util.messages import shown
 from evit_ext.training.config import TrainConfig
 
 
@@ -104,7 +105,7 @@ def keep_rate(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"expected numbers such as 0.7, with spaces between them, got {text!r}"
+            f"expected numbers such as 0.7, with spaces between them, got {shown(text)}"
         ) from None
 
 
@@ -160,7 +161,7 @@ def _parse(name: str, value: Any, hint: Any) -> Any:
         pairs = [item.partition("=") for item in value]
         for key, equals, _ in pairs:
             if not equals or not key.isidentifier():
-                raise ValueError(f"--{name.replace('_', '-')} takes name=value, got {key + equals!r}")
+                raise ValueError(f"--{name.replace('_', '-')} takes name=value, got {shown(key + equals)}")
         return {key: _scalar(text) for key, _, text in pairs}
     if isinstance(value, list):
         return None if value == ["none"] else [_scalar(item) for item in value]
@@ -174,7 +175,7 @@ def _scalar(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ValueError(f"{text!r} is not a number, a word or a list of them") from None
+        raise ValueError(f"{shown(text)} is not a number, a word or a list of them") from None
 
 
 def _is_text(hint: Any) -> bool:

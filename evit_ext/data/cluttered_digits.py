@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from evit_ext._util.messages import shown
 from evit_ext.data.digits import (
     INK_MAX,
     SCAN_SIZE,
@@ -171,7 +172,9 @@ class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
         if isinstance(difficulty, str):
             if difficulty not in DIFFICULTIES:
                 known = ", ".join(map(repr, DIFFICULTIES))
-                raise ValueError(f"difficulty must be a Difficulty or one of {known}, got {difficulty!r}")
+                raise ValueError(
+                    f"difficulty must be a Difficulty or one of {known}, got {shown(difficulty)}"
+                )
             difficulty = DIFFICULTIES[difficulty]
         smallest = round(difficulty.digit_size[0] * canvas_size)
         if smallest < SCAN_SIZE:

@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from evit_ext._util.messages import shown
+
 SCAN_SIZE = 8
 INK_MAX = 16
 SPLITS = ("train", "test")
@@ -36,7 +38,7 @@ ByteArray = npt.NDArray[np.uint8]
 def check_split(split: str) -> None:
     """Raise ValueError unless `split` is "train" or "test"."""
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
+        raise ValueError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {shown(split)}")
 
 
 @cache

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from evit_ext._util.messages import shown
 from evit_ext.data.images import Unreadable, printable
 
 #: A sample's files may have so many bytes; the largest images that are read have a few for each pixel.
@@ -93,6 +94,6 @@ def _sample(
     elif not found or "cls" not in files:
         yield Unreadable(path, printable(f"expected an image and .cls, found {', '.join(files)}"))
     elif not files["cls"].strip().isdigit():
-        yield Unreadable(path, f".cls must be a number, got {files['cls'][:20]!r}")
+        yield Unreadable(path, f".cls must be a number, got {shown(files['cls'][:20])}")
     else:
         yield Encoded(files[found[0]], int(files["cls"]), f"{path}.{found[0]}")

@@ -18,6 +18,7 @@ from PIL import Image
 from timm.data.readers import create_reader, img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
+from evit_ext._util.messages import shown
 from evit_ext.data.classes import match_classes
 from evit_ext.data.images import ImageLimits, Unreadable, endings, printable, read_image
 from evit_ext.data.listing import ListedImage, Listing, hold_out, list_images
@@ -334,7 +335,7 @@ def _no_split(folder: Path, split: str) -> str:
         hint = f"; to evaluate on {other}: --val-split {other}" if other else ""
     found = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
     return (
-        f"{folder} has no split {split!r}: expected a folder {split} with {_LAYOUT}, found "
+        f"{folder} has no split {shown(split)}: expected a folder {split} with {_LAYOUT}, found "
         f"{found or 'nothing'}{hint}"
     )
 
@@ -357,4 +358,4 @@ def find_folder(data: str | None) -> Path:
 def need(package: str, dataset: str) -> None:
     """Raise ModuleNotFoundError with advice unless a package is installed."""
     if importlib.util.find_spec(package) is None:
-        raise ModuleNotFoundError(f'data set {dataset!r} needs {package}: pip install "evit_ext[data]"')
+        raise ModuleNotFoundError(f'data set {shown(dataset)} needs {package}: pip install "evit_ext[data]"')

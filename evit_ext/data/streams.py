@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from timm.data.readers import create_reader
 from torch.utils.data import IterableDataset, get_worker_info
 
+from evit_ext._util.messages import shown
 from evit_ext._util.randomness import derive_seed, seeded
 from evit_ext.data.batches import (
     AUGMENTATION,
@@ -107,7 +108,7 @@ class WebDataset:
             reader = create_reader("wds/", root=str(folder), split=split, num_samples=num_images)
         except (RuntimeError, KeyError) as error:
             raise ValueError(
-                f"{folder} has no split {split!r}: expected one of its _info.json, or shards such as "
+                f"{folder} has no split {shown(split)}: expected one of its _info.json, or shards such as "
                 f"train-{{0000..0127}}.tar, got {error}"
             ) from error
         self.num_images: int | None = reader.num_samples or None
@@ -115,9 +116,9 @@ class WebDataset:
         self.shards = [folder / name for name in reader.split_info.filenames]
         for shard in self.shards:
             if folder.resolve() not in shard.resolve().parents:
-                raise ValueError(f"shards of split {split!r} must lie in {folder}, got {shard}")
+                raise ValueError(f"shards of split {shown(split)} must lie in {folder}, got {shard}")
             if not shard.is_file():
-                raise FileNotFoundError(f"split {split!r} of {folder} has no shard {shard}")
+                raise FileNotFoundError(f"split {shown(split)} of {folder} has no shard {shard}")
 
     def number_classes(self, known: Sequence[str], of_model: str) -> None:
         """Do nothing: labels are numbers, without names."""

@@ -16,6 +16,7 @@ from timm.data import auto_augment, create_transform
 from torch import Tensor
 from torchvision.transforms import functional
 
+from evit_ext._util.messages import shown
 from evit_ext.data.token_label_maps import Crop
 
 Transform = Callable[[Image.Image], Tensor]
@@ -134,7 +135,7 @@ def _create(arguments: Mapping[str, Any]) -> Any:
         # timm ignores sections without a number, except RandAugment's t sections, which name its operations.
         known = all(re.search(r"\d", part) or (name == "rand" and part[:1] == "t") for part in sections)
         problem = (
-            f"auto_augment must be timm's name of a policy, such as rand-m9-mstd0.5-inc1, got {policy!r}"
+            f"auto_augment must be timm's name of a policy, such as rand-m9-mstd0.5-inc1, got {shown(policy)}"
         )
         if not known:
             raise ValueError(problem)

@@ -53,7 +53,9 @@ def create_evit(
         rule = rules_by_name(rule, keep_rate, rule_args or {})
         keep_rate = fuse_token = None
     elif rule_args:
-        raise ValueError(f"rule_args are settings of a rule that is given by its name, got rule {rule!r}")
+        raise ValueError(
+            f"rule_args are settings of a rule that is given by its name, got rule {shown(rule)}"
+        )
     if rule is not None:
         return apply(create_dense(name, **arguments), keep_rate, drop_loc, fuse_token, rule=rule)
     fuse_token = fuse_token is None or fuse_token

@@ -5,12 +5,18 @@ Notation: B batch, T tokens, C channels, H heads, D channels a head.
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from evit_ext._util.wrappers import unwrapped
+from evit_ext.cpu.forward import has_written_forward, is_watched
+from evit_ext.cpu.replacing import is_replaced
+from evit_ext.ops import checks
 
 #: What is added to the logit of a dropped token. Its weight, of the order of exp(-64), is far below the
 #: rounding of the sum it is part of, and far above underflow, so the gradient of the decision can be had from
@@ -44,9 +50,10 @@ def attention_bias(mask: Tensor) -> Tensor:
 
 
 def masked_block(block: Any, x: Tensor, bias: Tensor) -> Tensor:
-    """Run timm's pre-norm `Block` with attention that `bias` is added to.
+    """Run a block of timm with attention that `bias` is added to.
 
-    Hooks on the block and on its attention do not run, those on what they consist of do.
+    A block that other code has a say in (hooks on it or on its attention, a forward of its own, a wrapper
+    such as FSDP around it) is called as it is, with the bias as its ``attn_mask``.
 
     Args:
         block: a timm ``Block`` with a timm ``Attention``.
@@ -55,9 +62,38 @@ def masked_block(block: Any, x: Tensor, bias: Tensor) -> Tensor:
 
     Returns:
         [B, T, C].
+
+    Raises:
+        RuntimeError: the block has to be called and takes no ``attn_mask``, or its attention is in float16,
+            in which a mask from outside has no gradient.
     """
+    if not _is_plain(block) or not _is_plain(block.attn):
+        return _call(block, x, bias)
     x = x + block.drop_path1(block.ls1(_masked_attention(block.attn, block.norm1(x), bias)))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Return whether calling `module` would run nothing but the forward that timm wrote."""
+    return has_written_forward(module) and is_replaced(module) and not is_watched(module)
+
+
+def _call(block: nn.Module, x: Tensor, bias: Tensor) -> Tensor:
+    """Return the output of `block` for `x`, with `bias` as its mask."""
+    bias = checks.autocast_one(bias.to(x.dtype))
+    inner = unwrapped(block)
+    if bias.dtype == torch.float16:
+        raise RuntimeError(
+            "a DynamicViT cannot be trained in float16 while its blocks have hooks, wrappers or a forward of "
+            "their own: train in bfloat16, or take those away"
+        )
+    if "attn_mask" not in inspect.signature(inner.forward).parameters:
+        raise RuntimeError(
+            f"a DynamicViT in training calls a block with hooks, a wrapper or a forward of its own as "
+            f"block(x, attn_mask=...), but the forward of its {type(inner).__name__} takes no attn_mask: add "
+            "the argument (timm's own blocks have it since 1.0.16), or take the change away"
+        )
+    return block(x, attn_mask=bias)
 
 
 def _masked_attention(attention: Any, x: Tensor, bias: Tensor) -> Tensor:

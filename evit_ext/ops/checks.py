@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evit_ext._util.messages import shown
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 #: Device types with autocast. Computed once: torch raises for others (meta), and 2.10 cannot trace the call.
@@ -299,7 +301,7 @@ def _fill(fill: object, tokens: Tensor, num_tokens: int) -> None:
     expected = '"fused", "zero" or a tensor of shape [B, P + num_patches, C]'
     if isinstance(fill, str):
         if fill not in ("fused", "zero"):
-            raise ValueError(f"fill must be {expected}, got {fill!r}")
+            raise ValueError(f"fill must be {expected}, got {shown(fill)}")
         return
     if not isinstance(fill, Tensor):
         raise TypeError(f"fill must be {expected}, got {type(fill).__name__}")

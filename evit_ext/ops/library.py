@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from evit_ext import _C  # importing it registers torch.ops.evit
+from evit_ext._util.messages import shown
 from evit_ext.ops import checks
 
 #: Device types that have compiled kernels. Meta tensors go through the operators' shape inference.
@@ -27,8 +28,8 @@ _CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
 _wanted = os.environ.get("EVIT_CPU_CAPABILITY")
 if _wanted and _wanted not in _CAPABILITIES:
     warnings.warn(
-        f"EVIT_CPU_CAPABILITY must be one of {', '.join(_CAPABILITIES)}, got {_wanted!r}: the operators use "
-        f"{_C.build_info()['cpu_capability']}",
+        f"EVIT_CPU_CAPABILITY must be one of {', '.join(_CAPABILITIES)}, got {shown(_wanted)}: the operators "
+        f"use {_C.build_info()['cpu_capability']}",
         stacklevel=2,
     )
 

@@ -157,7 +157,7 @@ def check_rules(
     if keep_rate is not None or fuse_token is not None:
         raise ValueError(
             "a rule has settings of its own: leave out keep_rate and fuse_token, or give no rule, which is "
-            f"EViT's; got {rule!r} with keep_rate={keep_rate!r}, fuse_token={fuse_token!r}"
+            f"EViT's; got {shown(rule)} with keep_rate={shown(keep_rate)}, fuse_token={shown(fuse_token)}"
         )
     rules: list[Any] = list(rule) if isinstance(rule, (list, tuple)) else [rule] * number
     if len(rules) != number:
@@ -168,7 +168,7 @@ def check_rules(
         if not isinstance(one, Rule):
             raise TypeError(
                 "rule must be a rule, such as evit_ext.tokens.EViT(0.7), or one for each reorganising block, "
-                f"got {one!r}"
+                f"got {shown(one)}"
             )
         if missing := frozenset(one.wants()) - WANTED:
             raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from evit_ext._util.messages import shown
 from evit_ext._util.overriding import Override
 from evit_ext._util.wrappers import unwrapped
 from evit_ext.patching.recording import TokenRecord, recording
@@ -69,7 +70,7 @@ class FullGridIntermediates(Override):
         """Return the features of images `x` [B, channels, height, width]; see timm's, and above."""
         vit: Any = self.module
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {shown(output_fmt)}")
         found = find_stages(vit)
         fill = _check_fill(fill, fused=all(stage.rule.fuses for stage in found))
         taken, _ = feature_take_indices(len(vit.blocks), indices)
@@ -105,7 +106,7 @@ def _check_fill(fill: str | None, fused: bool) -> str:
     if fill is None:
         return "fused" if fused else "before"
     if fill not in _FILLS:
-        raise ValueError(f"fill must be one of {', '.join(map(repr, _FILLS))}, got {fill!r}")
+        raise ValueError(f"fill must be one of {', '.join(map(repr, _FILLS))}, got {shown(fill)}")
     if fill == "fused" and not fused:
         raise ValueError("fill='fused' needs a fused token, but the model drops patches")
     return fill

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from evit_ext import ops
+from evit_ext._util.messages import shown
 from evit_ext.tokens.plan import Plan
 from evit_ext.tokens.stage import Stage, stages_of
 from evit_ext.tokens.trail import TokenTrail
@@ -89,7 +90,7 @@ class TokenRecord:
         if not 0 <= through <= len(stages):
             raise ValueError(f"num_stages must be in [0, {len(stages)}], the recorded stages, got {through}")
         if fill not in (None, "fused", "zero", "nan"):
-            raise ValueError(f"fill must be 'fused', 'zero' or 'nan', got {fill!r}")
+            raise ValueError(f"fill must be 'fused', 'zero' or 'nan', got {shown(fill)}")
         if tokens.dim() != 3:
             raise ValueError(f"tokens must have shape [B, P + M, C], got {tuple(tokens.shape)}")
         patches = tokens[:, num_prefix_tokens:]

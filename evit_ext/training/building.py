@@ -11,6 +11,7 @@ import torch
 from timm.utils.model import unwrap_model
 from torch import nn
 
+from evit_ext._util.messages import shown
 from evit_ext.cost.macs import count_macs
 from evit_ext.models.by_name import create_dense, create_evit, takes_img_size
 from evit_ext.models.dynamicvit import DynamicViT
@@ -69,7 +70,7 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     if config.pretrained and config.initial_checkpoint is not None:
         raise ValueError(
             "the model starts from its pretrained weights or from initial_checkpoint, not from both, got "
-            f"pretrained and {config.initial_checkpoint}"
+            f"pretrained and {shown(config.initial_checkpoint)}"
         )
     arguments: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": config.drop_path}
     if config.img_size is not None:

@@ -185,7 +185,7 @@ class TrainConfig(Recipe):
                 "keep_rate_token_step, such as 8, or compile false"
             )
         if self.distillation != "none" and self.teacher is None:
-            yield (f"distillation {self.distillation!r} needs a teacher, got none")
+            yield (f"distillation {shown(self.distillation)} needs a teacher, got none")
 
     def micro_batches(self, world_size: int) -> tuple[int, int]:
         """Return how many images each of the processes takes at once, and how often in an optimizer step.

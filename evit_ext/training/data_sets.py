@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from evit_ext._util.messages import shown
 from evit_ext.data.batches import DigitBatches
 from evit_ext.data.classes import match_classes
 from evit_ext.data.cluttered_digits import ClutteredDigits
@@ -45,7 +46,7 @@ class Canvases:
         """Return the batches of images [3, S, S]; ValueError unless they are square."""
         side = size[0]
         if size != (side, side):
-            raise ValueError(f"the images of {self.config.dataset!r} are square, got {size}")
+            raise ValueError(f"the images of {shown(self.config.dataset)} are square, got {size}")
         if self.config.dataset == "digits":
             return DigitBatches(Digits(self.split, side), fixed=True)
         seed = self.config.seed if self.training else _TEST_SEED
@@ -90,7 +91,8 @@ def _open_named(config: TrainConfig, training: bool) -> Data:
     if dataset in _DIGITS:
         if config.data is not None:
             raise ValueError(
-                f"dataset {dataset!r} needs no files: data must be none, or dataset, got {config.data!r}"
+                f"dataset {shown(dataset)} needs no files: data must be none, or dataset, got "
+                f"{shown(config.data)}"
             )
         return Canvases(config, training)
     if dataset == "wds":
@@ -99,10 +101,10 @@ def _open_named(config: TrainConfig, training: bool) -> Data:
         return HuggingFaceStream(dataset, config.data, split, number)
     if prefix == "hfds" and prefix != dataset:
         if number is not None:
-            raise ValueError(f"train_images is for streams and cluttered-digits, not for {dataset!r}")
+            raise ValueError(f"train_images is for streams and cluttered-digits, not for {shown(dataset)}")
         return open_arrow(dataset, config.data, split, ImageLimits(config.max_image_pixels))
     raise ValueError(
-        f"unknown dataset {dataset!r}: expected none for a folder of images or tar files, 'wds', "
+        f"unknown dataset {shown(dataset)}: expected none for a folder of images or tar files, 'wds', "
         "'hfds/NAME', 'hfids/NAME', 'digits' or 'cluttered-digits'"
     )
 

@@ -12,6 +12,7 @@ import torch
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from evit_ext._util.messages import shown
 from evit_ext._util.randomness import derive_seed
 from evit_ext.data.batches import (
     Batch,
@@ -105,23 +106,27 @@ class Loaders:
         if self._train is not None:
             size = size_of(self._train)
             if size is None:
-                raise ValueError(f"{config.dataset!r} does not say how many images it has: give train_images")
+                raise ValueError(
+                    f"{shown(config.dataset)} does not say how many images it has: give train_images"
+                )
             self.steps_per_epoch = steps_per_epoch(size, batch_size)
         self.train_images = self.steps_per_epoch * batch_size
         self.val_images = size_of(self._val) if self._val is not None else None
         if config.token_labels is not None and not isinstance(self._train, ImageFiles | None):
-            raise ValueError(f"token_labels need images that have names of their own, got {config.dataset!r}")
+            raise ValueError(
+                f"token_labels need images that have names of their own, got {shown(config.dataset)}"
+            )
         if config.token_labels is not None and not config.augment:
             raise ValueError("token_labels need augment: it is the random crop that they are cut with")
         if config.repeated_aug > 1 and not isinstance(self._train, ImageFiles | None):
             raise ValueError(
-                f"repeated_aug is for image files and 'hfds/NAME', not for {config.dataset!r}: expected "
+                f"repeated_aug is for image files and 'hfds/NAME', not for {shown(config.dataset)}: expected "
                 f"0, got {config.repeated_aug}"
             )
         if isinstance(self._train, Canvases) and (config.auto_augment or config.reprob):
             raise ValueError(
-                f"images of {config.dataset!r} are not augmented: auto_augment must be none and reprob 0, "
-                f"got {config.auto_augment} and {config.reprob}"
+                f"images of {shown(config.dataset)} are not augmented: auto_augment must be none and reprob "
+                f"0, got {shown(config.auto_augment)} and {config.reprob}"
             )
 
     @property
@@ -349,7 +354,7 @@ def _num_classes(config: TrainConfig, classes: Sequence[str]) -> int:
     if config.num_classes is None:
         if not found:
             raise ValueError(
-                f"data set {config.dataset!r} does not say how many classes it has: give num_classes"
+                f"data set {shown(config.dataset)} does not say how many classes it has: give num_classes"
             )
         return found
     if config.num_classes < found:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from evit_ext._util.messages import shown
+
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -34,7 +36,7 @@ def choose_precision(device: torch.device | str = "cpu", name: str = "auto") -> 
         ValueError: another name.
     """
     if name not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {name!r}")
+        raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {shown(name)}")
     if name != "auto":
         return Precision(getattr(torch, name), "as asked")
     device = torch.device(device)

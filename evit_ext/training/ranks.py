@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from evit_ext._util.messages import shown
 from evit_ext.training.waiting import told
 
 # What a launcher sets: torchrun, or Slurm's srun with a task for each process.
@@ -206,7 +207,7 @@ def is_lost(error: BaseException) -> bool:
 
 def _device(name: str, local_rank: int) -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}")
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {shown(name)}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and not count):
         return torch.device("cpu")

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from evit_ext._util.messages import shown
 from evit_ext.training.ranks import Ranks
 
 _FULL = sharded_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -46,7 +47,7 @@ def distribute(
         ValueError: `sharding` is neither.
     """
     if sharding not in ("ddp", "fsdp"):
-        raise ValueError(f"sharding must be 'ddp' or 'fsdp', got {sharding!r}")
+        raise ValueError(f"sharding must be 'ddp' or 'fsdp', got {shown(sharding)}")
     # Before it is sharded or compiled: neither can be copied.
     ema = None if ema_decay is None else ModelEmaV3(model, decay=ema_decay)
     if sharding == "fsdp" and ranks.world_size > 1:

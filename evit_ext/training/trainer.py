@@ -16,6 +16,7 @@ from timm.utils.model import unwrap_model
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
+from evit_ext._util.messages import shown
 from evit_ext._util.randomness import derive_seed, random_state, seeded, set_random_state
 from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
 from evit_ext.tokens.schedule import keep_rate_schedule
@@ -111,7 +112,7 @@ class Trainer:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if recipe.optimizer not in timm.optim.list_optimizers():
             raise ValueError(
-                f"timm {timm.__version__} has no optimizer {recipe.optimizer!r}; "
+                f"timm {timm.__version__} has no optimizer {shown(recipe.optimizer)}; "
                 "timm.optim.list_optimizers() lists what it has, and a newer timm may have more"
             )
         self.model = model
@@ -124,7 +125,7 @@ class Trainer:
         if is_sharded(model) and (recipe.optimizer == "muon" or self.precision.dtype == torch.float16):
             raise ValueError(
                 "a model in parts (fsdp) trains without muon, which needs whole matrices, and without "
-                f"float16, got optimizer {recipe.optimizer!r} and precision {self.precision}"
+                f"float16, got optimizer {shown(recipe.optimizer)} and precision {self.precision}"
             )
         self.optimizer = timm.optim.create_optimizer_v2(
             self._unwrapped, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay
@@ -286,7 +287,7 @@ class Trainer:
         different = [name for name in {**expected, **came} if expected.get(name) != came.get(name)]
         if different:
             said = ", ".join(
-                f"{name} {came.get(name)!r} instead of {expected.get(name)!r}" for name in different
+                f"{name} {shown(came.get(name))} instead of {shown(expected.get(name))}" for name in different
             )
             raise ValueError(f"the checkpoint is of another run: it has {said}")
         load_whole_state(self.model, state["model"])

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from evit_ext._util.files import replacing
+from evit_ext._util.messages import shown
 from evit_ext.visualize.class_names import NamedProbability, most_probable
 from evit_ext.visualize.gallery import Gallery, work_saved
 from evit_ext.visualize.heat import COLORS, Heat, heat
@@ -35,7 +36,7 @@ _GAP, _MARGIN = 12, 24
 def check_ending(path: Path) -> None:
     """Raise ValueError unless a picture can be written to a file of this name."""
     if path.suffix.lower() not in ENDINGS:
-        raise ValueError(f"the picture must be a {', '.join(ENDINGS)} file, got {path.name!r}")
+        raise ValueError(f"the picture must be a {', '.join(ENDINGS)} file, got {shown(path.name)}")
 
 
 @cache

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from evit_ext._util.messages import reason, shortened
+from evit_ext._util.messages import reason, shortened, shown
 
 
 class Ignored:
@@ -77,7 +77,7 @@ def _file_format(path: Path, name: str) -> str:
     if start.startswith((b"\x93NUMPY", b"\x89HDF", b"\x1f\x8b", b"{")):
         kinds = {0x93: "a NumPy array", 0x89: "an HDF5 file", 0x1F: "compressed by gzip"}
         raise ValueError(f"{name} is {kinds.get(start[0], 'a JSON file')}; {_EXPECTED}")
-    raise ValueError(f"{name} is no checkpoint, it begins with {start[:16]!r}; {_EXPECTED}")
+    raise ValueError(f"{name} is no checkpoint, it begins with {shown(start[:16])}; {_EXPECTED}")
 
 
 _EXPECTED = "expected a file that torch.save wrote (.pth, .pt, .pth.tar, .bin) or safetensors"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from slow_dynamicvit import slow_training
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import evit_ext
 from evit_ext.models import dynamicvit_model
@@ -257,3 +258,80 @@ def test_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(output.logits, expected.logits)
     output.logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def seeded(model: Any) -> DynamicViTOutput:
+    torch.manual_seed(2)
+    output: DynamicViTOutput = model(images())
+    return output
+
+
+def with_hook_on_block(model: DynamicViT) -> None:
+    model.blocks[-1].register_forward_hook(lambda module, args, output: output + args[0].square())
+
+
+def with_hook_on_attention(model: DynamicViT) -> None:
+    model.blocks[-1].attn.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]))
+
+
+def with_forward_of_an_instance(model: DynamicViT) -> None:
+    attention = model.blocks[-1].attn
+    forward = attention.forward
+    attention.forward = lambda x, **options: 2 * forward(x, **options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [with_hook_on_block, with_hook_on_attention, with_forward_of_an_instance],
+    ids=lambda f: f.__name__,
+)
+def test_changes_of_others_count(change: Callable[[DynamicViT], None]) -> None:
+    """In the last block, so that no decision depends on them."""
+    model = micro()
+    before = seeded(model)
+    change(model)
+    after = seeded(model)
+    assert torch.equal(before.mask, after.mask)
+    assert (before.tokens - after.tokens).abs().max() > 0.01
+
+
+def test_hooks_that_change_nothing() -> None:
+    """The gradient that reaches the predictors is that of the mask, whoever called attention."""
+    model = micro()
+    predictors = list(model.score_predictor.parameters())
+    before = seeded(model)
+    seen: list[str] = []
+    for name, module in model.named_modules():
+        if name.endswith(("attn", "blocks.1", "blocks.2", "blocks.3")):
+            module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    after = seeded(model)
+    assert len(seen) == 4 + 3
+    torch.testing.assert_close(after.tokens, before.tokens, rtol=1e-5, atol=1e-5)
+    expected = torch.autograd.grad(before.logits.square().sum(), predictors)
+    for got, want in zip(torch.autograd.grad(after.logits.square().sum(), predictors), expected, strict=True):
+        assert (got - want).norm() < 1e-4 * want.norm()
+
+
+def test_checkpoint_wrapper() -> None:
+    model = micro()
+    before = seeded(model)
+    for number, block in enumerate(model.blocks):
+        model.blocks[number] = checkpoint_wrapper(block)
+    after = seeded(model)
+    torch.testing.assert_close(after.tokens, before.tokens, rtol=1e-5, atol=1e-5)
+    after.logits.sum().backward()
+
+
+def test_a_block_that_takes_no_mask_is_refused() -> None:
+    model = micro()
+    block = model.blocks[-1]
+    block.forward = lambda x: x
+    with pytest.raises(RuntimeError, match="the forward of its Block takes no attn_mask"):
+        seeded(model)
+
+
+def test_hooks_in_float16_are_refused() -> None:
+    model = micro()
+    with_hook_on_block(model)
+    with pytest.raises(RuntimeError, match="train in bfloat16"):
+        model.half()(images().half())

@@ -71,3 +71,18 @@ def test_sharded_parts_of_blocks(shard: Any, level: str, qk_norm: bool) -> None:
     if level == "block":
         with pytest.raises(RuntimeError, match="undo that first|call evit_ext.remove before wrapping"):
             evit_ext.remove(sharded)
+
+
+@pytest.mark.parametrize("level", ["block", "attention"])
+@pytest.mark.parametrize("shard", [shard_1, shard_2], ids=["FSDP1", "FSDP2"])
+def test_sharded_dynamicvit_in_training(shard: Any, level: str) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
+    model = evit_ext.models.dynamicvit_tiny(**sizes, drop_loc=(1, 2)).train()
+    outputs = []
+    for part in (copy.deepcopy(model), shard(model, level)):
+        torch.manual_seed(1)
+        outputs.append(part(images()))
+        outputs[-1].logits.square().sum().backward()
+    torch.testing.assert_close(outputs[1].logits, outputs[0].logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(outputs[1].mask, outputs[0].mask)

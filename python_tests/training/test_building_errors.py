@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
             {"model_args": {"drop_path_rate": 0.1}},
             "model_args: drop_path_rate is a field of its own, drop_path",
         ),
-        ({"pretrained": True, "initial_checkpoint": "x.pth"}, "not from both, got pretrained and x.pth"),
+        ({"pretrained": True, "initial_checkpoint": "x.pth"}, "not from both, got pretrained and 'x.pth'"),
         ({"model_args": {"features_only": True}}, "is a FeatureGetterNet, which has no logits of 5 classes"),
         ({"drop_loc": (1, 12)}, r"drop_loc must be in \[0, 12\)"),
     ],

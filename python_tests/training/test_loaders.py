@@ -222,7 +222,7 @@ def test_settings_that_make_no_run(folder: Path, tmp_path: Path) -> None:
         loaders(None, dataset="digits", token_labels=str(tmp_path))
     with pytest.raises(ValueError, match="repeated_aug is for image files.*'digits': expected 0, got 3"):
         loaders(None, dataset="digits", repeated_aug=3)
-    with pytest.raises(ValueError, match=r"not augmented: .*, got rand-m9 and 0\.0"):
+    with pytest.raises(ValueError, match=r"not augmented: .*, got 'rand-m9' and 0\.0"):
         loaders(None, dataset="digits", auto_augment="rand-m9")
     with pytest.raises(ValueError, match="patch_grid must be"):
         loaders(folder, token_labels=str(tmp_path)).train(0)

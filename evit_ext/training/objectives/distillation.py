@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
+from evit_ext._util.messages import shown
 from evit_ext.training.objectives.objective import (
     Criterion,
     Objective,
@@ -53,7 +54,7 @@ class Distillation(Objective):
         tau: float = 1.0,
     ) -> None:
         if kind not in ("soft", "hard"):
-            raise ValueError(f"kind must be 'soft' or 'hard', got {kind!r}")
+            raise ValueError(f"kind must be 'soft' or 'hard', got {shown(kind)}")
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be in [0, 1], got {alpha}")
         if not tau > 0:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evit_ext._util.messages import shown
 from evit_ext.models.dynamicvit import DynamicViTOutput
 from evit_ext.training.objectives.objective import Objective, ObjectiveOutput, refuse_token_labels
 
@@ -59,7 +60,7 @@ class DynamicViTLoss(nn.Module):
     ) -> None:
         super().__init__()
         if token_distance not in ("mse", "kl"):
-            raise ValueError(f"token_distance must be 'mse' or 'kl', got {token_distance!r}")
+            raise ValueError(f"token_distance must be 'mse' or 'kl', got {shown(token_distance)}")
         if not keep_ratios:
             raise ValueError("keep_ratios must have a number for each stage, got none")
         self.keep_ratios = tuple(keep_ratios)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from evit_ext._util.messages import shown
 from evit_ext.training.config import TrainConfig, load_config
 from evit_ext.training.ranks import Ranks
 
@@ -83,7 +84,7 @@ def check_folder(
         before, now = (dataclasses.asdict(each) for each in both)
         different = [name for name in now if now[name] != before[name] and name not in _MAY_CHANGE]
         if different:
-            said = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in different)
+            said = ", ".join(f"{name} was {shown(before[name])}, is {shown(now[name])}" for name in different)
             raise ValueError(
                 f"{folder} has a run with another configuration ({said}): choose another folder, or repeat "
                 "that run's options to resume it"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evit_ext._util.files import replacing
+from evit_ext._util.messages import shown
 
 #: The figures of a record, besides its step, epoch and kind, in the order of the file's columns.
 FIGURES = (
@@ -61,7 +62,7 @@ class Metrics:
         wandb: str | None = None,
     ) -> None:
         if tensorboard not in (True, False, "auto"):
-            raise ValueError(f"tensorboard must be True, False or 'auto', got {tensorboard!r}")
+            raise ValueError(f"tensorboard must be True, False or 'auto', got {shown(tensorboard)}")
         self._file: Any = None
         self._events: Any = None
         self._wandb: Any = None
@@ -98,7 +99,7 @@ class Metrics:
             OSError: it cannot be written.
         """
         if kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {shown(kind)}")
         unknown = sorted(set(figures) - set(FIGURES))
         if unknown:
             raise ValueError(f"figures are {', '.join(FIGURES)}, got {', '.join(unknown)}")

@@ -14,6 +14,7 @@ from timm.utils.model import unwrap_model
 
 from evit_ext._util.files import replacing
 from evit_ext._util.memory import peak_memory
+from evit_ext._util.messages import shown
 from evit_ext._util.randomness import derive_seed, seeded
 from evit_ext.patching.keep_rates import keep_rates
 from evit_ext.training.building import build_model, build_objective, gmacs_of_run, load_initial
@@ -78,7 +79,7 @@ class Run:
         wandb: str | None = None,
     ) -> None:
         if resume not in ("auto", "never"):
-            raise ValueError(f"resume must be 'auto' or 'never', got {resume!r}")
+            raise ValueError(f"resume must be 'auto' or 'never', got {shown(resume)}")
         self.config, self.folder, self.ranks = config, Path(folder), ranks
         self._progress = progress
         self._checkpoints = RunCheckpoints(self.folder / "checkpoints", config.keep_checkpoints)
