@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,14 @@ from evit_ext._util.messages import shown
 from evit_ext.tokens.plan import Plan
 from evit_ext.tokens.stage import Stage, stages_of
 from evit_ext.tokens.trail import TokenTrail
+
+
+class _Forward(NamedTuple):
+    """What one forward did; `tokens` and `scores` by stage."""
+
+    trail: TokenTrail
+    tokens: dict[int, Tensor]
+    scores: dict[int, Tensor]
 
 
 class TokenRecord:
@@ -30,12 +38,20 @@ class TokenRecord:
         self._private = private
         self._thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
         self._graph_task = graph_task()
-        self.trail = TokenTrail()
-        #: For each stage, the tokens [B, N, C] that it chose from, if `keep_tokens`.
-        self.tokens: dict[int, Tensor] = {}
-        self._scores: dict[int, Tensor] = {}
-        #: The last forward of each thread: `trail`, `tokens` and `scores`, which are those of one of them.
-        self._forwards: dict[int, tuple[TokenTrail, dict[int, Tensor], dict[int, Tensor]]] = {}
+        #: What this record tells of. Another thread may replace it at any time: read it once.
+        self._shown = _Forward(TokenTrail(), {}, {})
+        #: The last forward of each thread.
+        self._forwards: dict[int, _Forward] = {}
+
+    @property
+    def trail(self) -> TokenTrail:
+        """The stages of the forward."""
+        return self._shown.trail
+
+    @property
+    def tokens(self) -> dict[int, Tensor]:
+        """For each stage, the tokens [B, N, C] that it chose from, if `keep_tokens`."""
+        return self._shown.tokens
 
     @property
     def kept(self) -> list[Tensor]:
@@ -43,7 +59,8 @@ class TokenRecord:
 
         In ascending order, except that -1, which stands for a fused token of an earlier stage, comes last.
         """
-        return [self.trail.kept(stage) for stage in self.trail.stages]
+        trail = self.trail
+        return [trail.kept(stage) for stage in trail.stages]
 
     @property
     def scores(self) -> list[Tensor]:
@@ -56,10 +73,11 @@ class TokenRecord:
         Raises:
             ValueError: the model's rule does not rank patches.
         """
-        stages = self.trail.stages
-        if missing := [stage for stage in stages if stage not in self._scores]:
+        trail, _, scores = self._shown
+        stages = trail.stages
+        if missing := [stage for stage in stages if stage not in scores]:
             raise ValueError(f"stage {missing[0]} has no scores: its rule does not rank patches")
-        return [self._scores[stage] for stage in stages]
+        return [scores[stage] for stage in stages]
 
     def restore(
         self,
@@ -85,7 +103,8 @@ class TokenRecord:
             ValueError: there is no record, the number of tokens is not that of the stage, or nothing stands
                 for some patches with `fill` "fused".
         """
-        stages = self.trail.stages
+        trail = self.trail
+        stages = trail.stages
         through = len(stages) if num_stages is None else num_stages
         if not 0 <= through <= len(stages):
             raise ValueError(f"num_stages must be in [0, {len(stages)}], the recorded stages, got {through}")
@@ -96,27 +115,27 @@ class TokenRecord:
         patches = tokens[:, num_prefix_tokens:]
         if not stages:
             raise ValueError("nothing was recorded: run the model inside evit_ext.record_tokens")
-        first = self.trail.plan(stages[0])
-        last = self.trail.plan(stages[through - 1])
+        first = trail.plan(stages[0])
+        last = trail.plan(stages[through - 1])
         expected = last.num_out if through else first.num_patches
         if patches.shape[1] != expected or tokens.shape[0] != first.kept.shape[0]:
             raise ValueError(
                 f"tokens must be {[first.kept.shape[0], num_prefix_tokens + expected]} [B, P + M] after "
                 f"{through} of {len(stages)} stages, got {list(tokens.shape[:2])}"
             )
-        places = self.trail.places(stages[through - 1] + 1) if through else None
+        places = trail.places(stages[through - 1] + 1) if through else None
         if places is None:
             return patches
         lost = places < 0
         if fill is None:
-            fill = "fused" if all(self.trail.plan(s).represents_all for s in stages[:through]) else "zero"
+            fill = "fused" if all(trail.plan(s).represents_all for s in stages[:through]) else "zero"
         if fill == "fused":
-            if not all(self.trail.plan(stage).represents_all for stage in stages[:through]):
+            if not all(trail.plan(stage).represents_all for stage in stages[:through]):
                 raise ValueError(
                     "fill='fused' needs a token for every patch, but the rule drops patches for good"
                 )
             return ops.gather_tokens(patches, places)
-        own = self.trail.patches(stages[through - 1] + 1)
+        own = trail.patches(stages[through - 1] + 1)
         assert own is not None
         # The patches that still have a token of their own; a made token's −1 goes into one column more.
         is_own = torch.zeros(len(places), places.shape[1] + 1, dtype=torch.bool, device=places.device)
@@ -136,16 +155,16 @@ class TokenRecord:
         elif plan.kept.is_meta:
             return  # count_macs runs the model
         if stage == 0:
-            self._forwards[thread] = (TokenTrail(), {}, {})
+            self._forwards[thread] = _Forward(TokenTrail(), {}, {})
         elif thread not in self._forwards:
             return  # the record began in the middle of this forward
-        trail, of_tokens, of_scores = self._forwards[thread]
-        trail.add(stage, plan)
+        forward = self._forwards[thread]
         if plan.scores is not None:
-            of_scores[stage] = plan.scores.detach()
+            forward.scores[stage] = plan.scores.detach()
         if self.keep_tokens and tokens is not None:
-            of_tokens[stage] = tokens
-        self.trail, self.tokens, self._scores = trail, of_tokens, of_scores
+            forward.tokens[stage] = tokens
+        forward.trail.add(stage, plan)  # last: from here on, other threads see the stage
+        self._shown = forward
 
 
 def graph_task() -> int:
