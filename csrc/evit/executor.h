@@ -13,13 +13,13 @@ struct Executor {
   int64_t threads;
   // Calls range(begin, end, context) so that [0, end) is covered once, in parts of at least `grain`.
   void (*run)(int64_t end, int64_t grain, Range range, void* context);
+  // Parts with fewer elements to access are not worth a thread.
+  int64_t worthwhile = 32768;
 
-  // Calls body(begin, end) in parallel over [0, count). `work` is the cost of one item in elements accessed;
-  // parts smaller than about 32 Ki elements are not worth a thread.
+  // Calls body(begin, end) in parallel over [0, count). `work` is the cost of one item in elements accessed.
   template <typename Body>
   void for_range(int64_t count, int64_t work, const Body& body) const {
     if (count <= 0) return;
-    constexpr int64_t worthwhile = 32768;
     const int64_t grain = std::max<int64_t>(1, worthwhile / std::max<int64_t>(1, work));
     if (threads <= 1 || count <= grain) {
       body(int64_t{0}, count);

@@ -113,15 +113,19 @@ inline Buffer<int64_t> random_kept(int64_t batch, int64_t keep, int64_t patches,
   return kept;
 }
 
-// A thread for every part, in parts as small as the grain allows: the worst split for a kernel that depends
-// on it.
+// A thread for every part, of which there are five where there is enough to share, however small they are: a
+// kernel that depends on how its work is split, or whose parts touch the same memory, shows it at every size.
 inline Executor thread_executor() {
-  return {5, [](int64_t end, int64_t grain, Executor::Range range, void* context) {
+  constexpr int64_t parts = 5;
+  return {parts,
+          [](int64_t end, int64_t grain, Executor::Range range, void* context) {
+            const int64_t size = std::max(grain, (end + parts - 1) / parts);
             std::vector<std::thread> threads;
-            for (int64_t begin = 0; begin < end; begin += grain)
-              threads.emplace_back(range, begin, std::min(begin + grain, end), context);
+            for (int64_t begin = 0; begin < end; begin += size)
+              threads.emplace_back(range, begin, std::min(begin + size, end), context);
             for (auto& thread : threads) thread.join();
-          }};
+          },
+          1};
 }
 
 }  // namespace evit::tests
