@@ -12,11 +12,12 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 
-.PHONY: help env demo bench test test-quick test-all test-python test-faults test-cpp test-cuda-on-host \
+.PHONY: help env demo study study-page bench test test-quick test-all test-python test-faults test-cpp test-cuda-on-host \
     test-sanitize test-threads fuzz test-oldest-torch lint format docs wheels gpu-check clean
 
 help:
 	@echo "make demo               train a DeiT and EViTs on real digits, compare them (about 10 minutes)"
+	@echo "make study              the paper's questions: runs that have no result yet (hours; ARGS=\"--minutes 60\")"
 	@echo "make test               the tests, C++ and Python (about 10 minutes on two cores)"
 	@echo "make test-quick         those of the operators and the method (about 2 minutes)"
 	@echo "make test-all           what takes longer, too: builds, compilers, processes, CUDA kernels on the CPU"
@@ -50,6 +51,13 @@ env: $(BIN)/.installed-dev
 # ARGS="--difficulty hard --epochs 40", for example; `.venv/bin/python -m evit_ext.demo --help` lists them.
 demo: $(BIN)/.installed-demo
 	$(BIN)/python -m evit_ext.demo --output runs/demo $(ARGS)
+
+# ARGS="--arms dense evit-0.7 --minutes 60", for example; `.venv/bin/python -m study run --help` lists them.
+study: $(BIN)/.installed-study
+	$(BIN)/python -m study run --jobs $(WORKERS) $(ARGS)
+
+study-page: $(BIN)/.installed-study
+	$(BIN)/python -m study page
 
 # As many tests at a time as there are cores, each with one thread.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile

@@ -26,6 +26,7 @@ THOROUGH = (
     "benchmark/test_apart.py",
     "benchmark/test_measure.py::test_memory_that_a_call_adds",
     "cli/test_output.py",
+    "study/test_study.py",
     "training/run/test_run.py::test_kinds_of_runs",
     "training/run/test_run.py::test_photographs_and_digits",
     "training/run/test_run.py::test_the_same_with_more_processes",

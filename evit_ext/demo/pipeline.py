@@ -12,26 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from evit_ext._util.files import replacing
-from evit_ext._util.modes import eval_mode
 from evit_ext._util.safetensors_bytes import to_bytes
 from evit_ext.cost.macs import count_macs
 from evit_ext.data import CanvasBatch, ClutteredDigits, denormalize, object_patches
+from evit_ext.demo.network import build_deit
 from evit_ext.demo.settings import Settings
-from evit_ext.demo.survival import object_survival, random_survival
+from evit_ext.demo.survival import measure_survival, recorded
 from evit_ext.demo.table import format_table
 from evit_ext.demo.tokens_picture import Column, save_tokens_picture
 from evit_ext.patching.applying import apply
-from evit_ext.patching.recording import record_tokens
 from evit_ext.training import (
     Precision,
     Recipe,
     Trainer,
-    autocast,
     choose_precision,
     evaluate,
     measure_throughput,
@@ -86,7 +82,7 @@ class Demo:
         s = self.settings
         start = time.perf_counter()
         torch.manual_seed(self.seed)
-        dense = build_deit(s)
+        dense = build_deit(s.canvas_size, s.patch_size, s.embed_dim, s.depth, s.num_heads)
         grid = s.canvas_size // s.patch_size
         print(
             f"cluttered digits ({s.difficulty}): {s.canvas_size}x{s.canvas_size} pixels, "
@@ -131,7 +127,12 @@ class Demo:
         """A row of metrics.json; throughput is added when all models are there to take turns."""
         result = evaluate(model, self._test.batches(_TEST_BATCH), self._precision)
         print(f"{name} at keep rate {keep_rate:g}: {result.top1:.1f} % of {result.images} test images")
-        kept, at_random = self._survival(model) if keep_rate < 1 else ([], [])
+        batches = self._test.batches(_TEST_BATCH)
+        kept, at_random = (
+            measure_survival(model, batches, self.settings.patch_size, self._precision)
+            if keep_rate < 1
+            else ([], [])
+        )
         return {
             "model": name,
             "keep_rate": keep_rate,
@@ -140,26 +141,6 @@ class Demo:
             "object_patches_kept": [round(share, 4) for share in kept],
             "object_patches_kept_at_random": [round(share, 4) for share in at_random],
         }
-
-    def _survival(self, model: nn.Module) -> tuple[list[float], list[float]]:
-        """Mean over the test images of the share of the digit's patches that survive, and that at random."""
-        shares = []
-        for batch in self._test.batches(_TEST_BATCH):
-            _, kept, num_candidates = self._forward(model, batch.images)
-            shares.append(object_survival(kept, object_patches(batch.masks, self.settings.patch_size)))
-        num_kept = [ids.shape[1] for ids in kept]
-        return torch.cat(shares).mean(dim=0).tolist(), random_survival(num_kept, num_candidates)
-
-    def _forward(self, model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor], list[int]]:
-        """Predictions, what each stage kept, and among how many tokens it chose."""
-        with (
-            eval_mode(model),
-            torch.inference_mode(),
-            autocast("cpu", self._precision),
-            record_tokens(model) as record,
-        ):
-            predicted = model(images).argmax(dim=1)
-        return predicted, record.kept, [scores.shape[1] for scores in record.scores]
 
     def _save(self, models: dict[str, nn.Module], rows: list[dict[str, Any]]) -> None:
         s = self.settings
@@ -182,7 +163,7 @@ class Demo:
         num_patches = (self.settings.canvas_size // self.settings.patch_size) ** 2
         for row in rows[1:]:
             keep_rate = row["keep_rate"]
-            predicted, kept, _ = self._forward(models[f"EViT/{keep_rate:g}"], batch.images)
+            predicted, kept, _ = recorded(models[f"EViT/{keep_rate:g}"], batch.images, self._precision)
             survivors = surviving_patches(kept, num_patches)
             title = f"EViT, keep rate {keep_rate:g}"
             columns.append(Column(title, survivors, row["object_patches_kept"], predicted))
@@ -193,29 +174,6 @@ class Demo:
             object_patches(batch.masks, self.settings.patch_size),
             columns,
         )
-
-
-def build_deit(settings: Settings) -> VisionTransformer:
-    """A DeiT (class token, learned position embedding) in timm's code, sized for the digits.
-
-    The position embedding starts from sines and cosines instead of noise: with 1,442 scans there is little to
-    learn from that two patches are neighbours.
-    """
-    model = VisionTransformer(
-        img_size=settings.canvas_size,
-        patch_size=settings.patch_size,
-        embed_dim=settings.embed_dim,
-        depth=settings.depth,
-        num_heads=settings.num_heads,
-        num_classes=ClutteredDigits.num_classes,
-    )
-    grid = settings.canvas_size // settings.patch_size
-    with torch.no_grad():
-        waves = build_sincos2d_pos_embed([grid, grid], settings.embed_dim, temperature=100.0)
-        position = model.pos_embed
-        assert position is not None
-        position[:, model.num_prefix_tokens :] = 0.5 * waves
-    return model
 
 
 def _pictured(test: ClutteredDigits, count: int) -> list[int]:

@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from evit_ext._util.modes import eval_mode
+from evit_ext.data import CanvasBatch, object_patches
+from evit_ext.patching.recording import record_tokens
+from evit_ext.training import Precision, autocast
 from evit_ext.visualize.views import surviving_patches
+
+
+def measure_survival(
+    model: nn.Module, batches: Iterable[CanvasBatch], patch_size: int, precision: Precision
+) -> tuple[list[float], list[float]]:
+    """Return for each stage the mean share of the object's patches that survive it, and that at random."""
+    shares = []
+    for batch in batches:
+        _, kept, num_candidates = recorded(model, batch.images, precision)
+        shares.append(object_survival(kept, object_patches(batch.masks, patch_size).to(kept[0].device)))
+    num_kept = [ids.shape[1] for ids in kept]
+    return torch.cat(shares).mean(dim=0).tolist(), random_survival(num_kept, num_candidates)
+
+
+def recorded(
+    model: nn.Module, images: Tensor, precision: Precision
+) -> tuple[Tensor, list[Tensor], list[int]]:
+    """Return the predictions [B], what each stage kept, and among how many tokens it chose."""
+    device = next(model.parameters()).device
+    with (
+        eval_mode(model),
+        torch.inference_mode(),
+        autocast(device, precision),
+        record_tokens(model) as record,
+    ):
+        predicted = model(images.to(device)).argmax(dim=1)
+    plans = [record.trail.plan(stage) for stage in record.trail.stages]
+    return predicted, record.kept, [plan.num_patches for plan in plans]
 
 
 def object_survival(kept: Sequence[Tensor], object_patches: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import evit_ext
 from evit_ext.data import ClutteredDigits
 from evit_ext.demo import FULL, QUICK, pipeline
 from evit_ext.demo.__main__ import main
+from evit_ext.demo.network import build_deit
 from evit_ext.training import choose_precision, evaluate
 
 
@@ -58,7 +59,7 @@ def test_checkpoints_give_the_accuracy_of_the_table(
 ) -> None:
     test = ClutteredDigits("test", QUICK.canvas_size, QUICK.test_images, pipeline._TEST_SEED)
     for row, name in zip(rows, ("deit", "evit_0.7", "evit_0.5"), strict=True):
-        model = pipeline.build_deit(QUICK)
+        model = build_deit(QUICK.canvas_size, QUICK.patch_size, QUICK.embed_dim, QUICK.depth, QUICK.num_heads)
         model.load_state_dict(load_file(run[0] / f"{name}.safetensors"))
         if row["keep_rate"] < 1:
             evit_ext.apply(model, keep_rate=row["keep_rate"])

@@ -1,0 +1,97 @@
+"""The whole of a study, with the plan that takes seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from study.__main__ import HERE, main
+from study.plan import read_plan
+from study.results import Results
+
+SMOKE = HERE / "smoke.yaml"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything of seed 0, and `dense` of seed 1."""
+    folder = tmp_path_factory.mktemp("study")
+    assert run(folder, "--seeds", "0") == 0
+    assert run(folder, "--seeds", "1", "--arms", "dense") == 0
+    return folder
+
+
+def run(folder: Path, *more: str) -> int:
+    where = ["--plan", str(SMOKE), "--results", str(folder / "results")]
+    return main([*where, "run", "--weights", str(folder / "weights"), *more])
+
+
+def test_every_run_has_a_result(folder: Path) -> None:
+    plan = read_plan(SMOKE)
+    results = Results(folder / "results", plan)
+    for name, arm in plan.arms.items():
+        result = results.of(name)[0]
+        assert result["test_images"] == 40 and 0 <= result["top1"] <= 100
+        assert (len(result["losses"]) > 0) == (arm.recipe is not None)
+        assert ("object_patches_kept" in result) == (arm.keep_rate is not None)
+    dense, evit = results.of("dense")[0], results.of("evit")[0]
+    assert evit["gmacs"] < dense["gmacs"] and evit["parameters"] == dense["parameters"]
+    assert results.of("larger")[0]["gmacs"] > evit["gmacs"]
+
+
+def test_nothing_is_run_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, "--seeds", "0") == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_weights_that_are_gone_are_made_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bit for bit, and the result stays: a study may go on where only the results are."""
+    weights, result = folder / "weights/dense.1.safetensors", folder / "results/dense.1.json"
+    before, said = weights.read_bytes(), result.read_bytes()
+    weights.unlink()
+    assert run(folder, "--seeds", "1", "--arms", "dense") == 0
+    assert "dense, seed 1" in capsys.readouterr().out
+    assert weights.read_bytes() == before and result.read_bytes() == said
+
+
+def test_results_of_other_settings_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "smoke.yaml"
+    plan.write_text(
+        SMOKE.read_text().replace("keep_rate: 0.5, canvas_size: 40", "keep_rate: 0.7, canvas_size: 40")
+    )
+    assert main(["--plan", str(plan), "--results", str(folder / "results"), "list"]) == 1
+    said = capsys.readouterr().err
+    assert (
+        "larger.0.json is of a run with other settings" in said
+        and "arm.keep_rate: 0.5, in the plan 0.7" in said
+    )
+
+
+def test_a_damaged_result(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "dense.0.json").write_text("{")
+    assert main(["--plan", str(SMOKE), "--results", str(tmp_path), "list"]) == 1
+    assert "dense.0.json is damaged" in capsys.readouterr().err
+
+
+def test_page(folder: Path, tmp_path: Path) -> None:
+    where = ["--plan", str(SMOKE), "--results", str(folder / "results")]
+    assert main([*where, "page", "--output", str(tmp_path / "study.md")]) == 0
+    text = (tmp_path / "study.md").read_text()
+    assert "**10 of 17 runs**" in text and "| dense | 2 |" in text
+    assert "**evit** against **dense**, top-1: not shown: fewer than two runs" in text
+    assert (tmp_path / "study/smoke.svg").read_text().startswith("<?xml")
+
+
+def test_in_processes(folder: Path) -> None:
+    assert run(folder, "--jobs", "2", "--arms", "evit") == 0
+    result = json.loads((folder / "results/evit.1.json").read_text())
+    assert result["seed"] == 1
+
+
+def test_an_unknown_arm(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, "--arms", "evti") == 1
+    assert "there is no arm 'evti' in the plan: dense, evit" in capsys.readouterr().err

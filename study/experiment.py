@@ -1,0 +1,218 @@
+"""One run of a study: build the network, train it, test it."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from evit_ext import models
+from evit_ext._util.files import replacing
+from evit_ext._util.randomness import derive_seed, seeded
+from evit_ext._util.safetensors_bytes import to_bytes
+from evit_ext.cost.macs import count_macs
+from evit_ext.data import ClutteredDigits
+from evit_ext.demo.network import build_deit
+from evit_ext.demo.survival import measure_survival
+from evit_ext.patching.applying import apply
+from evit_ext.patching.oracle import Oracle
+from evit_ext.tokens.rule import rules_by_name
+from evit_ext.training import (
+    Classification,
+    DynamicViTLoss,
+    DynamicViTTraining,
+    Guided,
+    Objective,
+    Precision,
+    Trainer,
+    build_criterion,
+    choose_precision,
+    evaluate,
+)
+from study.plan import Arm, Plan
+
+_TEST_BATCH = 250
+# Streams of random numbers of a seed.
+_WEIGHTS, _IMAGES, _STEPS, _TEST = range(4)
+
+
+class Experiment:
+    """A run: an arm with a seed.
+
+    Args:
+        plan: see :class:`study.plan.Plan`.
+        name: of the arm.
+        seed: from 0.
+        weights: folder with the weights of runs, which others start from.
+        device: where it trains.
+        precision: as of ``evit train``.
+    """
+
+    def __init__(
+        self, plan: Plan, name: str, seed: int, weights: Path, device: str = "cpu", precision: str = "float32"
+    ) -> None:
+        self._plan, self._name, self._seed, self._weights = plan, name, seed, weights
+        self._arm: Arm = plan.arms[name]
+        self._device = torch.device(device)
+        self._precision: Precision = choose_precision(self._device, precision)
+        self._canvas_size = self._arm.canvas_size or plan.task.canvas_size
+
+    def run(self) -> dict[str, Any]:
+        """Train and test; write the weights; return the result, values for JSON."""
+        start = time.perf_counter()
+        model = self.build().to(self._device)
+        losses = self._train(model) if self._arm.recipe is not None else []
+        result = {
+            "study": self._plan.name,
+            "arm": self._name,
+            "seed": self._seed,
+            "settings": self._plan.settings(self._name),
+            "machine": {
+                "processor": _processor(self._device),
+                "torch": torch.__version__,
+                "precision": str(self._precision),
+            },
+            **self._test(model),
+            "losses": losses,
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+        self._save(model)
+        return result
+
+    def build(self) -> nn.Module:
+        """Return the network before training: from scratch, or with the weights that the arm starts from."""
+        arm, network, task = self._arm, self._plan.network, self._plan.task
+        with seeded(derive_seed(self._seed, _WEIGHTS)):
+            dense = build_deit(
+                canvas_size=self._canvas_size,
+                patch_size=task.patch_size,
+                embed_dim=network.embed_dim,
+                depth=network.depth,
+                num_heads=network.num_heads,
+            )
+            if arm.start is not None:
+                dense.load_state_dict(self._trained(arm.start))
+            if arm.model == "dynamicvit":
+                return self._as_dynamicvit(dense)
+        if arm.keep_rate is None:
+            return dense
+        rule = rules_by_name(arm.rule, arm.keep_rate, arm.rule_args)
+        return apply(dense, drop_loc=arm.drop_loc, rule=rule)
+
+    def _as_dynamicvit(self, dense: nn.Module) -> nn.Module:
+        network = self._plan.network
+        model = models.dynamicvit_tiny(
+            keep_rate=0.7 if self._arm.keep_rate is None else self._arm.keep_rate,
+            drop_loc=self._arm.drop_loc,
+            img_size=self._canvas_size,
+            num_classes=ClutteredDigits.num_classes,
+            patch_size=self._plan.task.patch_size,
+            embed_dim=network.embed_dim,
+            depth=network.depth,
+            num_heads=network.num_heads,
+        )
+        missing = model.load_state_dict(dense.state_dict(), strict=False)
+        assert not missing.unexpected_keys
+        return model
+
+    def _trained(self, name: str) -> dict[str, torch.Tensor]:
+        path = weights_file(self._weights, name, self._seed)
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing: run {name} with seed {self._seed} first")
+        return load_file(path)
+
+    def _data(self, split: str) -> ClutteredDigits:
+        task = self._plan.task
+        if split == "train":
+            size, seed = task.train_images, derive_seed(self._seed, _IMAGES)
+        else:
+            size, seed = task.test_images, task.test_seed
+        return ClutteredDigits(split, self._canvas_size, size, seed, 0, task.make_difficulty())
+
+    def _objective(self, model: nn.Module) -> Objective:
+        assert self._arm.recipe is not None
+        criterion = build_criterion(self._plan.recipes[self._arm.recipe])
+        if self._arm.model == "dynamicvit":
+            teacher = None
+            if self._arm.start is not None:
+                teacher = self._dense(self._arm.start)
+            return DynamicViTTraining(DynamicViTLoss(model.keep_ratios, teacher, criterion))  # type: ignore[arg-type]
+        if self._arm.oracle is not None:
+            return Guided(
+                Classification(criterion), Oracle(self._dense(self._arm.oracle), self._arm.drop_loc)
+            )
+        return Classification(criterion)
+
+    def _dense(self, name: str) -> nn.Module:
+        """Return the trained dense network of an arm, on the device."""
+        experiment = Experiment(self._plan, name, self._seed, self._weights, str(self._device))
+        model = experiment.build()
+        model.load_state_dict(self._trained(name))
+        return model.to(self._device).eval()
+
+    def _train(self, model: nn.Module) -> list[float]:
+        """Return the mean loss of each epoch."""
+        assert self._arm.recipe is not None
+        recipe, data = self._plan.recipes[self._arm.recipe], self._data("train")
+        if self._arm.keep_rate is not None and recipe.keep_rate_end_epoch > 0:
+            recipe = replace(recipe, keep_rate=self._arm.keep_rate)
+        trainer = Trainer(
+            model,
+            recipe,
+            self._plan.task.train_images // recipe.batch_size,
+            ClutteredDigits.num_classes,
+            self._precision,
+            self._objective(model),
+            seed=derive_seed(self._seed, _STEPS),
+        )
+        losses = []
+        for epoch in range(recipe.epochs):
+            data.set_epoch(epoch)
+            batches = data.batches(recipe.batch_size, shuffle=True, drop_last=True)
+            losses.append(round(trainer.train_one_epoch(batches, progress=False).loss, 5))
+        return losses
+
+    def _test(self, model: nn.Module) -> dict[str, Any]:
+        data, patch_size = self._data("test"), self._plan.task.patch_size
+        with seeded(derive_seed(self._seed, _TEST), self._device):
+            found = evaluate(model, data.batches(_TEST_BATCH), self._precision)
+        result: dict[str, Any] = {
+            "top1": round(found.top1, 3),
+            "loss": round(found.loss, 5),
+            "test_images": found.images,
+            "gmacs": count_macs(model) / 1e9,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+        if self._arm.keep_rate is not None:
+            batches = data.batches(_TEST_BATCH)
+            kept, at_random = measure_survival(model, batches, patch_size, self._precision)
+            result["object_patches_kept"] = [round(share, 4) for share in kept]
+            result["object_patches_kept_at_random"] = [round(share, 4) for share in at_random]
+        return result
+
+    def _save(self, model: nn.Module) -> None:
+        path = weights_file(self._weights, self._name, self._seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+        with replacing(path, "wb") as file:
+            file.write(to_bytes(tensors, {"arm": self._name, "seed": str(self._seed)}))
+
+
+def weights_file(folder: Path, name: str, seed: int) -> Path:
+    """Return where the weights of a run are."""
+    return folder / f"{name}.{seed}.safetensors"
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,116 @@
+"""The page with the answers: written from the results, never by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from evit_ext._util.files import replacing
+from study.plan import Comparison, Plan, Question
+from study.plots import draw_question
+from study.results import Results
+from study.statistics import CONFIDENCE, difference, estimate, verdict
+
+#: What the values of results are called, and their units.
+_VALUES = {"top1": ("top-1", "points"), "loss": ("test loss", "nats")}
+
+
+def write_page(plan: Plan, results: Results, path: Path) -> None:
+    """Write the page, and a plot for each question into the folder ``study`` beside it."""
+    pictures = path.parent / "study"
+    pictures.mkdir(parents=True, exist_ok=True)
+    for key, question in plan.questions.items():
+        draw_question(plan, results, question, pictures / f"{key}.svg")
+    with replacing(path) as file:
+        file.write("\n".join(_page(plan, results)) + "\n")
+
+
+def _page(plan: Plan, results: Results) -> Iterator[str]:
+    task, network = plan.task, plan.network
+    patches = (task.canvas_size // task.patch_size) ** 2
+    runs = sum(len(results.of(name)) for name in plan.arms)
+    planned = sum(arm.seeds for arm in plan.arms.values())
+    yield "# Study: the paper's questions"
+    yield ""
+    yield (
+        f"Written by `python -m study page` from `study/{_plan_file(plan)}` and the results beside it: "
+        f"**{runs} of {planned} runs** so far. A vision transformer of {network.depth} blocks and "
+        f"{network.embed_dim} channels is trained on cluttered digits of {task.canvas_size} × "
+        f"{task.canvas_size} pixels, {patches} patches, and tested on {task.test_images:,} canvases that no "
+        "run trains on, the same for all. Runs of two arms with the same seed begin with the same weights "
+        "and see the same images, so differences are taken seed by seed. Intervals are those of Student's t "
+        f"over the seeds, at {CONFIDENCE:.0%}: they say how much another seed may change, not how much other "
+        "images may. Hypotheses and margins were written into the plan before the runs."
+    )
+    for question in plan.questions.values():
+        yield ""
+        yield from _question(plan, results, question)
+    if plan.dropped:
+        yield ""
+        yield "## Tried and dropped"
+        yield ""
+        yield from (f"- {line}" for line in plan.dropped)
+    yield ""
+    yield "## Again"
+    yield ""
+    yield "```bash"
+    yield "make study ARGS='--minutes 60'   # runs what has no result yet"
+    yield "make study-page                  # writes this page"
+    yield "```"
+
+
+def _plan_file(plan: Plan) -> str:
+    return f"{plan.name}.yaml"
+
+
+def _question(plan: Plan, results: Results, question: Question) -> Iterator[str]:
+    key = next(name for name, one in plan.questions.items() if one is question)
+    yield f"## {question.title}"
+    yield ""
+    yield question.ask
+    yield ""
+    yield f"*Expected before the runs:* {question.hypothesis}"
+    yield ""
+    for comparison in question.comparisons:
+        yield f"- {_sentence(results, comparison)}"
+    yield ""
+    yield f"![{question.title}](study/{key}.svg)"
+    yield ""
+    yield "| arm | runs | top-1 % | test loss | GMACs | the digit's patches kept, stage by stage |"
+    yield "|---|---|---|---|---|---|"
+    for name in question.arms:
+        yield _row(results, name)
+
+
+def _sentence(results: Results, comparison: Comparison) -> str:
+    one, other = (
+        {seed: result[comparison.value] for seed, result in results.of(name).items()}
+        for name in (comparison.arm, comparison.with_arm)
+    )
+    found = difference(one, other)
+    what, unit = _VALUES.get(comparison.value, (comparison.value, ""))
+    if found.runs == 0:
+        return f"**{comparison.arm}** against **{comparison.with_arm}**, {what}: not run yet."
+    said = verdict(found, comparison.margin)
+    interval = f"{found.mean:+.2f}"
+    if found.runs > 1:
+        interval += f" [{found.low:+.2f}, {found.high:+.2f}]"
+    return (
+        f"**{comparison.arm}** against **{comparison.with_arm}**, {what}: {said} "
+        f"({interval} {unit}, {found.runs} pair{'s' if found.runs > 1 else ''} of runs)."
+    )
+
+
+def _row(results: Results, name: str) -> str:
+    found = results.of(name)
+    if not found:
+        return f"| {name} | 0 | not run | | | |"
+    values = list(found.values())
+    top1, loss = (estimate([value[entry] for value in values]) for entry in ("top1", "loss"))
+    stages = list(zip(*(value.get("object_patches_kept", []) for value in values), strict=True))
+    kept = " · ".join(f"{100 * estimate(stage).mean:.0f} %" for stage in stages)
+    spread = f" [{top1.low:.2f}, {top1.high:.2f}]" if len(values) > 1 else ""
+    return (
+        f"| {name} | {len(values)} | {top1.mean:.2f}{spread} | {loss.mean:.3f} | {values[0]['gmacs']:.4f} | "
+        f"{kept} |"
+    )

@@ -1,0 +1,49 @@
+"""Plots of a study: accuracy against cost, and loss against epochs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+from evit_ext._util.files import replacing_path
+from study.plan import Plan, Question
+from study.results import Results
+from study.statistics import estimate
+
+
+def draw_question(plan: Plan, results: Results, question: Question, path: Path) -> None:
+    """Draw the arms of a question into an SVG file: each run a dot, each arm its mean and interval."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    matplotlib.rcParams["svg.hashsalt"] = "study"  # the same results make the same file
+    from matplotlib import pyplot
+
+    figure, (accuracy, loss) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    colours = pyplot.get_cmap("tab20")
+    for number, name in enumerate(question.arms):
+        found = list(results.of(name).values())
+        if not found:
+            continue
+        colour = colours(number % colours.N)
+        macs, values = found[0]["gmacs"], [result["top1"] for result in found]
+        accuracy.scatter([macs] * len(values), values, s=10, color=colour, alpha=0.5, linewidths=0)
+        mean = estimate(values)
+        half = 0.0 if math.isinf(mean.low) else mean.mean - mean.low
+        accuracy.errorbar([macs], [mean.mean], yerr=[half], color=colour, marker="o", capsize=4, label=name)
+        losses = [result["losses"] for result in found if result["losses"]]
+        if losses:
+            curve = [statistics.fmean(values) for values in zip(*losses, strict=True)]
+            loss.plot(range(1, len(curve) + 1), curve, color=colour, label=name)
+    accuracy.set_xlabel("GMACs an image")
+    accuracy.set_ylabel("top-1, %")
+    loss.set_xlabel("epoch")
+    loss.set_ylabel("training loss, mean of the runs")
+    for axes in (accuracy, loss):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+    with replacing_path(path) as file:
+        figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)
