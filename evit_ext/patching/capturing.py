@@ -256,4 +256,5 @@ def cuda_graph(vit: nn.Module, images: Tensor) -> CapturedForward:
                 f"{_shown(name)} has hooks, which a CUDA graph does not run: remove them, or call the model"
             )
     _check_unobserved(find_stages(vit))
-    return CapturedForward(vit, images)
+    with torch.inference_mode(False):  # or its images could not be overwritten outside of inference mode
+        return CapturedForward(vit, images)

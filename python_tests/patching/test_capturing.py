@@ -114,6 +114,16 @@ def test_images_of_the_graph_are_not_copied(vit: Any, captured: Any) -> None:
     assert torch.equal(captured(captured.images), plain(vit, images(seed=5)))
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_inference_mode(vit: Any, inside: bool) -> None:
+    """Around the capture and around a call, or one of them."""
+    with torch.inference_mode(inside):
+        forward = evit_ext.cuda_graph(vit, images())
+    for mode in (True, False):
+        with torch.inference_mode(mode):
+            assert torch.equal(forward(images(seed=1)), plain(vit, images(seed=1)))
+
+
 def test_the_example_stays_the_callers(vit: Any) -> None:
     example = images()
     forward = evit_ext.cuda_graph(vit, example)
