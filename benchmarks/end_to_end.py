@@ -37,6 +37,7 @@ from evit_ext.benchmark import Contestant, Row, contestants, measure
 from evit_ext.cli.benchmark import LATENCY_CALLS, table
 from evit_ext.cpu import replacing
 from evit_ext.patching.families import family_of
+from evit_ext.tokens.rule import named_rules
 from evit_ext.training.precision import choose_precision
 
 KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -87,6 +88,10 @@ def field(model: str, keep_rates: tuple[float, ...], device: torch.device) -> li
         _assert_same(written, evit.model, _images(dense, SAME_IMAGES, device))
         plain.append(Contestant(f"plain EViT {evit.keep_rate:g}", written, evit.keep_rate, evit.gmacs))
     rivals = contestants(f"dynamicvit_{model}", keep_rates, device)[1:]
+    if "tome" in named_rules():
+        # At the same blocks, to as many tokens as an EViT. Its rule merges no more than half of them.
+        some = [rate for rate in keep_rates if rate in SOME]
+        rivals += contestants(f"deit_{model}", some, device, {"rule": "tome"})[1:]
     if device.type != "cpu":
         return [dense, *evits, *plain, *rivals]
     packed = [
@@ -161,7 +166,7 @@ def _images(of: Contestant, batch: int, device: torch.device) -> torch.Tensor:
 
 def parse() -> argparse.Namespace:
     parser = benchmark_options.parser(__doc__, GPU_MINUTES)
-    parser.add_argument("--batch", type=int, nargs="+", help="default: 1 4 16; on a GPU 1 8 64 256")
+    parser.add_argument("--batch", type=int, nargs="+", help="default: 1 4 16; on a GPU 1 32 256 320")
     parser.add_argument("--keep-rates", type=float, nargs="+", default=list(KEEP_RATES))
     parser.add_argument(
         "--seconds",
@@ -188,10 +193,11 @@ def groups(options: argparse.Namespace) -> list[Group]:
     On a GPU in the order in which it tells most: FIRST, the rest without compiling, the rest.
     """
     on_gpu = options.device == "cuda"
-    batches = options.batch or ([1, 8, 64, 256] if on_gpu else [1, 4, 16])
+    batches = options.batch or ([1, 32, 256, 320] if on_gpu else [1, 4, 16])
     if options.quick and not options.batch:
         batches = [256, 1] if on_gpu else [batches[-2]]
-    largest = max(batches) if on_gpu else batches[-1]
+    # On a GPU 320 images are there to see whether another number suits it better.
+    largest = 256 if on_gpu and 256 in batches else max(batches) if on_gpu else batches[-1]
     every = tuple(options.keep_rates)
     some = tuple(rate for rate in every if rate in SOME) or every
     one = tuple(rate for rate in every if rate in ONE) or every[:1]
@@ -229,9 +235,9 @@ def takes_part(entry: Contestant, group: Group) -> bool:
     """Return whether a model is in a group."""
     if entry.name not in ("dense", FASTER) and entry.keep_rate not in group.keep_rates:
         return False
-    # A DynamicViT trains by masking, with losses of its own, and is not the compiled rival. Prepacking
-    # tells on neither.
-    eager_only = entry.name.startswith("Dynamic") or entry.name.endswith(PREPACKED)
+    # A DynamicViT trains by masking, with losses of its own. Neither it nor ToMe is the compiled rival, and
+    # prepacking tells on none of these.
+    eager_only = entry.name.startswith(("Dynamic", "ToMe")) or entry.name.endswith(PREPACKED)
     return not eager_only or (group.task == "inference" and group.mode == "eager")
 
 

@@ -27,6 +27,7 @@ from evit_ext.cost.comparison import compare_costs
 from evit_ext.cost.layers import layer_costs
 from evit_ext.cost.macs import count_macs
 from evit_ext.patching.applying import apply, remove
+from evit_ext.patching.capturing import cuda_graph
 from evit_ext.patching.keep_rates import set_keep_rate
 from evit_ext.patching.oracle import Oracle
 from evit_ext.patching.prepacking import prepack
@@ -40,6 +41,7 @@ __all__ = [
     "apply",
     "compare_costs",
     "count_macs",
+    "cuda_graph",
     "fit_budget",
     "from_pretrained",
     "keep_rate_levels",

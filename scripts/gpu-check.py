@@ -42,6 +42,17 @@ print(json.dumps({"gpu": gpu.name, "capability": f"{gpu.major}.{gpu.minor}",
     "torch": torch.__version__, "torch_cuda": torch.version.cuda, "timm": timm.__version__,
     "python": platform.python_version()}))
 """
+# Of the C++ tests, those that run under compute-sanitizer, a process each: all kernels, in seconds.
+SANITIZED = (
+    "cuda_class_attention_agrees",
+    "cuda_class_attention_gradients",
+    "cuda_attention_with_scores_agrees",
+    "cuda_reorganize_agrees",
+    "cuda_norms_agree",
+    "cuda_gather_and_scatter",
+    "cuda_fuse_agrees",
+    "cuda_restore_agrees",
+)
 SELF_TEST = """
 from evit_ext import _C
 message = _C.cuda_self_test(0)
@@ -63,9 +74,9 @@ class Step(NamedTuple):
 class Check:
     """Runs steps and writes what became of them to STEM.json, STEM.md and STEM.logs/."""
 
-    def __init__(self, stem: Path, machine: dict[str, Any], minutes: float) -> None:
+    def __init__(self, stem: Path, machine: dict[str, Any], ends: float) -> None:
         self.stem, self.machine, self.logs = stem, machine, stem.with_suffix(".logs")
-        self.ends = time.monotonic() + 60 * minutes
+        self.ends = ends
         self.environment = environment(machine)
         self.results: dict[str, dict[str, Any]] = {}
         self.running: set[subprocess.Popen[bytes]] = set()
@@ -154,6 +165,8 @@ def environment(machine: dict[str, Any]) -> dict[str, str]:
     homes = filter(None, [os.environ.get("CUDA_HOME"), "/usr/local/cuda"])
     tools = [f"{home}/{folder}" for home in homes for folder in ("bin", "compute-sanitizer")]
     return {
+        # What else is installed there has no say in the tests.
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         # By itself the build goes by free memory, of which a virtual machine shows little.
         "MAX_JOBS": str(machine["cores"]),
         **os.environ,
@@ -176,7 +189,9 @@ def pytest(*arguments: object) -> str:
     # From another folder: in the source tree, evit_ext would be imported from there, without its module.
     settings = ("-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-p", "no:cacheprovider")
     report = ("-v", "--tb=short", "-o", "faulthandler_timeout=120")
-    return python("-m", "pytest", *settings, *report, "--devices", "cuda", *arguments)
+    command = python("-m", "pytest", *settings, *report, "--devices", "cuda", *arguments)
+    # Several files run at once, and by itself each would compile with as many processes as there are cores.
+    return f"TORCHINDUCTOR_COMPILE_THREADS=2 {command}"
 
 
 def build_steps(machine: dict[str, Any]) -> list[Step]:
@@ -196,40 +211,63 @@ def build_steps(machine: dict[str, Any]) -> list[Step]:
 
 
 def test_steps() -> list[Step]:
-    """The C++ tests, alone and under compute-sanitizer, and the Python tests that take a device.
+    """The C++ tests, the Python tests that take a device, and C++ tests under compute-sanitizer.
 
     Each file has its own process: a kernel that accesses memory out of bounds makes the GPU unusable for
     all that follows in the same process.
     """
     steps = [Step("cpp-tests", "cpp/evit_cuda_tests", 90, needs="cpp-build")]
-    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        # Without the setting, the tests fill all memory they allocate, and initcheck has nothing to find.
-        setting = "EVIT_TEST_NO_POISON=1 " if tool == "initcheck" else ""
-        command = f"{setting}compute-sanitizer --tool {tool} --error-exitcode 1 cpp/evit_cuda_tests"
-        steps.append(Step(f"cpp-{tool}", command, 240, "SUMMARY: 0 (errors|hazards)", "cpp-build"))
     for path in sorted(TESTS.rglob("test_*.py")):
         text = path.read_text()
         takes_device = path.parent.name == "cuda" or re.search(r"\bdevice: torch\.device\b", text)
         if takes_device and "pytestmark = pytest.mark.slow" not in text:
             name = "-".join(path.relative_to(TESTS).with_suffix("").parts)
             steps.append(Step(name, pytest(path), 240, r"\d passed", "build"))
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        # Without the setting, the tests fill all memory they allocate, and initcheck has nothing to find.
+        setting = "EVIT_TEST_NO_POISON=1 " if tool == "initcheck" else ""
+        for test in SANITIZED:
+            command = (
+                f"{setting}compute-sanitizer --tool {tool} --error-exitcode 1 cpp/evit_cuda_tests {test}"
+            )
+            name = f"cpp-{tool}-{test.removeprefix('cuda_')}"
+            steps.append(Step(name, command, 90, "SUMMARY: 0 (errors|hazards)", "cpp-build"))
     return steps
 
 
 def benchmark_steps(stem: Path, seconds: float) -> list[Step]:
-    """The benchmarks, the most telling first; two of them stop by themselves before their step's limit."""
+    """The benchmarks, the most telling first, in so many seconds.
 
-    def benchmark(name: str, share: float, *arguments: object) -> Step:
+    They stop by themselves before their step's limit, but for the last, which gets what the others leave.
+    """
+
+    def benchmark(name: str, share: float, script: str, *arguments: object) -> Step:
         output = stem.with_name(stem.name.replace("gpu-check", name))
-        script = BENCHMARKS / f"{name.replace('-', '_')}.py"
-        command = python(script, "--device", "cuda", "--output", output, *arguments)
+        command = python(BENCHMARKS / script, "--device", "cuda", "--output", output, *arguments)
         return Step(name, command, share * seconds, needs="build")
 
+    def end_to_end(name: str, share: float, *arguments: object) -> Step:
+        minutes = max(
+            0.1, round((share * seconds - 30) / 60, 2)
+        )  # what precedes its clock takes seconds, too
+        return benchmark(name, share, "end_to_end.py", "--minutes", minutes, *arguments)
+
     return [
-        benchmark("operators", 0.35, "--limit", round(0.35 * seconds - 20)),
-        benchmark("end-to-end", 0.5, "--minutes", round((0.5 * seconds - 30) / 60, 2)),
-        benchmark("training-steps", 0.15),
+        end_to_end("end-to-end", 0.5),
+        benchmark("operators", 0.27, "operators.py", "--limit", max(5, round(0.27 * seconds - 15))),
+        end_to_end("end-to-end-base", 0.18, "--model", "base", "--quick", "--batch", 256),
+        benchmark("training-steps", 0.5, "training_steps.py", "--rounds", 5),
     ]
+
+
+def output_of(*command: str, folder: Path = ROOT) -> tuple[int, str]:
+    """The exit status and the last line that a program prints; 1 and why where it does not run or hangs."""
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=90)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return 1, str(error)
+    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
+    return done.returncode, lines[-1] if lines else f"status {done.returncode}, and not a word"
 
 
 def main() -> int:
@@ -238,16 +276,16 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=BENCHMARKS / "results", help="(default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: 9)")
     options = parser.parse_args()
-    asked = subprocess.run([sys.executable, "-c", MACHINE], capture_output=True, text=True, cwd="/")
-    if asked.returncode:
-        print(f"gpu-check: there is no GPU to check on: {asked.stderr.splitlines()[-1]}", file=sys.stderr)
+    ends = time.monotonic() + 60 * options.minutes
+    status, said = output_of(sys.executable, "-c", MACHINE, folder=Path("/"))
+    if status != 0:
+        print(f"gpu-check: there is no GPU to check on: {said}", file=sys.stderr)
         return 2
-    machine = json.loads(asked.stdout.splitlines()[-1])
-    describe = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
-    described = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    machine["commit"] = os.environ.get("EVIT_COMMIT") or described or "unknown"
+    machine = json.loads(said)
+    status, said = output_of("git", "describe", "--always", "--abbrev=40", "--dirty")
+    machine["commit"] = os.environ.get("EVIT_COMMIT") or (said if status == 0 else "unknown")
     gpu = re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
-    check = Check(options.output.resolve() / f"gpu-check-{gpu}", machine, options.minutes)
+    check = Check(options.output.resolve() / f"gpu-check-{gpu}", machine, ends)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, check.interrupt)
     reserve = 0.45 * check.left()  # for the benchmarks

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from evit_ext._util.cuda_graphs import capture
 from evit_ext._util.messages import shown
 from evit_ext._util.modes import eval_mode
 from evit_ext._util.timing import Here, Timed, time_in_turns
@@ -165,7 +166,7 @@ def _call(
         with torch.inference_mode():
             return run(images)
 
-    return _captured(forward) if mode == "cudagraph" else forward
+    return _captured(forward, images.device) if mode == "cudagraph" else forward
 
 
 def _training_step(
@@ -186,17 +187,9 @@ def _training_step(
     return step
 
 
-def _captured(call: Callable[[], object]) -> Callable[[], object]:
+def _captured(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
     """Return a function that replays a call from a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # the first calls set things up, which must not be captured
-        call()
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
+    graph, result = capture(call, device)
 
     def replay() -> object:
         graph.replay()

@@ -106,7 +106,7 @@ def is_written(kind: type[nn.Module]) -> bool:
 remember(nn.Linear, nn.Identity, nn.GELU, nn.Dropout, nn.LayerNorm, LayerNorm)
 
 #: The attributes in which nn.Module keeps its hooks.
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -129,7 +129,7 @@ def is_watched(module: nn.Module) -> bool:
 
     Of those of all modules, PyTorch's own do not count: they are the FLOP counter's and the profiler's.
     """
-    return any(getattr(module, hooks) for hooks in _HOOKS) or _is_watched_everywhere()
+    return any(getattr(module, hooks) for hooks in HOOKS) or _is_watched_everywhere()
 
 
 def _is_watched_everywhere() -> bool:

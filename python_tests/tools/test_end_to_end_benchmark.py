@@ -52,7 +52,7 @@ def test_groups() -> None:
     assert all_rates == 16
     assert {group.least for group in every if group.batch == 1} == {100}
     on_gpu = end_to_end.groups(options(device="cuda"))
-    assert {group.batch for group in on_gpu} == {1, 8, 64, 256}
+    assert {group.batch for group in on_gpu} == {1, 32, 256, 320}
     assert len(set(on_gpu)) == len(on_gpu) == 2 * (3 * 4 + 1)
     quick = end_to_end.groups(options(quick=True))
     assert len(quick) == 3 and {group.keep_rates for group in quick} == {(0.7,)}
@@ -182,7 +182,7 @@ def test_rows_and_files(tmp_path: Path, one_thread: None, monkeypatch: pytest.Mo
     assert stem.with_suffix(".png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("name", ["DynamicViT 0.7", "EViT 0.7, prepacked"])
+@pytest.mark.parametrize("name", ["DynamicViT 0.7", "ToMe 0.7", "EViT 0.7, prepacked"])
 def test_who_trains_and_who_is_compiled(name: str) -> None:
     dynamic = Contestant(name, torch.nn.Identity(), 0.7, None)
     group = end_to_end.Group("inference", "float32", 2, "eager", (0.7,), 0.0, 5)

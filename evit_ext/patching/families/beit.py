@@ -157,7 +157,7 @@ def _has_positions(vit: Any) -> bool:
 def _install(vit: Any) -> None:
     """Make a Beit pass trails to its blocks."""
     if vit.rel_pos_bias is None:
-        vit.rel_pos_bias = StartTrail()
+        vit.rel_pos_bias = StartTrail().train(vit.training)
     else:
         vit.rel_pos_bias.register_forward_hook(_start_trail)
 
