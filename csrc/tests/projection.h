@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <limits>
 #include <vector>
 
 #include "../evit/cpu/simd/row_kernels.h"
@@ -31,21 +32,47 @@ struct Projection {
   Buffer<T> data;
 };
 
-// softmax(q_m . k * scale) of one head, in double.
+// softmax(q_m . k * scale + bias) of one head, in double; no bias if there is none for every key.
 template <typename T>
 std::vector<double> probabilities(const Projection<T>& qkv, int64_t b, int64_t m, int64_t first_channel,
-                                  int64_t tokens, int64_t channels, double scale) {
+                                  int64_t tokens, int64_t channels, double scale,
+                                  const std::vector<double>& bias = {}) {
   std::vector<double> p(tokens, 0);
   double largest = -INFINITY, sum = 0;
   for (int64_t n = 0; n < tokens; ++n) {
     for (int64_t c = 0; c < channels; ++c)
       p[n] += qkv.at(b, m, 0, first_channel + c) * qkv.at(b, n, 1, first_channel + c) * scale;
+    if (!bias.empty()) p[n] += bias[n];
     largest = std::max(largest, p[n]);
   }
   for (auto& value : p) sum += value = std::exp(value - largest);
   for (auto& value : p) value /= sum;
   return p;
 }
+
+// Biases [B, N] of the keys, with the batch innermost, of the size of logarithms of small numbers; the first
+// key of every sequence is masked if there are others.
+template <typename A>
+struct Biases {
+  Biases(int64_t batch, int64_t tokens, uint32_t seed)
+      : batch(batch), tokens(tokens), data(random_values<A>(batch * tokens, seed)) {
+    for (int64_t b = 0; tokens > 1 && b < batch; ++b) data[b] = -std::numeric_limits<A>::infinity();
+  }
+  Tokens<A> view() const { return {data.data.get(), 1, batch}; }
+  std::vector<double> of(int64_t b) const {
+    std::vector<double> row(tokens);
+    for (int64_t n = 0; n < tokens; ++n) row[n] = to_double(data[n * batch + b]);
+    return row;
+  }
+  // As the kernels of one head take it.
+  Buffer<A> padded(int64_t b) const {
+    Buffer<A> row(cpu::padded(tokens));
+    for (int64_t n = 0; n < row.size; ++n) row[n] = n < tokens ? data[n * batch + b] : A{0};
+    return row;
+  }
+  int64_t batch, tokens;
+  Buffer<A> data;
+};
 
 // Scratch memory as aligned as it is promised to kernels and exactly as long, full of what is NaN if it is
 // read before it is written.

@@ -33,13 +33,27 @@ Buffer<T> make_qkv(const AttentionWithScoresSizes& sizes, const Gaps& gaps, uint
   return qkv;
 }
 
+// Biases [B, N] of the keys, twice as far apart as they need be, the batch innermost: of the size of
+// logarithms of small numbers, and -Inf for every fifth key. No element: no bias.
+Buffer<float> make_bias(const AttentionWithScoresSizes& sizes, uint32_t seed) {
+  Buffer<float> bias = random_values<float>(2 * sizes.batch * sizes.tokens, seed);
+  for (int64_t n = 1; n < sizes.tokens; n += 5)
+    for (int64_t b = 0; b < sizes.batch; ++b) bias[2 * n * sizes.batch + b] = -INFINITY;
+  return bias;
+}
+
+Tokens<float> bias_view(const float* data, const AttentionWithScoresSizes& sizes) {
+  return {data, 1, 2 * sizes.batch};
+}
+
 struct Expected {
   std::vector<double> out, scores;
   double largest_logit = 0;  // of those that are finite and make the scores
 };
 
 template <typename T>
-Expected expect(const AttentionWithScoresSizes& sizes, const Buffer<T>& qkv, const Gaps& gaps) {
+Expected expect(const AttentionWithScoresSizes& sizes, const Buffer<T>& qkv, const Gaps& gaps,
+                const Buffer<float>& bias) {
   const Strides strides(sizes, gaps);
   const int64_t tokens = sizes.tokens, channels = sizes.channels, width = sizes.heads * channels;
   Expected expected = {std::vector<double>(sizes.batch * tokens * width),
@@ -56,6 +70,7 @@ Expected expect(const AttentionWithScoresSizes& sizes, const Buffer<T>& qkv, con
         p[n] = 0;
         for (int64_t c = 0; c < channels; ++c) p[n] += q[c] * k[n * strides.n + c];
         p[n] *= sizes.scale;
+        if (bias.size > 0) p[n] += *bias_view(bias.data.get(), sizes).row(b, n);
         largest = std::max(largest, p[n]);
         if (m == 0 && std::isfinite(p[n]))
           expected.largest_logit = std::max(expected.largest_logit, std::abs(p[n]));
@@ -74,16 +89,18 @@ Expected expect(const AttentionWithScoresSizes& sizes, const Buffer<T>& qkv, con
 // The kernel's results, the same in every order of the threads.
 template <typename T>
 std::tuple<Buffer<T>, Buffer<float>> run(const AttentionWithScoresSizes& sizes, const Buffer<T>& qkv,
-                                         const Gaps& gaps) {
+                                         const Gaps& gaps, const Buffer<float>& bias = Buffer<float>(0)) {
   const Strides strides(sizes, gaps);
   const DeviceBuffer<T> device_qkv(qkv);
   const Tokens<T> view = {device_qkv.data(), strides.b, strides.n};
   CHECK(cuda::attention_with_scores_available<T>(sizes, view));
+  const DeviceBuffer<float> device_bias(bias);
   return same_every_time([&] {
     const DeviceBuffer<T> out(sizes.batch * sizes.tokens * sizes.heads * sizes.channels);
     const DeviceBuffer<float> scores(sizes.batch * sizes.tokens);
     const DeviceBuffer<char> workspace(cuda::attention_with_scores_workspace(sizes));
-    cuda::attention_with_scores<T>(sizes, view, out.data(), scores.data(), workspace.data(), test_stream());
+    cuda::attention_with_scores<T>(sizes, view, bias_view(device_bias.data(), sizes), out.data(),
+                                   scores.data(), workspace.data(), test_stream());
     return std::tuple(out.read(), scores.read());
   });
 }
@@ -92,9 +109,10 @@ std::tuple<Buffer<T>, Buffer<float>> run(const AttentionWithScoresSizes& sizes, 
 // were off by 4.1e-7 * (4 + the largest logit) of their value; a device's powers of two are off by some 2e-7
 // more.
 template <typename T>
-void check(const AttentionWithScoresSizes& sizes, const Buffer<T>& qkv, const Gaps& gaps = {}) {
-  const auto [out, scores] = run<T>(sizes, qkv, gaps);
-  const Expected expected = expect(sizes, qkv, gaps);
+void check(const AttentionWithScoresSizes& sizes, const Buffer<T>& qkv, const Gaps& gaps = {},
+           const Buffer<float>& bias = Buffer<float>(0)) {
+  const auto [out, scores] = run<T>(sizes, qkv, gaps, bias);
+  const Expected expected = expect(sizes, qkv, gaps, bias);
   for (int64_t i = 0; i < out.size; ++i) CHECK_NEAR(to_double(out[i]), expected.out[i], tolerance<T>());
   for (int64_t i = 0; i < scores.size; ++i) {
     // What is no normal number may be 0.
@@ -130,6 +148,31 @@ TEST(cuda_attention_with_scores_agrees_in_batches) {
   agrees<Half>({1, 577, 1, 64, 0.125});
 }
 
+TEST(cuda_attention_with_scores_agrees_with_a_bias) {
+  const auto agrees_with_bias = [](auto zero, const AttentionWithScoresSizes& sizes) {
+    using T = decltype(zero);
+    check<T>(sizes, make_qkv<T>(sizes, {8, 8}, 41), {8, 8}, make_bias(sizes, 42));
+  };
+  for (const int64_t channels : kChannels)
+    for (const int64_t tokens : {1, 2, 16, 31, 33, 64, 65, 97})
+      for (const double scale : {1 / std::sqrt(channels), -0.3 / std::sqrt(channels)}) {
+        agrees_with_bias(Half{}, {2, tokens, 1, channels, scale});
+        agrees_with_bias(BFloat16{}, {1, tokens, 3, channels, scale});
+      }
+}
+
+// One bias makes all of it NaN, or one token all that is seen; or everything is masked.
+TEST(cuda_attention_with_scores_does_with_a_bias_what_softmax_does) {
+  const AttentionWithScoresSizes sizes = {1, 70, 2, 32, 0.2};
+  const auto qkv = make_qkv<BFloat16>(sizes, {}, 6);
+  for (const double value : {double{NAN}, double{INFINITY}, 90.0, -90.0, -double{INFINITY}})
+    for (const auto& [first, last] : {std::pair(0, 1), {0, 40}, {0, 69}, {0, 70}, {37, 38}, {66, 70}}) {
+      Buffer<float> bias = make_bias(sizes, 43);
+      for (int64_t n = 0; n < sizes.tokens; ++n) bias[2 * n] = n >= first && n < last ? value : 0.0;
+      check(sizes, qkv, {}, bias);
+    }
+}
+
 // The scores, of thousands of tokens: an error that every 32 keys multiply by once more would be seen. On a
 // device: the host does not fuse products with the sums after them, which python_tests/test_ptx.py looks for.
 TEST(cuda_attention_with_scores_agrees_on_thousands_of_tokens) {
@@ -138,8 +181,8 @@ TEST(cuda_attention_with_scores_agrees_on_thousands_of_tokens) {
   const DeviceBuffer<BFloat16> device_qkv(qkv), out(4097 * 32);
   const DeviceBuffer<float> scores(4097);
   const DeviceBuffer<char> workspace(cuda::attention_with_scores_workspace(sizes));
-  cuda::attention_with_scores<BFloat16>(sizes, {device_qkv.data(), 4097 * 96, 96}, out.data(), scores.data(),
-                                        workspace.data(), test_stream());
+  cuda::attention_with_scores<BFloat16>(sizes, {device_qkv.data(), 4097 * 96, 96}, {}, out.data(),
+                                        scores.data(), workspace.data(), test_stream());
   const Buffer<float> actual = scores.read();
   std::vector<double> expected(4097);
   double largest = 0, sum = 0;
@@ -231,8 +274,8 @@ TEST(cuda_attention_with_scores_says_what_it_takes) {
   CHECK(!available(64, {qkv.data() + 1, 384, 192}) && available(64, {qkv.data() + 8, 384, 192}));
   CHECK(!available(64, {qkv.data(), 388, 192}) && !available(64, {qkv.data(), 384, 196}));
   CHECK(throws<std::invalid_argument>([&] {
-    cuda::attention_with_scores<Half>({1, 2, 1, 48, 1.0}, {qkv.data(), 288, 144}, nullptr, nullptr, nullptr,
-                                      test_stream());
+    cuda::attention_with_scores<Half>({1, 2, 1, 48, 1.0}, {qkv.data(), 288, 144}, {}, nullptr, nullptr,
+                                      nullptr, test_stream());
   }));
 }
 

@@ -108,7 +108,7 @@ TEST(cuda_attention_is_the_same_on_every_device_and_in_every_batch) {
         const DeviceBuffer<float> scores(batch * num_tokens);
         const DeviceBuffer<char> workspace(cuda::attention_with_scores_workspace(sizes));
         cuda::attention_with_scores<BFloat16>(sizes, {device_qkv.data(), num_tokens * 3 * width, 3 * width},
-                                              out.data(), scores.data(), workspace.data(), test_stream());
+                                              {}, out.data(), scores.data(), workspace.data(), test_stream());
         return std::tuple(out.read(), scores.read());
       });
     };
@@ -207,11 +207,11 @@ TEST(cuda_sizes_beyond_32_bits_are_refused) {
   CHECK(throws<std::length_error>(
       [&] { cuda::gather_tokens<float>({1, 1, large, 1}, tokens, index, nullptr, stream); }));
   CHECK(throws<std::length_error>([&] {
-    cuda::attention_with_scores<Half>({1, large, 1, 64, 1.0}, {nullptr, 8, 8}, nullptr, nullptr, nullptr,
+    cuda::attention_with_scores<Half>({1, large, 1, 64, 1.0}, {nullptr, 8, 8}, {}, nullptr, nullptr, nullptr,
                                       stream);
   }));
   CHECK(throws<std::length_error>([&] {  // blocks
-    cuda::attention_with_scores<Half>({large / 8, 100, 8, 64, 1.0}, {nullptr, 8, 8}, nullptr, nullptr,
+    cuda::attention_with_scores<Half>({large / 8, 100, 8, 64, 1.0}, {nullptr, 8, 8}, {}, nullptr, nullptr,
                                       nullptr, stream);
   }));
   CHECK(throws<std::length_error>(  // sequences

@@ -13,7 +13,9 @@ from evit_ext.ops import checks, library, reference
 from evit_ext.ops.class_attention import class_attention
 
 
-def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def attention_with_scores(
+    qkv: Tensor, num_heads: int, scale: float | None = None, key_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the attention of all tokens to all, and how much the class token attends to each.
 
     This is what an EViT block computes from its projection (Liang et al., ICLR 2022, section 3.2)::
@@ -21,6 +23,10 @@ def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None = Non
         q, k, v = qkv.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         out = scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
         scores = class_attention(q[:, :, 0], k, scale)
+
+    A bias of the keys is added to the logits of every query and head, also to those of the scores. With the
+    logarithm of the number of patches that each token stands for, this is the proportional attention of ToMe
+    (Bolya et al., ICLR 2023, equation 1); with -Inf, a key is masked.
 
     The CPU has forward and backward kernels that read the projection in place and never store an N × N map:
     the backward pass computes the probabilities again. On other devices these steps run instead. There is
@@ -35,51 +41,63 @@ def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None = Non
             any strides (only a tensor with a strided last dimension is copied first); N may be 0.
         num_heads: H, a divisor of C.
         scale: factor of the dot products; default ``D ** -0.5``.
+        key_bias: added to the scaled products with each key, [B, N], float32, float16, bfloat16 or float64,
+            any strides. It is used in float32 (float64 for float64 `qkv`).
 
     Returns:
         out [B, N, C], dtype of `qkv`, heads one after the other; and scores [B, N], float32 (float64 for
-        float64 `qkv`), which sum to 1 over N and are bit-identical to those of :func:`class_attention`.
+        float64 `qkv`), which sum to 1 over N and, without a bias, are bit-identical to those of
+        :func:`class_attention`.
 
     Products are summed in float32 (float64 for float64). In bfloat16, on processors with bfloat16 products
     (``avx512_bf16``), the probabilities are rounded to bfloat16 before they are multiplied with the values,
     as in PyTorch's scaled_dot_product_attention, and so are the gradients of the logits; `scores` are not
     rounded. The CUDA kernel always rounds them, and its `scores` agree with those of `class_attention` up to
-    float32 rounding. Under autocast `qkv` is cast as scaled_dot_product_attention casts its inputs.
-    Differentiable once. The kernels are deterministic for any number of threads.
+    float32 rounding. Where PyTorch's attention runs instead of a kernel, it takes the bias in the dtype of
+    `qkv`; the scores do not. Under autocast `qkv` is cast as scaled_dot_product_attention casts its inputs,
+    the bias is not. Differentiable once, in `qkv` and `key_bias`. The kernels are deterministic for any
+    number of threads.
 
     Raises:
-        TypeError: the dtype is not supported, `num_heads` is not an int or `scale` not a number.
-        ValueError: the shape does not fit `num_heads`.
+        TypeError: a dtype is not supported, `num_heads` is not an int or `scale` not a number.
+        ValueError: the shape does not fit `num_heads`, or that of `key_bias` or its device not `qkv`.
     """
     qkv = checks.autocast_one(qkv)
-    scale = checks.attention_with_scores(qkv, num_heads, scale)
-    if not library.runs_kernel(qkv):
-        return reference.attention_with_scores(qkv, num_heads, scale)
-    if not _kernel_takes(qkv, num_heads):
-        return _composed(qkv, num_heads, scale)
-    return torch.ops.evit.attention_with_scores(qkv, num_heads, scale)
+    scale = checks.attention_with_scores(qkv, num_heads, scale, key_bias)
+    if not (library.runs_kernel(qkv) if key_bias is None else library.runs_kernel(qkv, key_bias)):
+        return reference.attention_with_scores(qkv, num_heads, scale, key_bias)
+    if not _kernel_takes(qkv, num_heads, key_bias):
+        return _composed(qkv, num_heads, scale, key_bias)
+    return torch.ops.evit.attention_with_scores(qkv, num_heads, scale, key_bias)
 
 
-def _kernel_takes(qkv: Tensor, num_heads: int) -> bool:
+def _kernel_takes(qkv: Tensor, num_heads: int, key_bias: Tensor | None) -> bool:
     if qkv.device.type in ("cpu", "meta"):
         return True
-    if not library.CUDA_ATTENTION or library.needs_gradient(qkv):
+    if not library.CUDA_ATTENTION or library.needs_gradient(qkv, key_bias):
         return False
     narrow = qkv.dtype in (torch.float16, torch.bfloat16)
     return narrow and qkv.shape[2] // (3 * num_heads) in (32, 64, 128)
 
 
-def _composed(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+def _composed(qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     if qkv.shape[1] == 0:
-        return reference.attention_with_scores(qkv, num_heads, scale)
+        return reference.attention_with_scores(qkv, num_heads, scale, key_bias)
     q, k, v = reference.unpacked(qkv, num_heads)
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
-    return out.contiguous(), class_attention(q[:, :, 0], k, scale)
+    mask = None if key_bias is None else key_bias.to(qkv.dtype)[:, None, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).flatten(2)
+    if key_bias is None:
+        return out.contiguous(), class_attention(q[:, :, 0], k, scale)
+    # One row of the map.
+    dtype = checks.accumulation_dtype(qkv.dtype)
+    with checks.without_autocast(qkv.device.type):
+        row = (k.to(dtype) @ q[:, :, 0].to(dtype).unsqueeze(-1)).squeeze(-1) * scale
+        return out.contiguous(), (row + key_bias.to(dtype)[:, None]).softmax(dim=-1).mean(dim=1)
 
 
 @torch.library.register_fake("evit::attention_with_scores")
-def _fake(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
-    checks.attention_with_scores(qkv, num_heads, scale)
+def _fake(qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    checks.attention_with_scores(qkv, num_heads, scale, key_bias)
     batch, num_tokens, width = qkv.shape
     scores = qkv.new_empty((batch, num_tokens), dtype=checks.accumulation_dtype(qkv.dtype))
     return qkv.new_empty((batch, num_tokens, width // 3)), scores
@@ -87,24 +105,32 @@ def _fake(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("evit::attention_with_scores_backward")
 def _fake_backward(
-    grad_out: Tensor, grad_scores: Tensor, qkv: Tensor, num_heads: int, scale: float
-) -> Tensor:
-    checks.attention_with_scores(qkv, num_heads, scale)
+    grad_out: Tensor,
+    grad_scores: Tensor,
+    qkv: Tensor,
+    num_heads: int,
+    scale: float,
+    key_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    checks.attention_with_scores(qkv, num_heads, scale, key_bias)
     checks.same_device("grad_out", grad_out, "qkv", qkv)
-    return qkv.new_empty(qkv.shape)
+    if key_bias is None:  # no gradient: a tensor without an element
+        dtype = checks.accumulation_dtype(qkv.dtype)
+        return qkv.new_empty(qkv.shape), qkv.new_empty((qkv.shape[0], 0), dtype=dtype)
+    return qkv.new_empty(qkv.shape), key_bias.new_empty(key_bias.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, ctx.num_heads, ctx.scale = inputs
-    ctx.save_for_backward(qkv)
+    qkv, ctx.num_heads, ctx.scale, key_bias = inputs
+    ctx.save_for_backward(qkv, key_bias)
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_scores: Tensor) -> tuple[Tensor, None, None]:
-    (qkv,) = ctx.saved_tensors
-    grad_qkv = torch.ops.evit.attention_with_scores_backward(
-        grad_out, grad_scores, qkv, ctx.num_heads, ctx.scale
+def _backward(ctx: Any, grad_out: Tensor, grad_scores: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
+    qkv, key_bias = ctx.saved_tensors
+    grad_qkv, grad_key_bias = torch.ops.evit.attention_with_scores_backward(
+        grad_out, grad_scores, qkv, ctx.num_heads, ctx.scale, key_bias
     )
-    return grad_qkv, None, None
+    return grad_qkv, None, None, None if key_bias is None else grad_key_bias
 
 
 torch.library.register_autograd("evit::attention_with_scores", _backward, setup_context=_setup_context)

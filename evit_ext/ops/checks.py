@@ -164,8 +164,13 @@ def mean_attention(q: Tensor, k: Tensor, scale: float | None) -> float:
     return float(q.shape[3]) ** -0.5 if scale is None else _number("scale", scale, "a float or None")
 
 
-def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None) -> float:
-    """Check `qkv` [B, N, 3 * C] with C a multiple of `num_heads`; return the scale (default D ** -0.5)."""
+def attention_with_scores(
+    qkv: Tensor, num_heads: int, scale: float | None, key_bias: Tensor | None = None
+) -> float:
+    """Check `qkv` [B, N, 3 * C] with C a multiple of `num_heads`, and `key_bias` [B, N].
+
+    Return the scale (default D ** -0.5).
+    """
     _tensor("qkv", qkv, 3, "[B, N, 3 * C]")
     _floating("qkv", qkv)
     _integer("num_heads", num_heads)
@@ -176,6 +181,15 @@ def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None) -> f
             f"qkv must have 3 * num_heads * D channels with num_heads = {num_heads} and D at least 1, "
             f"got shape {tuple(qkv.shape)}"
         )
+    if key_bias is not None:
+        _tensor("key_bias", key_bias, 2, "[B, N]")
+        _floating("key_bias", key_bias)
+        same_device("key_bias", key_bias, "qkv", qkv)
+        if key_bias.shape[0] != qkv.shape[0] or key_bias.shape[1] != qkv.shape[1]:
+            raise ValueError(
+                f"key_bias must have shape [B, N] = {tuple(qkv.shape[:2])}, as qkv has, "
+                f"got {tuple(key_bias.shape)}"
+            )
     if scale is None:
         return float(qkv.shape[2] // (3 * num_heads)) ** -0.5
     return _number("scale", scale, "a float or None")

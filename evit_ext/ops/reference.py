@@ -49,12 +49,17 @@ def mean_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
         return logits.softmax(dim=-1).mean(dim=(1, 2))
 
 
-def attention_with_scores(qkv: Tensor, num_heads: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def attention_with_scores(
+    qkv: Tensor, num_heads: int, scale: float | None = None, key_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention and the first token's scores. See :func:`evit_ext.ops.attention_with_scores`."""
-    scale = checks.attention_with_scores(qkv, num_heads, scale)
+    scale = checks.attention_with_scores(qkv, num_heads, scale, key_bias)
     q, k, v = unpacked(qkv.to(accumulation_dtype(qkv.dtype)), num_heads)
     with torch.autocast(qkv.device.type, enabled=False) if _has_autocast(qkv.device) else nullcontext():
-        attention = (q @ k.transpose(2, 3) * scale).softmax(dim=-1)
+        logits = q @ k.transpose(2, 3) * scale
+        if key_bias is not None:
+            logits = logits + key_bias.to(logits.dtype)[:, None, None]
+        attention = logits.softmax(dim=-1)
         out = (attention @ v).transpose(1, 2).flatten(2)
     return out.to(qkv.dtype), attention[:, :, :1].sum(dim=2).mean(dim=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
@@ -100,16 +101,16 @@ def machine_code() -> list[str]:
 def test_attention_runs_on_tensor_cores(machine_code: list[str]) -> None:
     """Products as matrices, operands as matrices, copies that take no registers, 16 bytes at a time."""
     name = ""
-    counts: dict[tuple[str, int], Counter[str]] = {}
+    counts: dict[tuple[str, int, str], Counter[str]] = {}
     for line in machine_code:
         if match := re.search(r"Function : (\S+)", line):
             name = match[1]
-        elif kernel := re.search(r"attention_with_scores_kernelI\S*?(BFloat16|Half)ELi(\d+)E", name):
-            of_kernel = counts.setdefault((kernel[1], int(kernel[2])), Counter())
+        elif kernel := re.search(r"attention_with_scores_kernelI\S*?(BFloat16|Half)ELi(\d+)ELb(\d)E", name):
+            of_kernel = counts.setdefault((kernel[1], int(kernel[2]), kernel[3]), Counter())
             if match := re.search(r"^\s+/\*\w+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9.a-z_]+)", line):
                 of_kernel[match[1]] += 1
-    assert set(counts) == {(dtype, width) for dtype in ("BFloat16", "Half") for width in (32, 64, 128)}
-    for (dtype, width), instructions in counts.items():
+    assert set(counts) == set(itertools.product(("BFloat16", "Half"), (32, 64, 128), "01"))
+    for (dtype, width, _bias), instructions in counts.items():
         multiply = "HMMA.16816.F32.BF16" if dtype == "BFloat16" else "HMMA.16816.F32"
         # Of 32 keys at once: products with width / 16 * 4 matrices of keys and as many of values, whose loads
         # bring two each. For whole tiles and for the last, with the class token's row and without.

@@ -19,6 +19,26 @@ void prefetch(const T* rows, int64_t stride, int64_t count, int64_t channels) {
     for (int64_t c = 0; c < channels; c += 64 / sizeof(T)) __builtin_prefetch(rows + n * stride + c, 0, 2);
 }
 
+// The biases of one sequence, in a row as the kernels take it: padded with zeros, or null if there are none.
+template <typename A>
+class BiasRow {
+ public:
+  BiasRow(const Tokens<A>& biases, int64_t tokens) : biases_(biases), tokens_(tokens) {
+    if (biases.data != nullptr) row_.reset(new A[padded(tokens)]());
+  }
+  const A* of(int64_t b) {
+    if (row_ != nullptr && b != b_)
+      for (int64_t n = 0; n < tokens_; ++n) row_[n] = *biases_.row(b, n);
+    b_ = b;
+    return row_.get();
+  }
+
+ private:
+  Tokens<A> biases_;
+  int64_t tokens_, b_ = -1;
+  std::unique_ptr<A[]> row_;
+};
+
 struct Free {
   void operator()(void* memory) const { ::operator delete(memory, kCacheLine); }
 };
@@ -26,8 +46,9 @@ struct Free {
 }  // namespace
 
 template <typename T>
-void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T>& qkv, T* out,
-                           accumulate_t<T>* scores, const Executor& executor) {
+void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T>& qkv,
+                           const Tokens<accumulate_t<T>>& key_bias, T* out, accumulate_t<T>* scores,
+                           const Executor& executor) {
   using A = accumulate_t<T>;
   // Copies, as clang before 16 captures no structured bindings.
   const int64_t batch = sizes.batch, tokens = sizes.tokens, heads = sizes.heads, channels = sizes.channels;
@@ -49,6 +70,7 @@ void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T
         const std::unique_ptr<void, Free> scratch(
             ::operator new(kernels.scratch_bytes(tokens, channels), kCacheLine));
         const std::unique_ptr<A[]> query(new A[padded(channels)]);
+        BiasRow<A> biases(key_bias, tokens);
         int64_t packed = -1;
         for (int64_t i = begin; i < end; ++i) {
           const int64_t head = i / blocks, b = head / heads, h = head % heads;
@@ -56,6 +78,7 @@ void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T
           const int64_t first = i % blocks * attention_queries;
           T* result = out + (b * tokens + first) * width + h * channels;
           const int64_t count = std::min(attention_queries, tokens - first);
+          const A* bias = biases.of(b);
           if (head != packed) {
             kernels.pack(q + width, q + 2 * width, qkv.stride_n, tokens, channels, scratch.get());
             packed = head;
@@ -63,7 +86,9 @@ void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T
           if (first == 0) {
             A* p = &probabilities[head * row];
             head_products(rows, class_sizes, class_input, b, h, query.get(), p);
-            rows.softmax(p, tokens, static_cast<A>(scale));
+            if (bias != nullptr)
+              for (int64_t n = 0; n < tokens; ++n) p[n] = p[n] * static_cast<A>(scale) + bias[n];
+            rows.softmax(p, tokens, bias != nullptr ? A{1} : static_cast<A>(scale));
           }
           // Brings the next head's data into the second-level cache while this head is computed.
           if (head + 1 < batch * heads)
@@ -71,7 +96,7 @@ void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T
               prefetch(qkv.row((head + 1) / heads, first) + part * width + (head + 1) % heads * channels,
                        qkv.stride_n, count, channels);
           kernels.attend(q + first * qkv.stride_n, qkv.stride_n, count, tokens, channels,
-                         static_cast<A>(scale), scratch.get(), result, width);
+                         static_cast<A>(scale), bias, scratch.get(), result, width);
         }
       });
   executor.for_range(batch, heads * tokens, [&](int64_t begin, int64_t end) {
@@ -82,19 +107,24 @@ void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T
 
 template <typename T>
 void attention_with_scores_backward(const AttentionWithScoresSizes& sizes, const Tokens<T>& qkv,
-                                    const Tokens<T>& grad_out, const Tokens<accumulate_t<T>>& grad_scores,
-                                    T* grad_qkv, const Executor& executor) {
+                                    const Tokens<accumulate_t<T>>& key_bias, const Tokens<T>& grad_out,
+                                    const Tokens<accumulate_t<T>>& grad_scores, T* grad_qkv,
+                                    accumulate_t<T>* grad_key_bias, const Executor& executor) {
   using A = accumulate_t<T>;
   const int64_t batch = sizes.batch, tokens = sizes.tokens, heads = sizes.heads, channels = sizes.channels;
   const double scale = sizes.scale;
   if (batch == 0 || tokens == 0) return;
   const auto& kernels = attention_kernels<T>();
-  const int64_t width = heads * channels;
+  const int64_t width = heads * channels, row = padded(tokens);
+  const bool biased = key_bias.data != nullptr;
+  // Of each head: their sum is formed afterwards, in the order of heads.
+  const std::unique_ptr<A[]> grad_biases(biased ? new A[buffer_size(batch, heads, row)] : nullptr);
   executor.for_range(batch * heads, 3 * tokens * tokens * channels, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<void, Free> scratch(
         ::operator new(kernels.backward_scratch_bytes(tokens, channels), kCacheLine));
     // Scores are means over heads, so every head gets 1 / H of their gradient.
     const std::unique_ptr<A[]> grad_probabilities(new A[tokens]);
+    BiasRow<A> biases(key_bias, tokens);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / heads, h = i % heads;
       for (int64_t n = 0; n < tokens; ++n)
@@ -103,18 +133,25 @@ void attention_with_scores_backward(const AttentionWithScoresSizes& sizes, const
       T* grad_q = grad_qkv + b * tokens * 3 * width + h * channels;
       kernels.head_gradients(
           {q, q + width, q + 2 * width, qkv.stride_n, grad_out.row(b, 0) + h * channels, grad_out.stride_n,
-           grad_probabilities.get(), grad_q, grad_q + width, grad_q + 2 * width, 3 * width},
+           grad_probabilities.get(), grad_q, grad_q + width, grad_q + 2 * width, 3 * width, biases.of(b),
+           biased ? &grad_biases[i * row] : nullptr},
           tokens, channels, static_cast<A>(scale), scratch.get());
     }
   });
+  if (!biased) return;
+  executor.for_range(batch, heads * tokens, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      sum_of_heads(&grad_biases[b * heads * row], row, heads, tokens, grad_key_bias + b * tokens);
+  });
 }
 
-#define EVIT_INSTANTIATE(T)                                                                             \
-  template void attention_with_scores<T>(const AttentionWithScoresSizes&, const Tokens<T>&, T*,         \
-                                         accumulate_t<T>*, const Executor&);                            \
-  template void attention_with_scores_backward<T>(const AttentionWithScoresSizes&, const Tokens<T>&,    \
-                                                  const Tokens<T>&, const Tokens<accumulate_t<T>>&, T*, \
-                                                  const Executor&);
+#define EVIT_INSTANTIATE(T)                                                                                \
+  template void attention_with_scores<T>(const AttentionWithScoresSizes&, const Tokens<T>&,                \
+                                         const Tokens<accumulate_t<T>>&, T*, accumulate_t<T>*,             \
+                                         const Executor&);                                                 \
+  template void attention_with_scores_backward<T>(                                                         \
+      const AttentionWithScoresSizes&, const Tokens<T>&, const Tokens<accumulate_t<T>>&, const Tokens<T>&, \
+      const Tokens<accumulate_t<T>>&, T*, accumulate_t<T>*, const Executor&);
 EVIT_FOR_EACH_TYPE(EVIT_INSTANTIATE)
 #undef EVIT_INSTANTIATE
 

@@ -16,12 +16,18 @@ void head_products(const RowKernels<T>& kernels, const ClassAttentionSizes& size
                    products);
 }
 
-// scores[n] = mean over heads, in their order; each head has a row of `stride` values.
+// sums[n] = sum over heads, in their order; each head has a row of `stride` values.
+template <typename A>
+void sum_of_heads(const A* rows, int64_t stride, int64_t heads, int64_t tokens, A* sums) {
+  for (int64_t n = 0; n < tokens; ++n) sums[n] = rows[n];
+  for (int64_t h = 1; h < heads; ++h)
+    for (int64_t n = 0; n < tokens; ++n) sums[n] += rows[h * stride + n];
+}
+
+// scores[n] = mean over heads, in their order.
 template <typename A>
 void mean_of_heads(const A* rows, int64_t stride, int64_t heads, int64_t tokens, A* scores) {
-  for (int64_t n = 0; n < tokens; ++n) scores[n] = rows[n];
-  for (int64_t h = 1; h < heads; ++h)
-    for (int64_t n = 0; n < tokens; ++n) scores[n] += rows[h * stride + n];
+  sum_of_heads(rows, stride, heads, tokens, scores);
   for (int64_t n = 0; n < tokens; ++n) scores[n] /= static_cast<A>(heads);
 }
 

@@ -11,6 +11,7 @@ namespace {
 constexpr char kOperator[] = "attention_with_scores";
 constexpr int kQueries = 16;  // of a warp
 constexpr int kMaxWarps = 8;
+constexpr double kLog2E = 1.4426950408889634;
 
 // Of the class token, for each head: what turns a dot product into a probability.
 struct ClassRow {
@@ -18,11 +19,13 @@ struct ClassRow {
   float inverse;  // of the sum of exponentials
 };
 
-// e^(dot * scale) = 2^(dot * factor). A negative scale changes the sign of the queries, so that factor is not
-// negative and the largest dot product has the largest probability.
+// e^(dot * scale) = 2^(dot * factor). With a bias of the keys, what is called a dot product here becomes the
+// exponent, and the factor 1, as soon as it is computed. A negative scale changes the sign of the queries, so
+// that factor is not negative and the largest dot product has the largest probability.
 template <typename T>
 struct Job {
   Tokens<T> qkv;
+  Tokens<float> key_bias;  // if there is one
   T* out;
   float* dots;           // [B, H, N], of the class token
   ClassRow* class_rows;  // [B, H]
@@ -103,9 +106,11 @@ struct Rows {
 
   // Takes in kKeys keys of a tile, and the values that belong to them. kLast: there are only `left`. kClass:
   // the warp's first row is the class token's. Its dot products with these keys are written to `dots`, two of
-  // every eight by each of the four lanes that have the row.
-  template <bool kLast, bool kClass>
-  __device__ void attend(SharedAddress keys, int left, float factor, float* dots, unsigned lane) {
+  // every eight by each of the four lanes that have the row. kBias: `bias` has one for the first of these
+  // keys, and `stride` after it for the next.
+  template <bool kLast, bool kClass, bool kBias>
+  __device__ void attend(SharedAddress keys, int left, float factor, const float* bias, int64_t stride,
+                         float* dots, unsigned lane) {
     // Chunk 2 c + i of a row lies where chunk i does, but for the bits of 2 c: `place` exchanges bits, too.
     const auto chunks = [](unsigned place, int c) {
       constexpr unsigned two = 2 * sizeof(Vector<T>);
@@ -132,6 +137,18 @@ struct Rows {
     // This lane's keys are two of every eight.
     const int last = left - static_cast<int>(lane % 4 * 2);
     const auto there = [&](int j, int i) { return !kLast || 8 * j + i < last; };
+    if constexpr (kBias) {
+      bias += static_cast<int>(lane % 4 * 2) * stride;
+#pragma unroll
+      for (int j = 0; j < 2 * kSteps; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float b = there(j, i) ? multiply(bias[(8 * j + i) * stride], static_cast<float>(kLog2E)) : 0;
+          s[j][i] = multiply_add(s[j][i], factor, b);
+          s[j][2 + i] = multiply_add(s[j][2 + i], factor, b);
+        }
+      factor = 1;
+    }
     if (kClass && lane < 4)
 #pragma unroll
       for (int j = 0; j < 2 * kSteps; ++j)
@@ -202,7 +219,7 @@ struct Rows {
 
 // A block for up to 16 * kMaxWarps queries of a head, 16 to a warp. It goes over all keys and values, a tile
 // at a time, while the next one is on its way.
-template <typename T, int D>
+template <typename T, int D, bool kBias>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, D > 64 ? 1 : 2) attention_with_scores_kernel(Job<T> job) {
   using Tile = Tiles<T, D>;
   const int head = static_cast<int>(blockIdx.x) / job.blocks, b = head / job.heads, h = head % job.heads;
@@ -230,10 +247,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D > 64 ? 1 : 2) attention_wi
     for (int key = 0; key < Tile::kKeys; key += some) {
       const int n = t * Tile::kKeys + key, left = job.tokens - n;
       float* dots = job.dots + (int64_t{head} * job.tokens + n);
+      const float* bias = kBias ? job.key_bias.row(b, n) : nullptr;
+      const int64_t stride = kBias ? job.key_bias.stride_n : 0;
+      const SharedAddress at = keys_at + key * kRowBytes;
       if (left >= some)
-        rows.template attend<false, kClass>(keys_at + key * kRowBytes, left, job.factor, dots, lane);
+        rows.template attend<false, kClass, kBias>(at, left, job.factor, bias, stride, dots, lane);
       else if (left > 0)
-        rows.template attend<true, kClass>(keys_at + key * kRowBytes, left, job.factor, dots, lane);
+        rows.template attend<true, kClass, kBias>(at, left, job.factor, bias, stride, dots, lane);
     }
   };
   const int tiles = (job.tokens + Tile::kKeys - 1) / Tile::kKeys;
@@ -250,7 +270,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D > 64 ? 1 : 2) attention_wi
   float inverse[2];
   rows.finish(inverse);
   if (first == 0 && lane == 0)
-    job.class_rows[head] = {rows.shift_of(rows.largest[0], job.factor), inverse[0]};
+    job.class_rows[head] = {rows.shift_of(rows.largest[0], kBias ? 1 : job.factor), inverse[0]};
 
   // Through shared memory, so that 16 bytes can be written at a time.
   __syncthreads();  // nobody needs the last tile
@@ -303,8 +323,10 @@ void run(const AttentionWithScoresSizes& sizes, Job<T> job, const Stream& stream
   while (most > 1 && heads * blocks() < enough) most /= 2;
   job.blocks = static_cast<int>(blocks());
   const int64_t warps = (sixteens + job.blocks - 1) / job.blocks;
-  launch(kOperator, attention_with_scores_kernel<T, D>, heads * job.blocks, static_cast<int>(warps) * kWarp,
-         shared_bytes, stream, job);
+  launch(kOperator,
+         job.key_bias.data != nullptr ? attention_with_scores_kernel<T, D, true>
+                                      : attention_with_scores_kernel<T, D, false>,
+         heads * job.blocks, static_cast<int>(warps) * kWarp, shared_bytes, stream, job);
 }
 
 }  // namespace
@@ -322,8 +344,9 @@ int64_t attention_with_scores_workspace(const AttentionWithScoresSizes& sizes) {
 }
 
 template <typename T>
-void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T>& qkv, T* out, float* scores,
-                           void* workspace, const Stream& stream) {
+void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T>& qkv,
+                           const Tokens<float>& key_bias, T* out, float* scores, void* workspace,
+                           const Stream& stream) {
   if (!attention_with_scores_available(sizes, qkv))
     throw std::invalid_argument(std::string(kOperator) + ": " + std::to_string(sizes.channels) +
                                 " channels a head, or rows that are not aligned, are not supported");
@@ -335,8 +358,8 @@ void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T
   auto* class_rows = static_cast<ClassRow*>(workspace);
   auto* dots = reinterpret_cast<float*>(class_rows + sizes.batch * sizes.heads);
   const int heads = static_cast<int>(sizes.heads), tokens = static_cast<int>(sizes.tokens);
-  const float factor = static_cast<float>(std::abs(sizes.scale) * 1.4426950408889634);  // log2(e)
-  const Job<T> job = {qkv, out, dots, class_rows, heads, tokens, 0, factor, sizes.scale < 0};
+  const float factor = static_cast<float>(std::abs(sizes.scale) * kLog2E);
+  const Job<T> job = {qkv, key_bias, out, dots, class_rows, heads, tokens, 0, factor, sizes.scale < 0};
   if (sizes.channels == 32)
     run<T, 32>(sizes, job, stream);
   else if (sizes.channels == 64)
@@ -347,13 +370,13 @@ void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T
   const int chunks = (tokens + threads - 1) / threads;
   launch(kOperator, class_scores_kernel, sizes.batch * chunks, threads, 0, stream,
          static_cast<const float*>(dots), static_cast<const ClassRow*>(class_rows), heads, tokens, chunks,
-         factor, scores);
+         key_bias.data != nullptr ? 1 : factor, scores);
 }
 
-#define EVIT_INSTANTIATE(T)                                                                             \
-  template bool attention_with_scores_available<T>(const AttentionWithScoresSizes&, const Tokens<T>&);  \
-  template void attention_with_scores<T>(const AttentionWithScoresSizes&, const Tokens<T>&, T*, float*, \
-                                         void*, const Stream&);
+#define EVIT_INSTANTIATE(T)                                                                            \
+  template bool attention_with_scores_available<T>(const AttentionWithScoresSizes&, const Tokens<T>&); \
+  template void attention_with_scores<T>(const AttentionWithScoresSizes&, const Tokens<T>&,            \
+                                         const Tokens<float>&, T*, float*, void*, const Stream&);
 EVIT_INSTANTIATE(Half)
 EVIT_INSTANTIATE(BFloat16)
 #undef EVIT_INSTANTIATE

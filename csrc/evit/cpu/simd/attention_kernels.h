@@ -25,6 +25,8 @@ struct AttentionHead {
   const accumulate_t<T>* grad_scores;  // of the first query's probabilities, [N]
   T *grad_q, *grad_k, *grad_v;
   int64_t grad_stride;
+  const accumulate_t<T>* key_bias = nullptr;  // as for `attend`
+  accumulate_t<T>* grad_key_bias = nullptr;   // [N], padded; written if there is a bias
 };
 
 template <typename T>
@@ -36,13 +38,15 @@ struct AttentionKernels {
   // Copies keys and values, whose rows are `stride` apart, into scratch in the order in which `attend` reads
   // them.
   void (*pack)(const T* k, const T* v, int64_t stride, int64_t tokens, int64_t channels, void* scratch);
-  // out_i = softmax_n(q_i . k_n * scale) . v_n for `count` queries; n has `tokens` values, at least one.
+  // out_i = softmax_n(q_i . k_n * scale + key_bias_n) . v_n for `count` queries; n has `tokens` values, at
+  // least one. key_bias is padded with zeros, or null: no bias.
   void (*attend)(const T* q, int64_t stride, int64_t count, int64_t tokens, int64_t channels, A scale,
-                 void* scratch, T* out, int64_t out_stride);
+                 const A* key_bias, void* scratch, T* out, int64_t out_stride);
 
   // The same for `head_gradients`, also linear in both.
   int64_t (*backward_scratch_bytes)(int64_t tokens, int64_t channels);
-  // The gradients of q, k and v of one head. Needs neither results of the forward pass nor packed data.
+  // The gradients of q, k, v and key_bias of one head. Needs neither results of the forward pass nor packed
+  // data.
   void (*head_gradients)(const AttentionHead<T>& head, int64_t tokens, int64_t channels, A scale,
                          void* scratch);
 };
