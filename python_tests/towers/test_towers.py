@@ -113,9 +113,12 @@ def test_generates_with_and_without_a_cache(line: Line, mode: str) -> None:
 
 
 @lines
-def test_trains(line: Line) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trains(line: Line, checkpointing: bool) -> None:
     model, processor = line.build(), line.processor()
     towers.apply(model, 0.5, True, processor=processor)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
     batch = made(line, processor, torch.float32)
     model.train()
     model.model.vision_tower.requires_grad_(True)
