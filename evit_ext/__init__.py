@@ -3,7 +3,8 @@
 The method is that of Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via
 Token Reorganizations" (ICLR 2022, arXiv 2202.07800). :func:`apply` turns a vision transformer of timm or
 transformers into an EViT, :mod:`evit_ext.models` builds the paper's, :mod:`evit_ext.ops` has the operators.
-The packages ``training``, ``data``, ``export``, ``visualize`` and ``benchmark`` are imported when first used.
+The packages ``training``, ``data``, ``export``, ``towers``, ``visualize`` and ``benchmark`` are imported when
+first used.
 """
 
 import importlib
@@ -60,7 +61,7 @@ __all__ = [
 ]
 
 #: Imported when first asked for: ``import evit_ext`` alone would otherwise wait for all of them.
-_LAZY = frozenset({"benchmark", "data", "export", "training", "visualize"})
+_LAZY = frozenset({"benchmark", "data", "export", "towers", "training", "visualize"})
 
 
 def __getattr__(name: str) -> ModuleType:

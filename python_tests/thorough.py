@@ -42,6 +42,7 @@ THOROUGH = (
     "tools/test_end_to_end_benchmark.py",
     "tools/test_growth_benchmark.py",
     "tools/test_training_benchmark.py",
+    "tools/test_vision_towers_benchmark.py",
 )
 
 

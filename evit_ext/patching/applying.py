@@ -14,7 +14,7 @@ from evit_ext._util.overriding import ReplicateOverrides, overrides, remove_over
 from evit_ext._util.wrappers import WRAPPED, unwrapped
 from evit_ext.cpu import packed_weights, replacing
 from evit_ext.patching.block import AdoptedBlock
-from evit_ext.patching.families import check_block, family_of, locate
+from evit_ext.patching.families import Family, check_block, family_of, locate
 from evit_ext.patching.full_grid import FullGridIntermediates
 from evit_ext.tokens.evit import EViT
 from evit_ext.tokens.keep_rate import check_keep_rates
@@ -75,6 +75,23 @@ def apply(
         >>> vit = timm.create_model("vit_small_patch16_224.augreg_in1k")
         >>> logits = evit_ext.apply(vit, keep_rate=0.7)(images)
     """
+    family = supported(vit)
+    holder = family.vision_tower(vit)
+    blocks = family.find_blocks(holder)
+    assert blocks is not None
+    locations = check_locations(len(blocks), drop_loc)
+    rules = check_rules(len(locations), keep_rate, fuse_token, rule)
+    prefix = family.num_prefix_tokens(holder) if num_prefix_tokens is None else _prefix(num_prefix_tokens)
+    replace_blocks(vit, family, locations, rules, prefix)
+    return vit
+
+
+def supported(vit: nn.Module) -> Family:
+    """Return the family of a model that may be given to :func:`apply`.
+
+    Raises:
+        TypeError, ValueError: as :func:`apply`.
+    """
     if not isinstance(vit, nn.Module):
         raise TypeError(f"vit must be a vision transformer, a torch module, got {type(vit).__name__}")
     if hasattr(vit, "_orig_mod"):
@@ -86,13 +103,33 @@ def apply(
             "the model reorganises tokens already: change its keep rate with evit_ext.set_keep_rate, or "
             "call evit_ext.remove first"
         )
-    family = family_of(vit)
+    return family_of(vit)
+
+
+def replace_blocks(
+    vit: nn.Module,
+    family: Family,
+    locations: Sequence[int],
+    rules: Sequence[Rule],
+    num_prefix_tokens: int,
+    after_mlp: bool = False,
+) -> None:
+    """Put blocks that reorganise, by `rules`, in the places `locations`; see :func:`apply`.
+
+    Args:
+        vit: a model that :func:`supported` accepts.
+        family: what it returned.
+        locations: numbers of blocks, ascending.
+        rules: one for each of them.
+        num_prefix_tokens: tokens before the patches.
+        after_mlp: see :class:`evit_ext.patching.block.ReorganizingBlock`.
+
+    Raises:
+        ValueError: a block cannot be replaced. The model is left as it was.
+    """
     holder = family.vision_tower(vit)
     blocks = family.find_blocks(holder)
     assert blocks is not None
-    locations = check_locations(len(blocks), drop_loc)
-    rules = check_rules(len(locations), keep_rate, fuse_token, rule)
-    prefix = family.num_prefix_tokens(holder) if num_prefix_tokens is None else _prefix(num_prefix_tokens)
     class_token, has_positions = family.has_class_token(holder), family.has_positions(holder)
     for number, block in enumerate(blocks):
         if number in locations or has_positions:
@@ -101,7 +138,8 @@ def apply(
         stage = sum(location < number for location in locations)
         if number in locations:
             replacement = family.blocks[type(block)]
-            blocks[number] = replacement(block, stage, rules[stage], prefix, class_token)
+            rule = rules[stage]
+            blocks[number] = replacement(block, stage, rule, num_prefix_tokens, class_token, after_mlp)
         elif has_positions:
             blocks[number] = family.following[type(block)](block, stage)
     if has_positions:
@@ -112,7 +150,6 @@ def apply(
         FullGridIntermediates(holder, "forward_intermediates").install()
     if overrides(holder):
         ReplicateOverrides(holder, "_replicate_for_data_parallel").install()
-    return vit
 
 
 def _parts(blocks: Iterable[nn.Module]) -> list[nn.Module]:
@@ -225,7 +262,8 @@ def remove(vit: Model) -> Model:
         _put_back(blocks, str(number), block)
     replacing.restore(_parts(blocks))
     packed_weights.discard(blocks.modules())
-    remove_overrides(holder)
+    for module in (holder, *vit.modules()):  # a language model around it may have overrides too
+        remove_overrides(module)
     family.uninstall(holder)
     return vit
 

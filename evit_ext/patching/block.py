@@ -107,6 +107,8 @@ class ReorganizingBlock(Stage, AdoptedBlock):
         num_prefix_tokens: P, the tokens before the patches: class, distillation, registers.
         class_token: whether the first token is a class token, whose attention ranks the patches; if not, they
             are ranked by the mean attention of all tokens.
+        after_mlp: the tokens are reduced when the block has computed all of them, after its MLP, by the
+            attention of this block: for readers of its features, as :mod:`evit_ext.towers` has them.
 
     Input [B, N, C]; output [B, P + M, C] with M = ``rule.num_out``.
     """
@@ -115,17 +117,25 @@ class ReorganizingBlock(Stage, AdoptedBlock):
         "rule",
         "num_prefix_tokens",
         "class_token",
+        "after_mlp",
         "recorders",
         "guidance",
     }
 
     def __init__(
-        self, block: nn.Module, stage: int, rule: Rule, num_prefix_tokens: int, class_token: bool = True
+        self,
+        block: nn.Module,
+        stage: int,
+        rule: Rule,
+        num_prefix_tokens: int,
+        class_token: bool = True,
+        after_mlp: bool = False,
     ) -> None:
         AdoptedBlock.__init__(self, block, stage)
         self.rule = rule
         self.num_prefix_tokens = num_prefix_tokens
         self.class_token = class_token
+        self.after_mlp = after_mlp
         self.recorders = ()
         self.guidance = None
 
@@ -184,15 +194,19 @@ class ReorganizingBlock(Stage, AdoptedBlock):
         wants = Wants(
             scores="scores" in wanted and not guided, keys="keys" in wanted, mean=not self.class_token
         )
+        branch: Tensor | None
         branch, scores, keys = self.attention_branch(x, wants, positions)
         if self.guidance is not None and guided:
             scores = self.guidance.scores(self.stage, x, num_patches)
+        if self.after_mlp:
+            x, branch = x + branch, None
+            x = x + self.mlp_branch(x, None)
         seen = Seen(x, branch, prefix, num_patches, num_image_patches, scores, keys)
         plan = rule.plan(seen)
         self._check_plan(rule, plan, num_patches, num_image_patches)
         norm: Any = self.mlp_norm()
         both = None
-        if not self.wants_tokens() and _norms_as_written(norm, x, branch):
+        if branch is not None and not self.wants_tokens() and _norms_as_written(norm, x, branch):
             both = plan.add_apply_norm(x, branch, prefix, norm)
         if both is None:
             out, normed = plan.apply(seen.tokens, prefix), None
@@ -200,7 +214,7 @@ class ReorganizingBlock(Stage, AdoptedBlock):
             out, normed = both
         if trail is not None or self.recorders or guided:
             self.report(plan, trail, seen.tokens if self.wants_tokens() else None)
-        return out + self.mlp_branch(out, normed)
+        return out if self.after_mlp else out + self.mlp_branch(out, normed)
 
     @staticmethod
     def _check_plan(rule: Rule, plan: Plan, num_patches: int, num_image_patches: int | None) -> None:
@@ -226,7 +240,8 @@ class ReorganizingBlock(Stage, AdoptedBlock):
 
     def extra_repr(self) -> str:
         """Return the settings for ``print(model)``."""
-        return f"rule={self.rule}, num_prefix_tokens={self.num_prefix_tokens}"
+        place = ", after_mlp=True" if self.after_mlp else ""
+        return f"rule={self.rule}, num_prefix_tokens={self.num_prefix_tokens}{place}"
 
 
 def _size(x: Tensor) -> int:

@@ -250,7 +250,10 @@ def _hint(model: Any) -> str:
     tower = getattr(inner, "vision_tower", None)
     if isinstance(tower, nn.Module):
         path = ".vision_tower" if inner is model else ".model.vision_tower"
-        return f"; its vision model is {path}, whose language model expects a token for every patch"
+        return (
+            f"; its vision model is {path}, whose language model expects a token for every patch: "
+            "evit_ext.towers.apply changes both"
+        )
     in_timm = _IN_TIMM.get(type(model).__name__.partition("For")[0].removesuffix("Model"))
     return "" if in_timm is None else f"; timm's {in_timm} is supported"
 

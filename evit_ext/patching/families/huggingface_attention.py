@@ -103,12 +103,17 @@ class HuggingFaceAttention(AttentionKind):
         if torch.compiler.is_compiling() or not all(hook.__module__ == _CAPTURING for hook in hooks):
             return super().is_watched(attention)
         others = (*attention._forward_pre_hooks, *attention._backward_hooks, *attention._backward_pre_hooks)
-        collecting = bool(hooks) and output_capturing._active_collector.get() is not None
+        collected = output_capturing._active_collector.get() if hooks else None
+        # Hidden states are those of layers. Nor is the collector there when a checkpointed layer runs again.
+        collecting = collected is not None and not _OF_LAYERS.issuperset(collected)
         return collecting or bool(others) or torch.nn.modules.module._has_any_global_hook()
 
 
 #: Where the hooks come from that record hidden states and attention maps.
 _CAPTURING = output_capturing.__name__
+
+#: What hooks on layers, not on attentions, collect.
+_OF_LAYERS = frozenset({"hidden_states", "_hidden_states_layers"})
 
 #: Arguments that transformers passes to attentions but that do not change what they compute.
 _RECORDING = frozenset({"output_hidden_states", "output_attentions", "return_dict"})
