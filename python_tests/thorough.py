@@ -18,6 +18,8 @@ THOROUGH = (
     "models/test_lvvit.py::test_compile_with_dynamic_batch",
     "patching/families/test_family_uses.py::test_compiles_without_a_graph_break",
     "patching/families/test_huggingface.py::test_compiles_without_a_graph_break",
+    "patching/test_token_sizes.py::test_blocks_compiled_one_by_one",
+    "patching/test_token_sizes.py::test_compiled",
     "tools/test_build.py",
     "tools/test_cubins.py",
     "tools/test_distribution.py",

@@ -3,8 +3,8 @@
 Each function computes what the function of its name in :mod:`evit_ext.ops.reference` does, for inference, of
 PyTorch operators that become few and fast ONNX operators: sorts become TopK with a constant K, rows are
 gathered by Gather from a flat list of rows, which copies each at once where GatherElements looks up every
-element, and nothing is scattered. A program takes them by ``run_decompositions``; the blocks know nothing of
-it.
+element, and nothing is scattered: sums of rows are a product with zeros and ones. A program takes them by
+``run_decompositions``; the blocks know nothing of it.
 
 Notation: B batch, H heads, N tokens, P prefix tokens, K kept patches, C channels, D channels a head.
 """
@@ -44,6 +44,12 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     return rows.view(-1, index.shape[1], x.shape[2])
 
 
+def scatter_tokens(x: Tensor, index: Tensor, num_tokens: int) -> Tensor:
+    """Return the sums [B, num_tokens, C] of the rows of `x` [B, K, C] with the same `index` [B, K]."""
+    places = torch.arange(num_tokens, device=x.device).view(1, -1, 1)
+    return (index.unsqueeze(1) == places).to(x.dtype) @ x
+
+
 def reorganize_tokens(
     x: Tensor, scores: Tensor, num_keep: int, num_prefix_tokens: int = 1, fuse: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -81,5 +87,5 @@ def add_reorganize_norm(
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Return the functions by the operators that they take the place of."""
-    functions = (class_attention, gather_tokens, reorganize_tokens, add_reorganize_norm)
+    functions = (class_attention, gather_tokens, scatter_tokens, reorganize_tokens, add_reorganize_norm)
     return {getattr(torch.ops.evit, f.__name__).default: f for f in functions}

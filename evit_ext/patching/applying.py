@@ -16,6 +16,7 @@ from evit_ext.cpu import packed_weights, replacing
 from evit_ext.patching.block import AdoptedBlock
 from evit_ext.patching.families import Family, check_block, family_of, locate
 from evit_ext.patching.full_grid import FullGridIntermediates
+from evit_ext.patching.token_sizes import TokenSizes
 from evit_ext.tokens.evit import EViT
 from evit_ext.tokens.keep_rate import check_keep_rates
 from evit_ext.tokens.rule import WANTED, Rule
@@ -131,17 +132,23 @@ def replace_blocks(
     blocks = family.find_blocks(holder)
     assert blocks is not None
     class_token, has_positions = family.has_class_token(holder), family.has_positions(holder)
+    token_sizes = TokenSizes() if any("sizes" in rule.wants() for rule in rules) else None
+    # Blocks before the first that reduces tokens see all of them, each of one patch.
+    following_from = 0 if has_positions else len(blocks) if token_sizes is None else locations[0]
     for number, block in enumerate(blocks):
-        if number in locations or has_positions:
+        if number in locations or number >= following_from:
             check_block(family, block, number)
     for number, block in enumerate(blocks):
         stage = sum(location < number for location in locations)
+        last = number == len(blocks) - 1
         if number in locations:
             replacement = family.blocks[type(block)]
-            rule = rules[stage]
-            blocks[number] = replacement(block, stage, rule, num_prefix_tokens, class_token, after_mlp)
-        elif has_positions:
-            blocks[number] = family.following[type(block)](block, stage)
+            blocks[number] = replacement(
+                block, stage, rules[stage], num_prefix_tokens, class_token, token_sizes, last, after_mlp
+            )
+        elif number >= following_from:
+            carrier = token_sizes if stage else None
+            blocks[number] = family.following[type(block)](block, stage, carrier, last)
     if has_positions:
         family.install(holder)
     replacing.replace(_parts(blocks), family.cpu_forwards)

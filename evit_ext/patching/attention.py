@@ -133,15 +133,21 @@ def choose(
         kind: of the attention.
         attention: the module.
         x: [B, N, C].
-        bias: added to the scaled products.
+        bias: added to the scaled products, see :func:`attend`.
         in_forward: the attention was called already, and its hooks run around this.
     """
     if not in_forward and (kind.is_watched(attention) or not is_replaced(attention)):
         return "module"
     if not cpu_forward.has_written_forward(attention) or not kind.is_sdpa(attention):
         return "module"
-    on_kernel = bias is None and kind.dropout(attention) == 0 and cpu_forward.attends(x)
+    plain = kind.dropout(attention) == 0 and (bias is None or is_key_bias(bias))
+    on_kernel = plain and cpu_forward.attends(x)
     return "kernel" if on_kernel and cpu_forward.may_replace(attention, x, with_gradient=True) else "sdpa"
+
+
+def is_key_bias(bias: Tensor | None) -> bool:
+    """Return whether a bias, or a mask that is added, is one for each key: floating, [B, 1, 1, N]."""
+    return bias is not None and bias.dim() == 4 and bias.shape[1:3] == (1, 1) and bias.is_floating_point()
 
 
 def attend(
@@ -161,7 +167,7 @@ def attend(
         x: normalised tokens [B, N, C], prefix tokens first.
         wants: what to return besides the output.
         positions: what the attention takes besides: rotary embeddings, or keyword arguments.
-        bias: added to the scaled products, [B or 1, H, N, N].
+        bias: added to the scaled products, [B or 1, H or 1, N or 1, N]; [B, 1, 1, N] is one for each key.
         backend: what :func:`choose` returned, if it was asked already.
     """
     if backend is None:
@@ -175,7 +181,10 @@ def attend(
     scores: Tensor | None
     if backend == "kernel" and cpu_forward.attends(q, k, v):
         packed = cpu_forward.pack(q, k, v) if qkv is None else qkv
-        out, scores = ops.attention_with_scores(packed, q.shape[1], **_unusual(scale, q))
+        named = _unusual(scale, q)
+        if bias is not None:
+            named["key_bias"] = bias[:, 0, 0]
+        out, scores = ops.attention_with_scores(packed, q.shape[1], **named)
         if not wants.scores or wants.mean:
             scores = _scores(q, k, wants, scale, bias)
     else:
@@ -284,21 +293,21 @@ def _unusual(scale: float | None, q: Tensor) -> dict[str, Any]:
 def _scores(q: Tensor, k: Tensor, wants: Wants, scale: float | None, bias: Tensor | None) -> Tensor | None:
     if not wants.scores:
         return None
-    if wants.mean:
-        assert bias is None
+    if wants.mean and bias is None:
         return ops.mean_attention(q, k, **_unusual(scale, q))
-    return class_token_scores(q, k, bias, scale)
+    return class_token_scores(q, k, bias, scale, wants.mean)
 
 
 def class_token_scores(
-    q: Tensor, k: Tensor, bias: Tensor | None = None, scale: float | None = None
+    q: Tensor, k: Tensor, bias: Tensor | None = None, scale: float | None = None, mean: bool = False
 ) -> Tensor:
     """Return how much the first token attends to every token.
 
     Args:
         q, k: [B, H, N, D].
-        bias: added to the scaled products, [B or 1, H, N, N], or None.
+        bias: added to the scaled products, [B or 1, H or 1, N or 1, N], or None.
         scale: factor of the products; default ``D ** -0.5``.
+        mean: how much all tokens attend to it on average, with a bias; the map is then formed.
 
     Returns:
         [B, N], float32 (float64 for float64), summing to 1: the mean over heads.
@@ -306,13 +315,15 @@ def class_token_scores(
     if bias is None:
         return ops.class_attention(q[:, :, 0], k, **_unusual(scale, q))
     # One row of the biased map. Not worth an operator: it is N products per head, and few models have a bias.
-    q, k = checks.autocast(q[:, :, 0], k)
+    # All rows are needed only where one rule merges tokens and a later one ranks them without a class token.
+    rows = slice(None) if mean else slice(1)
+    q, k = checks.autocast(q[:, :, rows], k)
     dtype = checks.accumulation_dtype(k.dtype)
     with checks.without_autocast(k.device.type):
         # Cast before the products, as the operator does: in float16 they could overflow.
-        row = (k.to(dtype) @ q.to(dtype).unsqueeze(-1)).squeeze(-1)
-        scale = q.shape[2] ** -0.5 if scale is None else scale
-        return (row * scale + bias[:, :, 0]).softmax(dim=-1).mean(dim=1)
+        products = q.to(dtype) @ k.to(dtype).transpose(2, 3)
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        return (products * scale + bias[:, :, rows]).softmax(dim=-1).mean(dim=(1, 2))
 
 
 def apply_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from evit_ext.cpu.forward import has_written_forward, is_watched, is_written
 from evit_ext.ops import checks
 from evit_ext.patching.attention import Attended, Wants
+from evit_ext.patching.token_sizes import Carried, TokenSizes
 from evit_ext.tokens.plan import Plan
 from evit_ext.tokens.rule import Rule, Seen
 from evit_ext.tokens.stage import Stage
@@ -58,21 +59,31 @@ class AdoptedBlock(nn.Module):
     Args:
         block: the block to replace.
         stage: number of the reorganising blocks before it.
+        token_sizes: carries the sizes of tokens from block to block, if a rule of the model wants them.
+        last: no block comes after it.
     """
 
     #: The class of the blocks that it replaces.
     REPLACES: ClassVar[type[nn.Module]]
 
     #: Attributes that the replaced block must not receive.
-    _OWN: frozenset[str] = frozenset({"_replaced", "stage"})
+    _OWN: frozenset[str] = frozenset({"_replaced", "stage", "token_sizes", "last"})
 
-    def __init__(self, block: nn.Module, stage: int) -> None:
+    def __init__(
+        self, block: nn.Module, stage: int, token_sizes: TokenSizes | None = None, last: bool = False
+    ) -> None:
         nn.Module.__init__(self)
         # The dictionaries of parameters, submodules and hooks are shared, not copied.
         self.__dict__.update({name: value for name, value in block.__dict__.items() if name not in _BOUND})
         # In a tuple, so that it is not registered as a submodule and its parameters are not named twice.
         self._replaced = (block,)
         self.stage = stage
+        self.token_sizes = token_sizes
+        self.last = last
+
+    def carried(self, x: Tensor, first: bool = False) -> Carried:
+        """Return the sizes of the tokens `x` [B, N, C] that enter; see :meth:`TokenSizes.enter`."""
+        return Carried() if self.token_sizes is None else self.token_sizes.enter(x, first, self.last)
 
     def original(self) -> nn.Module:
         """Return the replaced block with this block's present state and mode."""
@@ -107,6 +118,7 @@ class ReorganizingBlock(Stage, AdoptedBlock):
         num_prefix_tokens: P, the tokens before the patches: class, distillation, registers.
         class_token: whether the first token is a class token, whose attention ranks the patches; if not, they
             are ranked by the mean attention of all tokens.
+        token_sizes, last: see :class:`AdoptedBlock`.
         after_mlp: the tokens are reduced when the block has computed all of them, after its MLP, by the
             attention of this block: for readers of its features, as :mod:`evit_ext.towers` has them.
 
@@ -129,9 +141,11 @@ class ReorganizingBlock(Stage, AdoptedBlock):
         rule: Rule,
         num_prefix_tokens: int,
         class_token: bool = True,
+        token_sizes: TokenSizes | None = None,
+        last: bool = False,
         after_mlp: bool = False,
     ) -> None:
-        AdoptedBlock.__init__(self, block, stage)
+        AdoptedBlock.__init__(self, block, stage, token_sizes, last)
         self.rule = rule
         self.num_prefix_tokens = num_prefix_tokens
         self.class_token = class_token
@@ -141,10 +155,13 @@ class ReorganizingBlock(Stage, AdoptedBlock):
 
     # The subclass for each block class defines the following methods.
 
-    def attention_branch(self, x: Tensor, wants: Wants, positions: Any) -> Attended:
+    def attention_branch(
+        self, x: Tensor, wants: Wants, positions: Any, bias: Tensor | None = None
+    ) -> Attended:
         """Return the attention branch, to be added to `x` [B, N, C], and what the rule wants of it.
 
-        `positions` is the position information that the model passes to its blocks, or None.
+        `positions` is the position information that the model passes to its blocks, or None; `bias`
+        [B, 1, 1, N] is added to the logits for each key.
         """
         raise NotImplementedError
 
@@ -159,7 +176,7 @@ class ReorganizingBlock(Stage, AdoptedBlock):
     def reorganize(
         self,
         x: Tensor,
-        unchanged: Callable[[], Tensor],
+        unchanged: Callable[[Tensor | None], Tensor],
         masked: bool = False,
         positions: Any = None,
         trail: TokenTrail | None = None,
@@ -168,7 +185,8 @@ class ReorganizingBlock(Stage, AdoptedBlock):
 
         Args:
             x: tokens [B, N, C].
-            unchanged: runs the replaced block on `x`; called if all patches are kept.
+            unchanged: runs the replaced block on `x`, given what :meth:`attention_branch` is given as bias;
+                called if all patches are kept.
             masked: whether there is an attention mask; dropping tokens is then an error.
             positions: position information for :meth:`attention_branch`.
             trail: receives this stage.
@@ -179,7 +197,8 @@ class ReorganizingBlock(Stage, AdoptedBlock):
         # Without a trail nobody hands it on, and by its own number each block would be a graph of its own.
         num_image_patches = None if trail is None else trail.num_image_patches(num_patches)
         keeps_all = rule.num_kept(num_patches, num_image_patches) == num_patches
-        if masked and not keeps_all:
+        carried = self.carried(x, self.stage == 0)
+        if masked and not (keeps_all and carried.bias is None):
             raise NotImplementedError(
                 "a block that reorganises tokens takes no attention mask (attn_mask, is_causal): the mask of "
                 "the tokens that are left is not known; set the keep rate to 1 or evit_ext.remove the "
@@ -187,21 +206,26 @@ class ReorganizingBlock(Stage, AdoptedBlock):
             )
         if keeps_all and (masked or not self.recorders):
             # The model's own code, so that keep rate 1 equals the unchanged model bit for bit.
-            return unchanged()
+            return unchanged(carried.bias)
         self._check_block()
         wanted = frozenset(rule.wants())
+        if "sizes" in wanted and self.token_sizes is None:
+            raise RuntimeError(
+                f"the rule {rule.name} was set after evit_ext.apply, and the blocks hand on no sizes of "
+                "tokens: call evit_ext.remove, then evit_ext.apply with the rule"
+            )
         guided = self.guidance is not None and not keeps_all
         wants = Wants(
             scores="scores" in wanted and not guided, keys="keys" in wanted, mean=not self.class_token
         )
         branch: Tensor | None
-        branch, scores, keys = self.attention_branch(x, wants, positions)
+        branch, scores, keys = self.attention_branch(x, wants, positions, carried.bias)
         if self.guidance is not None and guided:
             scores = self.guidance.scores(self.stage, x, num_patches)
         if self.after_mlp:
             x, branch = x + branch, None
             x = x + self.mlp_branch(x, None)
-        seen = Seen(x, branch, prefix, num_patches, num_image_patches, scores, keys)
+        seen = Seen(x, branch, prefix, num_patches, num_image_patches, scores, keys, carried.sizes)
         plan = rule.plan(seen)
         self._check_plan(rule, plan, num_patches, num_image_patches)
         norm: Any = self.mlp_norm()
@@ -212,6 +236,8 @@ class ReorganizingBlock(Stage, AdoptedBlock):
             out, normed = plan.apply(seen.tokens, prefix), None
         else:
             out, normed = both
+        if self.token_sizes is not None and not self.last:
+            self.token_sizes.leave(x, rule, plan, carried, prefix)
         if trail is not None or self.recorders or guided:
             self.report(plan, trail, seen.tokens if self.wants_tokens() else None)
         return out if self.after_mlp else out + self.mlp_branch(out, normed)

@@ -7,6 +7,7 @@ from evit_ext.tokens.evit import EViT
 from evit_ext.tokens.plan import Plan
 from evit_ext.tokens.random_selection import RandomSelection
 from evit_ext.tokens.rule import KeepRateRule, Rule, Seen, make_rule, named_rules
+from evit_ext.tokens.tome import ToMe
 from evit_ext.tokens.trail import TokenTrail
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "RandomSelection",
     "Rule",
     "Seen",
+    "ToMe",
     "TokenTrail",
     "make_rule",
     "named_rules",

@@ -122,6 +122,24 @@ class Plan:
         """
         return None
 
+    def merged_sizes(self, sizes: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return of how many patches each patch token that leaves is made.
+
+        Args:
+            sizes: of those that enter, [B, N − P]; None if each is one.
+            dtype, device: of the result.
+
+        Returns:
+            [B, M]; a token that stands for none is of size 1.
+        """
+        if sizes is None:
+            sizes = torch.ones((self.kept.shape[0], self.num_patches), dtype=dtype, device=device)
+        owner, num_out = self.owner, self.num_out
+        if not self.represents_all:
+            owner = torch.where(owner < 0, num_out, owner)
+        sums = ops.scatter_tokens(sizes.to(dtype).unsqueeze(2), owner, num_out + 1)[:, :num_out, 0]
+        return sums.clamp(min=1)
+
     def settled(self) -> Plan:
         """Return the plan without the tokens that it may hold on to."""
         return self

@@ -20,7 +20,7 @@ from evit_ext.tokens.keep_rate import check_keep_rate
 from evit_ext.tokens.plan import Plan
 
 #: What a rule may want of the attention; see `Rule.wants`.
-WANTED = frozenset({"scores", "keys"})
+WANTED = frozenset({"scores", "keys", "sizes"})
 
 Self = TypeVar("Self", bound="Rule")
 
@@ -37,6 +37,8 @@ class Seen:
             None if the rule does not want scores.
         keys: [B, H, N, D], as attention multiplies them, with norms and rotary embeddings; None if the rule
             does not want them.
+        sizes: of how many patches each patch token is made, [B, N − P], float32 (float64 for float64); None
+            if each is one, or no rule before wanted sizes.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Seen:
         num_image_patches: int | None,
         token_scores: Tensor | None = None,
         keys: Tensor | None = None,
+        sizes: Tensor | None = None,
     ) -> None:
         self._x = x
         self._branch = branch
@@ -56,6 +59,7 @@ class Seen:
         self.num_image_patches = num_image_patches
         self.token_scores = token_scores
         self.keys = keys
+        self.sizes = sizes
 
     @property
     def batch(self) -> int:
@@ -94,6 +98,7 @@ class Seen:
             self.num_image_patches,
             scores,
             self.keys,
+            self.sizes,
         )
 
 
@@ -131,6 +136,10 @@ class Rule:
     #: lost.
     fuses: bool = False
 
+    #: Whether the attention of the blocks that follow adds the logarithm of a token's size to its logits; the
+    #: rule must want "sizes".
+    proportional: bool = False
+
     def __init_subclass__(cls, name: str | None = None, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         cls.name = cls.__name__ if name is None else name
@@ -138,7 +147,11 @@ class Rule:
             _NAMED[name] = cls
 
     def wants(self) -> frozenset[str]:
-        """Return what the attention must also return: any of "scores" and "keys"; by default nothing."""
+        """Return what the rule must see besides the tokens: any of "scores", "keys" and "sizes".
+
+        By default nothing. A rule that merges tokens wants their sizes, which are then carried through all
+        blocks.
+        """
         return frozenset()
 
     def num_out(self, num_patches: int, num_image_patches: int | None) -> int:

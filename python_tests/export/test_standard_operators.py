@@ -65,6 +65,12 @@ def test_gather_tokens() -> None:
     assert torch.equal(standard_operators.gather_tokens(x, index), reference.gather_tokens(x, index))
 
 
+def test_scatter_tokens() -> None:
+    x, index = drawn(3, 4, 5), torch.tensor([[4, 0, 4, 4], [1, 1, 0, 2], [2, 3, 1, 0]])
+    expected = reference.scatter_tokens(x, index, 6)
+    torch.testing.assert_close(standard_operators.scatter_tokens(x, index, 6), expected)
+
+
 def test_every_operator_has_the_names_of_its_arguments() -> None:
     """A program calls them by position or by name, as the operator's schema has them."""
     for operator, function in standard_operators.decompositions().items():

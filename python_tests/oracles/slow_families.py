@@ -126,6 +126,23 @@ def _attention(
     attention: Any, x: Tensor, prefix: int, places: Tensor, rotation: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the attention's output [B, N, C] and its map [B, H, N, N]."""
+    outs, maps = [], []
+    for head, (query, key, value) in enumerate(_projected(attention, x, prefix, places, rotation)):
+        products = torch.einsum("bqd,bkd->bqk", query, key) / query.shape[2] ** 0.5
+        maps.append((products if bias is None else products + bias[:, head]).softmax(dim=-1))
+        outs.append(torch.einsum("bqk,bkd->bqd", maps[-1], value))
+    out = torch.cat(outs, dim=-1)
+    if getattr(attention, "norm", None) is not None:
+        out = attention.norm(out)
+    if getattr(attention, "gate", None) is not None:
+        out = out / (1 + torch.exp(-_linear(x, attention.gate)))
+    return _linear(out, attention.proj), torch.stack(maps, dim=1)
+
+
+def _projected(
+    attention: Any, x: Tensor, prefix: int, places: Tensor, rotation: Tensor | None
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return queries, keys and values [B, N, D] of each head, as the attention multiplies them."""
     heads = attention.num_heads
     if attention.qkv is not None:
         parts = list(_linear(x, attention.qkv).chunk(3, dim=-1))
@@ -137,7 +154,7 @@ def _attention(
     width = parts[0].shape[-1] // heads
     q, k, v = ([part[..., i : i + width] for i in range(0, part.shape[-1], width)] for part in parts)
     half = getattr(attention, "rotate_half", False)
-    outs, maps = [], []
+    of_heads = []
     for head in range(heads):
         of_keys = head * len(k) // heads  # fewer heads of keys and values than of queries, perhaps
         query, key = q[head], k[of_keys]
@@ -147,15 +164,8 @@ def _attention(
             # Rotations of each head, or of all alike. Those of keys that heads share are alike, too.
             of_head = rotation[head] if rotation.dim() == 3 else rotation
             query, key = (_rotated(t, prefix, places, of_head, half) for t in (query, key))
-        products = torch.einsum("bqd,bkd->bqk", query, key) / width**0.5
-        maps.append((products if bias is None else products + bias[:, head]).softmax(dim=-1))
-        outs.append(torch.einsum("bqk,bkd->bqd", maps[-1], v[of_keys]))
-    out = torch.cat(outs, dim=-1)
-    if getattr(attention, "norm", None) is not None:
-        out = attention.norm(out)
-    if getattr(attention, "gate", None) is not None:
-        out = out / (1 + torch.exp(-_linear(x, attention.gate)))
-    return _linear(out, attention.proj), torch.stack(maps, dim=1)
+        of_heads.append((query, key, v[of_keys]))
+    return of_heads
 
 
 def _rotated(x: Tensor, prefix: int, places: Tensor, rotation: Tensor, half: bool) -> Tensor:

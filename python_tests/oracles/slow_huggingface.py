@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_models import LINES, SIZES, output
+from slow_tome import Groups, log_sizes, merge
 from torch import Tensor
 
 from evit_ext.patching import families
@@ -55,18 +56,26 @@ class Slow:
                 p(normed).reshape(len(x), x.shape[1], heads, -1).transpose(1, 2)
                 for p in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
-            weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=-1)
+            weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3]) + self.bias(number)).softmax(dim=-1)
             attended = (weights @ v).transpose(1, 2).reshape(len(x), x.shape[1], -1)
             projection = attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj
             attended = projection(attended)
             x = x + (layer.layer_scale1(attended) if hasattr(layer, "layer_scale1") else attended)
             if number in self.settings:
-                scores = weights[:, :, 0] if self.class_token else weights.mean(dim=2)
-                x = self.reorganize(x, scores.mean(dim=1)[:, self.prefix :], self.settings[number])
+                x = self.reduce(number, x, weights, k)
             out = layer.mlp(part("layernorm_after", "norm2", "layer_norm2")(x))
             return x + (layer.layer_scale2(out) if hasattr(layer, "layer_scale2") else out)
 
         return forward
+
+    def bias(self, number: int) -> Tensor | float:
+        """Return what layer `number` adds to its logits."""
+        return 0.0
+
+    def reduce(self, number: int, x: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+        """Return the tokens that are left of `x`, given the map [B, H, N, N] and the keys [B, H, N, D]."""
+        scores = weights[:, :, 0] if self.class_token else weights.mean(dim=2)
+        return self.reorganize(x, scores.mean(dim=1)[:, self.prefix :], self.settings[number])
 
     def reorganize(self, x: Tensor, scores: Tensor, rate: float) -> Tensor:
         rows, stage = [], []
@@ -84,4 +93,30 @@ class Slow:
             self.patches[b] = left
             rows.append(torch.cat(row))
         self.kept.append(stage)
+        return torch.stack(rows)
+
+
+class SlowToMe(Slow):
+    """The model with ToMe's merging, `merged` tokens at each block of `drop_loc`."""
+
+    def __init__(self, line: str, model: Any, merged: Sequence[int], drop_loc: Sequence[int]) -> None:
+        super().__init__(line, model, (1.0,) * len(drop_loc), drop_loc, fuse=False)
+        self.merged = dict(zip(drop_loc, merged, strict=True))
+        self.stages: list[list[Groups]] = []
+
+    def bias(self, number: int) -> Tensor | float:
+        if number == 0:
+            self.stages = []
+        return log_sizes(self.stages[-1], self.prefix, torch.empty(0).double()) if self.stages else 0.0
+
+    def reduce(self, number: int, x: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+        before = self.stages[-1] if self.stages else [[[i] for i in image] for image in self.patches]
+        rows, left = zip(
+            *(
+                merge(x[b], keys[b].mean(dim=0), before[b], self.prefix, self.merged[number])
+                for b in range(len(x))
+            ),
+            strict=True,
+        )
+        self.stages.append(list(left))
         return torch.stack(rows)

@@ -88,17 +88,23 @@ _ATTENTION = BeitAttention()
 class _BeitBlock(GammaBranches, AdoptedBlock):
     """Shared by all blocks of a Beit that reorganises tokens."""
 
-    def follow(self, x: Tensor, trail: BiasTrail) -> Tensor:
+    def follow(self, x: Tensor, trail: BiasTrail, bias: Tensor | None) -> Tensor:
         """Return the replaced block's result for the remaining tokens."""
-        if trail.patches(self.stage) is None:
+        if trail.patches(self.stage) is None and bias is None:
             return self.as_before(x, shared_rel_pos_bias=trail.positions)
-        x = x + self.attention_branch(x, NOTHING_ELSE, trail).out
+        x = x + self.attention_branch(x, NOTHING_ELSE, trail, bias).out
         return x + self.mlp_branch(x, None)
 
-    def attention_branch(self, x: Tensor, wants: Wants, positions: BiasTrail) -> Attended:
+    def attention_branch(
+        self, x: Tensor, wants: Wants, positions: BiasTrail, bias: Tensor | None = None
+    ) -> Attended:
         """See :meth:`ReorganizingBlock.attention_branch`."""
-        bias = positions.bias(self.attn, self.stage)
-        whole = (positions.positions,) if positions.patches(self.stage) is None else None
+        whole = None
+        if positions.patches(self.stage) is None and bias is None:
+            whole = (positions.positions,)
+        own = positions.bias(self.attn, self.stage)
+        if own is not None:
+            bias = own if bias is None else own + bias
         attended = attend(_ATTENTION, self.attn, self.norm1(x), wants, whole, bias)
         return attended._replace(out=self.scaled_attention(attended.out))
 
@@ -116,7 +122,7 @@ class FollowingBeitBlock(_BeitBlock, Block):
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Any = None) -> Tensor:
         """Return the replaced block's result for the remaining tokens."""
-        return self.follow(x, _trail(shared_rel_pos_bias))
+        return self.follow(x, _trail(shared_rel_pos_bias), self.carried(x).bias)
 
 
 class ReorganizingBeitBlock(_BeitBlock, ReorganizingBlock, Block):
@@ -127,7 +133,7 @@ class ReorganizingBeitBlock(_BeitBlock, ReorganizingBlock, Block):
     def forward(self, x: Tensor, shared_rel_pos_bias: Any = None) -> Tensor:
         """Return the reorganised tokens of `x`."""
         trail = _trail(shared_rel_pos_bias)
-        return self.reorganize(x, lambda: self.follow(x, trail), positions=trail, trail=trail)
+        return self.reorganize(x, lambda bias: self.follow(x, trail, bias), positions=trail, trail=trail)
 
 
 class StartTrail(nn.Module):

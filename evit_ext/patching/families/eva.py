@@ -75,13 +75,13 @@ def _rope(rope: Any, stage: int) -> Tensor | None:
 
 
 class _FollowingBlock(AdoptedBlock):
-    """Shared by Eva blocks that do not drop tokens but use the rotary embeddings of those that reach them."""
+    """Shared by Eva blocks that do not drop tokens but use rotary embeddings and sizes of those that come."""
 
     def forward(
         self, x: Tensor, rope: Any = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Return the replaced block's result."""
-        masks = mask_arguments(attn_mask, is_causal)
+        masks = mask_arguments(attn_mask, is_causal, self.carried(x).bias)
         return self.as_before(x, rope=_rope(rope, self.stage), **masks)
 
 
@@ -108,7 +108,11 @@ class _EvaBlock(GammaBranches, ReorganizingBlock):
         rope = _rope(rope, self.stage)
         masks = mask_arguments(attn_mask, is_causal)
         return self.reorganize(
-            x, lambda: self.as_before(x, rope=rope, **masks), bool(masks), positions=rope, trail=trail
+            x,
+            lambda bias: self.as_before(x, rope=rope, **mask_arguments(attn_mask, is_causal, bias)),
+            bool(masks),
+            positions=rope,
+            trail=trail,
         )
 
 
@@ -117,9 +121,11 @@ class ReorganizingEvaBlock(_EvaBlock, EvaBlock):
 
     REPLACES = EvaBlock
 
-    def attention_branch(self, x: Tensor, wants: Wants, positions: Any) -> Attended:
+    def attention_branch(
+        self, x: Tensor, wants: Wants, positions: Any, bias: Tensor | None = None
+    ) -> Attended:
         """See :meth:`ReorganizingBlock.attention_branch`."""
-        attended = attend(TIMM_ATTENTION, self.attn, self.norm1(x), wants, positions)
+        attended = attend(TIMM_ATTENTION, self.attn, self.norm1(x), wants, positions, bias)
         return attended._replace(out=self.scaled_attention(attended.out))
 
 
@@ -128,9 +134,11 @@ class ReorganizingEvaBlockPostNorm(_EvaBlock, EvaBlockPostNorm):
 
     REPLACES = EvaBlockPostNorm
 
-    def attention_branch(self, x: Tensor, wants: Wants, positions: Any) -> Attended:
+    def attention_branch(
+        self, x: Tensor, wants: Wants, positions: Any, bias: Tensor | None = None
+    ) -> Attended:
         """See :meth:`ReorganizingBlock.attention_branch`."""
-        attended = attend(TIMM_ATTENTION, self.attn, x, wants, positions)
+        attended = attend(TIMM_ATTENTION, self.attn, x, wants, positions, bias)
         return attended._replace(out=self.drop_path1(self.norm1(attended.out)))
 
     def mlp_norm(self) -> nn.Module | None:

@@ -53,7 +53,8 @@ class Family:
         blocks: the replacement for each block class that can be replaced.
         attentions: the attention classes that such a block may hold.
         attention: the attribute of a block that holds its attention.
-        following: the replacements for blocks that do not reorganise, used if `has_positions`.
+        following: the replacements for blocks that do not reorganise, used if `has_positions`, or if sizes of
+            tokens are handed from block to block.
         has_positions: returns whether the model passes positions of the tokens to its blocks.
         install: prepares the rest of the model, if `has_positions`.
         uninstall: undoes `install`.

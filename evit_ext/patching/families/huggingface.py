@@ -23,7 +23,7 @@ from transformers.models.vit import modeling_vit as vit
 
 from evit_ext.cpu.forward import remember
 from evit_ext.patching.attention import Attended, Wants, attend
-from evit_ext.patching.block import ReorganizingBlock
+from evit_ext.patching.block import AdoptedBlock, ReorganizingBlock
 from evit_ext.patching.families.family import Blocks, Family
 from evit_ext.patching.families.huggingface_attention import (
     CPU_FORWARDS,
@@ -31,7 +31,27 @@ from evit_ext.patching.families.huggingface_attention import (
     KIND_OF_DINOV2,
     KIND_OF_VIT,
     HuggingFaceAttention,
+    attention_of,
+    check_takes_bias,
 )
+
+
+class FollowingLayer(AdoptedBlock):
+    """A transformers layer that does not reduce tokens, but whose attention weighs them by their sizes."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Return the replaced layer's result."""
+        return with_bias(self, self.carried(hidden_states).bias, hidden_states, attention_mask, kwargs)
+
+
+def with_bias(
+    layer: Any, bias: Tensor | None, hidden_states: Tensor, mask: Tensor | None, named: dict[str, Any]
+) -> Tensor:
+    """Return a replaced layer's result; a `bias` takes the mask's place: none comes after a reduction."""
+    if bias is not None:
+        check_takes_bias(attention_of(layer))
+    out: Tensor = layer.as_before(hidden_states, mask if bias is None else bias, **named)
+    return out
 
 
 class ReorganizingLayer(ReorganizingBlock):
@@ -43,16 +63,18 @@ class ReorganizingLayer(ReorganizingBlock):
         """Return the reorganised tokens; a mask is allowed only if all patches are kept."""
         return self.reorganize(
             hidden_states,
-            lambda: self.as_before(hidden_states, attention_mask, **kwargs),
+            lambda bias: with_bias(self, bias, hidden_states, attention_mask, kwargs),
             masked=attention_mask is not None,
             positions=kwargs,
         )
 
-    def attention_branch(self, x: Tensor, wants: Wants, positions: Any) -> Attended:
+    def attention_branch(
+        self, x: Tensor, wants: Wants, positions: Any, bias: Tensor | None = None
+    ) -> Attended:
         """See :meth:`ReorganizingBlock.attention_branch`."""
         layout = self.KIND.layout
         normed = getattr(self, layout.norm1)(x)
-        attended = attend(self.KIND, getattr(self, layout.attention), normed, wants, positions)
+        attended = attend(self.KIND, getattr(self, layout.attention), normed, wants, positions, bias)
         out = attended.out
         for name in layout.after_attention:
             out = getattr(self, name)(out)
@@ -114,6 +136,42 @@ class ReorganizingSiglipEncoderLayer(ReorganizingLayer, siglip.SiglipEncoderLaye
     KIND = KIND_OF_CLIP
 
 
+class FollowingViTLayer(FollowingLayer, vit.ViTLayer):
+    """transformers' ``ViTLayer`` whose attention weighs tokens by their sizes."""
+
+    REPLACES = vit.ViTLayer
+
+
+class FollowingDeiTLayer(FollowingLayer, deit.DeiTLayer):
+    """transformers' ``DeiTLayer`` whose attention weighs tokens by their sizes."""
+
+    REPLACES = deit.DeiTLayer
+
+
+class FollowingDinov2Layer(FollowingLayer, dinov2.Dinov2Layer):
+    """transformers' ``Dinov2Layer`` whose attention weighs tokens by their sizes."""
+
+    REPLACES = dinov2.Dinov2Layer
+
+
+class FollowingDinov2WithRegistersLayer(FollowingLayer, dinov2_with_registers.Dinov2WithRegistersLayer):
+    """transformers' ``Dinov2WithRegistersLayer`` whose attention weighs tokens by their sizes."""
+
+    REPLACES = dinov2_with_registers.Dinov2WithRegistersLayer
+
+
+class FollowingCLIPEncoderLayer(FollowingLayer, clip.CLIPEncoderLayer):
+    """transformers' ``CLIPEncoderLayer`` whose attention weighs tokens by their sizes."""
+
+    REPLACES = clip.CLIPEncoderLayer
+
+
+class FollowingSiglipEncoderLayer(FollowingLayer, siglip.SiglipEncoderLayer):
+    """transformers' ``SiglipEncoderLayer`` whose attention weighs tokens by their sizes."""
+
+    REPLACES = siglip.SiglipEncoderLayer
+
+
 @dataclass(frozen=True)
 class Tower:
     """Where a transformers model keeps its vision layers.
@@ -124,6 +182,7 @@ class Tower:
         layers: returns the layers of that module.
         layer, attention: the classes of a layer and its attention.
         reorganizing: the class that replaces a layer.
+        following: the class that replaces a layer which hands on sizes of tokens.
         num_prefix_tokens: returns the number of tokens before the patches.
         class_token: whether the first token is a class token.
     """
@@ -134,6 +193,7 @@ class Tower:
     layer: type[nn.Module]
     attention: type[nn.Module]
     reorganizing: type[ReorganizingLayer]
+    following: type[FollowingLayer]
     num_prefix_tokens: Callable[[Any], int] = lambda model: 1
     class_token: bool = True
 
@@ -146,6 +206,7 @@ TOWERS = (
         vit.ViTLayer,
         vit.ViTAttention,
         ReorganizingViTLayer,
+        FollowingViTLayer,
     ),
     Tower(
         deit.DeiTPreTrainedModel,
@@ -154,6 +215,7 @@ TOWERS = (
         deit.DeiTLayer,
         deit.DeiTAttention,
         ReorganizingDeiTLayer,
+        FollowingDeiTLayer,
         lambda model: 2,  # the distillation token
     ),
     Tower(
@@ -163,6 +225,7 @@ TOWERS = (
         dinov2.Dinov2Layer,
         dinov2.Dinov2Attention,
         ReorganizingDinov2Layer,
+        FollowingDinov2Layer,
     ),
     Tower(
         dinov2_with_registers.Dinov2WithRegistersPreTrainedModel,
@@ -171,6 +234,7 @@ TOWERS = (
         dinov2_with_registers.Dinov2WithRegistersLayer,
         dinov2_with_registers.Dinov2WithRegistersAttention,
         ReorganizingDinov2WithRegistersLayer,
+        FollowingDinov2WithRegistersLayer,
         lambda model: 1 + int(model.config.num_register_tokens),
     ),
     Tower(
@@ -180,6 +244,7 @@ TOWERS = (
         clip.CLIPEncoderLayer,
         clip.CLIPAttention,
         ReorganizingCLIPEncoderLayer,
+        FollowingCLIPEncoderLayer,
     ),
     Tower(
         siglip.SiglipPreTrainedModel,
@@ -188,6 +253,7 @@ TOWERS = (
         siglip.SiglipEncoderLayer,
         siglip.SiglipAttention,
         ReorganizingSiglipEncoderLayer,
+        FollowingSiglipEncoderLayer,
         lambda model: 0,
         class_token=False,
     ),
@@ -209,6 +275,7 @@ def _family(tower: Tower) -> Family:
         name=f"transformers' {tower.model.__name__}",
         model=tower.base,
         blocks={tower.layer: tower.reorganizing},
+        following={tower.layer: tower.following},
         attentions=(tower.attention,),
         attention=tower.reorganizing.KIND.layout.attention,
         vision_tower=lambda model: _holder(tower, model),

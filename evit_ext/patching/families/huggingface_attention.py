@@ -20,9 +20,18 @@ from transformers.models.siglip import modeling_siglip as siglip
 from transformers.models.vit import modeling_vit as vit
 from transformers.utils import output_capturing
 
+from evit_ext._util.wrappers import unwrapped
 from evit_ext.cpu import forward as cpu_forward
 from evit_ext.cpu.replacing import Forward
-from evit_ext.patching.attention import NOTHING_ELSE, AttentionKind, Linear, Projected, attend, choose
+from evit_ext.patching.attention import (
+    NOTHING_ELSE,
+    AttentionKind,
+    Linear,
+    Projected,
+    attend,
+    choose,
+    is_key_bias,
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,9 @@ class HuggingFaceAttention(AttentionKind):
 
     def call(self, attention: Any, x: Tensor, positions: Any, bias: Tensor | None) -> Tensor:
         """See :meth:`AttentionKind.call`."""
-        out: Tensor = attention(hidden_states=x, attention_mask=None, **(positions or {}))[0]
+        if bias is not None:
+            check_takes_bias(attention)
+        out: Tensor = attention(hidden_states=x, attention_mask=bias, **(positions or {}))[0]
         return out
 
     def dropout(self, attention: Any) -> float:
@@ -109,6 +120,21 @@ class HuggingFaceAttention(AttentionKind):
         return collecting or bool(others) or torch.nn.modules.module._has_any_global_hook()
 
 
+def attention_of(layer: nn.Module) -> nn.Module:
+    """Return the attention of a layer."""
+    return next(part for part in layer.children() if isinstance(unwrapped(part), tuple(_KINDS)))
+
+
+def check_takes_bias(attention: Any) -> None:
+    """Raise RuntimeError where the function that an attention would call adds no bias for each key."""
+    chosen = attention.config._attn_implementation
+    if chosen not in ("sdpa", "eager"):
+        raise RuntimeError(
+            f"the attention {chosen!r} of transformers takes no bias for each key, by which it would weigh "
+            "tokens that were merged: use attn_implementation='sdpa', or a rule with proportional=False"
+        )
+
+
 #: Where the hooks come from that record hidden states and attention maps.
 _CAPTURING = output_capturing.__name__
 
@@ -125,9 +151,10 @@ def attention_forward(
     """Return an attention's output and its map; only "eager" attention returns a map."""
     kind, x = _KINDS[type(attention)], hidden_states
     asked = [value for name, value in named.items() if name not in _RECORDING]
-    plain = attention_mask is None and all(value is None or value is False for value in asked)
-    if plain and choose(kind, attention, x, in_forward=True) == "kernel":
-        return attend(kind, attention, x, NOTHING_ELSE, backend="kernel").out, None
+    bias = attention_mask if is_key_bias(attention_mask) else None
+    plain = attention_mask is bias and all(value is None or value is False for value in asked)
+    if plain and choose(kind, attention, x, bias, in_forward=True) == "kernel":
+        return attend(kind, attention, x, NOTHING_ELSE, bias=bias, backend="kernel").out, None
     out: tuple[Tensor, Tensor | None] = type(attention).forward(
         attention, hidden_states, attention_mask=attention_mask, **named
     )

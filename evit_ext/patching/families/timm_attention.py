@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from evit_ext import ops
 from evit_ext.cpu import forward as cpu_forward
-from evit_ext.patching.attention import NOTHING_ELSE, AttentionKind, Linear, Projected, attend, choose
+from evit_ext.patching.attention import (
+    NOTHING_ELSE,
+    AttentionKind,
+    Linear,
+    Projected,
+    attend,
+    choose,
+    is_key_bias,
+)
 
 _CLASSES: tuple[type[nn.Module], ...] = (Attention, EvaAttention, BeitAttention)
 try:
@@ -80,7 +88,9 @@ class TimmAttention(AttentionKind):
 
     def call(self, attention: Any, x: Tensor, positions: Any, bias: Tensor | None) -> Tensor:
         """See :meth:`AttentionKind.call`."""
-        out: Tensor = attention(x) if positions is None else attention(x, rope=positions)
+        named = {} if positions is None else {"rope": positions}
+        # Not every version of timm, and not every attention, has a mask.
+        out: Tensor = attention(x, **named) if bias is None else attention(x, attn_mask=bias, **named)
         return out
 
     def dropout(self, attention: Any) -> float:
@@ -127,11 +137,15 @@ def attention_forward(attention: Any, x: Tensor, *arguments: Any, **named: Any) 
     Other arguments are those of timm's attention.
     """
     rope = named.get("rope")
-    # No mask and no bias; is_causal may be passed as False.
-    plain = not arguments and all(v is None or v is False for name, v in named.items() if name != "rope")
+    mask = named.get("attn_mask")
+    bias = mask if is_key_bias(mask) else None
+    # No mask but a bias for each key, and no bias of its own; is_causal may be passed as False.
+    plain = not arguments and all(
+        value is None or value is False or value is bias for name, value in named.items() if name != "rope"
+    )
     biased = getattr(attention, "relative_position_bias_table", None) is not None
-    if plain and not biased and choose(TIMM_ATTENTION, attention, x, in_forward=True) == "kernel":
-        return attend(TIMM_ATTENTION, attention, x, NOTHING_ELSE, rope, backend="kernel").out
+    if plain and not biased and choose(TIMM_ATTENTION, attention, x, bias, in_forward=True) == "kernel":
+        return attend(TIMM_ATTENTION, attention, x, NOTHING_ELSE, rope, bias, backend="kernel").out
     out: Tensor = type(attention).forward(attention, x, *arguments, **named)
     return out
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+import timm
 
 # Attention is not imported from timm.layers: the oldest supported versions do not have it there.
 from timm.layers import Mlp
@@ -10,16 +13,51 @@ from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import Tensor, nn
 
 from evit_ext.patching.attention import Attended, Wants, attend
-from evit_ext.patching.block import ReorganizingBlock
+from evit_ext.patching.block import AdoptedBlock, ReorganizingBlock
 from evit_ext.patching.families.family import Family
 from evit_ext.patching.families.timm_attention import TIMM_ATTENTION, attention_forward, mlp_forward
 from evit_ext.tokens.trail import TokenTrail
 
+#: Older ones have no masks, or take those that are added for Boolean ones in some blocks.
+_TAKES_BIAS = tuple(int(part) for part in re.findall(r"\d+", timm.__version__)[:3]) >= (1, 0, 20)
 
-def mask_arguments(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
-    """Return the masks as arguments; empty without a mask, because older versions of timm do not take any."""
+
+def mask_arguments(attn_mask: Tensor | None, is_causal: bool, bias: Tensor | None = None) -> dict[str, Any]:
+    """Return the masks as arguments; empty without a mask, because older versions of timm do not take any.
+
+    Args:
+        attn_mask, is_causal: of timm's blocks.
+        bias: takes the mask's place where tokens have sizes; a block that reduces them refuses other masks.
+    """
+    if bias is not None:
+        if not _TAKES_BIAS:
+            raise RuntimeError(
+                f"attention that weighs merged tokens by their sizes needs timm 1.0.20 or newer, got "
+                f"{timm.__version__}: install that, or use a rule with proportional=False"
+            )
+        return {"attn_mask": bias}
     masked = attn_mask is not None or is_causal
     return {"attn_mask": attn_mask, "is_causal": is_causal} if masked else {}
+
+
+class _FollowingBlock(AdoptedBlock):
+    """Shared by blocks that do not reduce tokens, but whose attention weighs them by their sizes."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return the replaced block's result."""
+        return self.as_before(x, **mask_arguments(attn_mask, is_causal, self.carried(x).bias))
+
+
+class FollowingViTBlock(_FollowingBlock, Block):
+    """A ``Block`` whose attention weighs tokens by their sizes."""
+
+    REPLACES = Block
+
+
+class FollowingResPostBlock(_FollowingBlock, ResPostBlock):
+    """A ``ResPostBlock`` whose attention weighs tokens by their sizes."""
+
+    REPLACES = ResPostBlock
 
 
 class _ViTBlock(ReorganizingBlock):
@@ -44,7 +82,12 @@ class _ViTBlock(ReorganizingBlock):
     ) -> Tensor:
         """Return the reorganised tokens of `x`; masks are allowed only if all patches are kept."""
         masks = mask_arguments(attn_mask, is_causal)
-        return self.reorganize(x, lambda: self.as_before(x, **masks), masked=bool(masks), trail=trail)
+        return self.reorganize(
+            x,
+            lambda bias: self.as_before(x, **mask_arguments(attn_mask, is_causal, bias)),
+            masked=bool(masks),
+            trail=trail,
+        )
 
     def mlp_norm(self) -> nn.Module | None:
         """See :meth:`ReorganizingBlock.mlp_norm`."""
@@ -57,9 +100,11 @@ class ReorganizingViTBlock(_ViTBlock, Block):
 
     REPLACES = Block
 
-    def attention_branch(self, x: Tensor, wants: Wants, positions: Any) -> Attended:
+    def attention_branch(
+        self, x: Tensor, wants: Wants, positions: Any, bias: Tensor | None = None
+    ) -> Attended:
         """See :meth:`ReorganizingBlock.attention_branch`."""
-        attended = attend(TIMM_ATTENTION, self.attn, self.norm1(x), wants)
+        attended = attend(TIMM_ATTENTION, self.attn, self.norm1(x), wants, bias=bias)
         return attended._replace(out=self.drop_path1(self.ls1(attended.out)))
 
     def mlp_branch(self, x: Tensor, normed: Tensor | None) -> Tensor:
@@ -74,9 +119,11 @@ class ReorganizingResPostBlock(_ViTBlock, ResPostBlock):
 
     REPLACES = ResPostBlock
 
-    def attention_branch(self, x: Tensor, wants: Wants, positions: Any) -> Attended:
+    def attention_branch(
+        self, x: Tensor, wants: Wants, positions: Any, bias: Tensor | None = None
+    ) -> Attended:
         """See :meth:`ReorganizingBlock.attention_branch`."""
-        attended = attend(TIMM_ATTENTION, self.attn, x, wants)
+        attended = attend(TIMM_ATTENTION, self.attn, x, wants, bias=bias)
         return attended._replace(out=self.drop_path1(self.norm1(attended.out)))
 
     def mlp_norm(self) -> nn.Module | None:
@@ -93,6 +140,7 @@ FAMILY = Family(
     name="timm's VisionTransformer",
     model=None,  # other models with these blocks and a class token work too
     blocks={Block: ReorganizingViTBlock, ResPostBlock: ReorganizingResPostBlock},
+    following={Block: FollowingViTBlock, ResPostBlock: FollowingResPostBlock},
     attentions=(Attention,),
     cpu_forwards={Attention: attention_forward, Mlp: mlp_forward},
 )

@@ -1,0 +1,190 @@
+"""ToMe's rule: tokens with similar keys are merged into their weighted average.
+
+Bolya et al., "Token Merging: Your ViT But Faster" (ICLR 2023, arXiv 2210.09461), sections 3.1 and 3.2;
+written from the paper alone.
+
+Notation: B batch, N tokens, P prefix tokens, M patch tokens that leave, C channels, D channels per head.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evit_ext import ops
+from evit_ext._util.messages import shown
+from evit_ext.ops import checks
+from evit_ext.tokens.plan import Plan
+from evit_ext.tokens.rule import KeepRateRule, Seen
+
+
+class MergePlan(Plan):
+    """Merges patch tokens into others, each of which stays where it is.
+
+    Args:
+        kept: int64 [B, M], the tokens that stay, ascending.
+        owner: int64 [B, N − P], the number of the token that each becomes part of, among those that leave.
+        sizes: of how many patches each token is made, [B, N − P]; None if each is one.
+    """
+
+    def __init__(self, kept: Tensor, owner: Tensor, sizes: Tensor | None) -> None:
+        super().__init__(kept, owner.shape[1], owner=owner, complete=True)
+        self._sizes = sizes
+        self._merged: Tensor | None = None
+
+    def merged_sizes(self, sizes: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See `Plan.merged_sizes`; computed once."""
+        if self._merged is None:
+            self._merged = super().merged_sizes(sizes, dtype, device)
+        return self._merged
+
+    def apply(self, x: Tensor, num_prefix_tokens: int) -> Tensor:
+        """Return the tokens that leave, [B, P + M, C]: averages, weighted by the sizes."""
+        dtype = checks.accumulation_dtype(x.dtype)
+        sizes = torch.ones_like(self.owner, dtype=dtype) if self._sizes is None else self._sizes.to(dtype)
+        merged = self.merged_sizes(self._sizes, dtype, x.device)
+        # A token that is merged with no other has exactly the weight 1, and stays as it is.
+        weights = F.pad(sizes / merged.gather(1, self.owner), (num_prefix_tokens, 0), value=1.0)
+        first = torch.arange(num_prefix_tokens, device=x.device).expand(x.shape[0], -1)
+        owner = torch.cat([first, self.owner + num_prefix_tokens], dim=1)
+        weighted = x * weights.to(x.dtype).unsqueeze(2)
+        return ops.scatter_tokens(weighted, owner, num_prefix_tokens + self.num_out)
+
+    def settled(self) -> Plan:
+        """See `Plan.settled`."""
+        return Plan(self.kept, self.num_patches, owner=self.owner, complete=True)
+
+
+@dataclass(frozen=True)
+class ToMe(KeepRateRule, name="tome"):
+    """Merge the patch tokens whose keys are most similar, a fixed number of them; drop nothing.
+
+    Patch tokens are dealt alternately to two sets, A (the first, the third, …) and B. Each of A has as its
+    partner the token of B whose key, averaged over heads, has the largest cosine similarity to its own. The
+    `r` tokens of A with the most similar partners become part of these, which turn into averages of all that
+    they stand for, weighted by the numbers of patches ("bipartite soft matching"). Ties go to the lower
+    index. Class, distillation and register tokens are never merged. The matching has no gradient, the average
+    has.
+
+    The paper merges in every block: ``evit_ext.apply(vit, rule=ToMe(r=13), drop_loc=range(12))``.
+
+    Args:
+        keep_rate: share of the patch tokens that leave, in [0.5, 1]: ``M = ceil(keep_rate * (N − P))``; 0.7
+            if `r` is not given either.
+        r: instead, how many patch tokens a block merges away; where less than twice as many are there, half
+            of these. 0 is a `keep_rate` of 1.
+        proportional: the attention of the blocks that follow adds the logarithm of each token's size to its
+            logits ("proportional attention"), as if each token were there as often as it has patches.
+    """
+
+    keep_rate: float = None  # type: ignore[assignment]
+    r: int | None = None
+    proportional: bool = True
+
+    paper = "https://arxiv.org/abs/2210.09461"
+    fuses = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.proportional, bool):
+            raise TypeError(f"proportional must be True or False, got {shown(self.proportional)}")
+        if self.r is None:
+            object.__setattr__(self, "keep_rate", 0.7 if self.keep_rate is None else self.keep_rate)
+            super().__post_init__()
+            if self.keep_rate < 0.5:
+                raise ValueError(
+                    "keep_rate of ToMe must be in [0.5, 1], as a block merges at most half of the tokens, "
+                    f"got {self.keep_rate}: let more blocks merge (drop_loc)"
+                )
+            return
+        if self.keep_rate is not None:
+            raise ValueError(
+                "ToMe takes a keep_rate or r, the number of tokens to merge away, got both: "
+                f"keep_rate={shown(self.keep_rate)}, r={shown(self.r)}"
+            )
+        if isinstance(self.r, bool) or not hasattr(self.r, "__index__"):
+            raise TypeError(f"r must be a whole number of tokens, got {shown(self.r)}")
+        object.__setattr__(self, "r", operator.index(self.r))
+        if self.r < 0:
+            raise ValueError(f"r must not be negative, got {self.r}")
+        if self.r == 0:  # by which others see that nothing is reduced
+            object.__setattr__(self, "keep_rate", 1.0)
+            object.__setattr__(self, "r", None)
+
+    def with_keep_rate(self, keep_rate: float) -> ToMe:
+        """Return the same rule with a keep rate, in the place of `r` too."""
+        return replace(self, keep_rate=keep_rate, r=None)
+
+    @property
+    def title(self) -> str:
+        """See :class:`Rule`."""
+        return "ToMe"
+
+    def wants(self) -> frozenset[str]:
+        """See `Rule.wants`."""
+        return frozenset({"keys", "sizes"})
+
+    def num_out(self, num_patches: int, num_image_patches: int | None) -> int:
+        """See `Rule.num_out`."""
+        if self.r is None:
+            return math.ceil(self.keep_rate * num_patches)
+        return num_patches - min(self.r, num_patches // 2)
+
+    def plan(self, seen: Seen) -> Plan:
+        """See `Rule.plan`."""
+        num_out = self.num_out(seen.num_patches, seen.num_image_patches)
+        assert seen.keys is not None
+        kept, owner = bipartite_matching(seen.keys[:, :, seen.num_prefix_tokens :], num_out)
+        return MergePlan(kept, owner, seen.sizes)
+
+    def settings(self) -> dict[str, Any]:
+        """See `Rule.settings`."""
+        given = {"keep_rate": self.keep_rate} if self.r is None else {"r": self.r}
+        return {**given, "proportional": self.proportional}
+
+    def describe(self) -> str:
+        """See `Rule.describe`."""
+        return "merged into the most similar of the others"
+
+
+@torch.no_grad()
+def bipartite_matching(keys: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
+    """Return which tokens stay and which each token becomes part of; see :class:`ToMe`.
+
+    Args:
+        keys: of the patch tokens, [B, H, N, D].
+        num_out: M, at least N − floor(N / 2).
+
+    Returns:
+        kept, int64 [B, M], ascending; and owner, int64 [B, N], the number among those that stay.
+    """
+    batch, _, num_tokens, _ = keys.shape
+    if num_out == num_tokens:
+        every = torch.arange(num_tokens, device=keys.device).expand(batch, -1)
+        return every, every
+    dtype = checks.accumulation_dtype(keys.dtype)
+    with checks.without_autocast(keys.device.type):
+        metric = F.normalize(keys.to(dtype).mean(dim=1), dim=-1)
+        similarity, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=-1)
+    num_merged = num_tokens - num_out
+    order = similarity.sort(dim=1, descending=True, stable=True).indices
+    rank = order.sort(dim=1).indices  # of each of A: a permutation's inverse
+    in_b = num_tokens // 2
+    # Interleaved again: of B none goes.
+    goes = _interleaved(rank < num_merged, torch.zeros_like(rank[:, :in_b], dtype=torch.bool))
+    places = (~goes).to(torch.int64).cumsum(dim=1) - 1
+    of_partner = places.gather(1, 2 * partner + 1)
+    owner = torch.where(goes, _interleaved(of_partner, of_partner[:, :in_b]), places)
+    kept = goes.to(torch.int64).sort(dim=1, stable=True).indices[:, :num_out]
+    return kept, owner
+
+
+def _interleaved(a: Tensor, b: Tensor) -> Tensor:
+    """Return the columns of `a` [B, K] and `b` [B, K or K − 1] in turn."""
+    even = torch.stack([a[:, : b.shape[1]], b], dim=2).flatten(1)
+    return torch.cat([even, a[:, b.shape[1] :]], dim=1)
