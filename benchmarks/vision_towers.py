@@ -3,8 +3,9 @@
     python benchmarks/vision_towers.py --output benchmarks/results/vision-towers-cpu
 
 A CLIP ViT-L/14 at 336 pixels (576 patches; features of layer -2) and its projector, and a small language
-model with a text of 32 tokens beside the image. Random weights, float32, batch 1; no accuracy can be measured on
-them. Everything is called in turns, round after round, and the median counts. The towers share their weights.
+model with a text of 32 tokens beside the image. Random weights, float32, batch 1; no accuracy can be measured
+on them. Everything is called in turns, round after round, and the median counts. The towers share their
+weights.
 """
 
 from __future__ import annotations
@@ -144,8 +145,8 @@ def main() -> int:
     text = (
         "CLIP ViT-L/14 at 336 pixels with a projector, features of layer -2, and a language model of 8 "
         f"layers of width 1024 with {TEXT_TOKENS} tokens of text. Random weights, float32, batch 1, medians "
-        f"of {arguments.rounds} calls that take turns. GMACs are those of the tower, its last layer included, "
-        f"which no feature needs. Nothing here was measured on a GPU.\n\n{table(rows)}"
+        f"of {arguments.rounds} calls that take turns. GMACs are those of the tower, its last layer "
+        f"included, which no feature needs. Nothing here was measured on a GPU.\n\n{table(rows)}"
     )
     print(text)
     if arguments.output:
