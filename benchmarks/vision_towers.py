@@ -3,8 +3,8 @@
     python benchmarks/vision_towers.py --output benchmarks/results/vision-towers-cpu
 
 A CLIP ViT-L/14 at 336 pixels (576 patches; features of layer -2) and its projector, and a small language
-model with a text of 32 tokens beside the image. Random weights, float32, batch 1; no accuracy can be measured on
-them. Everything is called in turns, round after round, and the median counts. The towers share their weights.
+model with a text of 32 tokens beside the image. Random weights, float32, batch 1; no accuracy can be measured
+on them. Everything is called in turns, round after round, and the median counts. The towers share weights.
 """
 
 from __future__ import annotations
