@@ -4,8 +4,7 @@
 
 A CLIP ViT-L/14 at 336 pixels (576 patches; features of layer -2) and its projector, and a small language
 model with a text of 32 tokens beside the image. Random weights, float32, batch 1; no accuracy can be measured
-on them. Everything is called in turns, round after round, and the median counts. The towers share their
-weights.
+on them. Everything is called in turns, round after round, and the median counts. The towers share weights.
 """
 
 from __future__ import annotations
@@ -90,13 +89,12 @@ def measure(tower: dict[str, Any], text: dict[str, Any], rounds: int) -> dict[st
     with torch.inference_mode():
         times = time_in_turns(calls, seconds=0, least=rounds, warm_up=1)
         prefill_times = time_in_turns(prefills, seconds=0, least=rounds, warm_up=1)
-        tokens = {name: len(encode(name)) for name in SETUPS}
     gmacs = {name: evit_ext.count_macs(model.model.vision_tower, side) for name, model in models.items()}
     return {
         "tower": [
             {
                 "setup": name,
-                "tokens": tokens[name],
+                "tokens": towers.num_image_tokens(models[name]),
                 "gmacs": gmacs[name] / 1e9,
                 "seconds": statistics.median(times[name]),
                 "fastest_seconds": min(times[name]),
@@ -145,8 +143,8 @@ def main() -> int:
     text = (
         "CLIP ViT-L/14 at 336 pixels with a projector, features of layer -2, and a language model of 8 "
         f"layers of width 1024 with {TEXT_TOKENS} tokens of text. Random weights, float32, batch 1, medians "
-        f"of {arguments.rounds} calls that take turns. GMACs are those of the tower, its last layer "
-        f"included, which no feature needs. Nothing here was measured on a GPU.\n\n{table(rows)}"
+        f"of {arguments.rounds} calls that take turns. GMACs are those of the tower, with its last layer, "
+        f"which no feature needs. Nothing here was measured on a GPU.\n\n{table(rows)}"
     )
     print(text)
     if arguments.output:

@@ -15,7 +15,7 @@ from evit_ext._util.wrappers import WRAPPED, unwrapped
 from evit_ext.cpu import packed_weights, replacing
 from evit_ext.patching.block import AdoptedBlock
 from evit_ext.patching.families import Family, check_block, family_of, locate
-from evit_ext.patching.full_grid import FullGridIntermediates
+from evit_ext.patching.full_grid import FullGridHiddenStates, FullGridIntermediates
 from evit_ext.patching.token_sizes import TokenSizes
 from evit_ext.tokens.evit import EViT
 from evit_ext.tokens.keep_rate import check_keep_rates
@@ -155,8 +155,11 @@ def replace_blocks(
     switch_cpu_forwards(vit)
     if FullGridIntermediates.fits(holder):
         FullGridIntermediates(holder, "forward_intermediates").install()
-    if overrides(holder):
-        ReplicateOverrides(holder, "_replicate_for_data_parallel").install()
+    if FullGridHiddenStates.fits(holder):
+        FullGridHiddenStates(holder.encoder, "forward").install()
+    for module in holder.modules():
+        if overrides(module):
+            ReplicateOverrides(module, "_replicate_for_data_parallel").install()
 
 
 def _parts(blocks: Iterable[nn.Module]) -> list[nn.Module]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -100,6 +101,44 @@ class FullGridIntermediates(Override):
         if intermediates_only:
             return restore(out)
         return out[0], restore(out[1])
+
+
+class FullGridHiddenStates(Override):
+    """Overrides the encoder's forward of a Backbone of transformers, whose feature maps are full grids again.
+
+    A Backbone makes its feature maps of the hidden states that its encoder returns. Those behind a stage are
+    put back in place by :func:`evit_ext.ops.restore_tokens`: a dropped patch has the value of the token that
+    it was fused into or, without fused tokens, its own value just before it was dropped.
+    """
+
+    @staticmethod
+    def fits(vit: nn.Module) -> bool:
+        """Return whether `vit` is such a Backbone."""
+        return type(vit).__name__.endswith("Backbone") and hasattr(getattr(vit, "encoder", None), "layer")
+
+    def __call__(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Any:
+        """Return the encoder's output for tokens [B, N, C]; see transformers'."""
+        found = find_stages(self.module)
+        fill = _check_fill(None, fused=all(stage.rule.fuses for stage in found))
+        with recording(found, TokenRecord(keep_tokens=fill == "before", private=True)) as record:
+            out = self.original()(hidden_states, *arguments, **named)
+        if out.hidden_states is None:
+            return out
+        # The first is the input; the others are the layers' outputs.
+        encoder: Any = self.module
+        passed, numbers = 0, [0]
+        for layer in encoder.layer:
+            passed += isinstance(unwrapped(layer), Stage)
+            numbers.append(passed)
+        restored = []
+        for tokens, number in zip(out.hidden_states, numbers, strict=True):
+            if tokens is not None and number:
+                prefix: Any = found[0].num_prefix_tokens
+                patches = _restore(tokens[:, prefix:], number, record, fill, None)
+                tokens = torch.cat([tokens[:, :prefix], patches], dim=1)
+            restored.append(tokens)
+        out.hidden_states = tuple(restored)
+        return out
 
 
 def _check_fill(fill: str | None, fused: bool) -> str:

@@ -20,7 +20,7 @@ import pytest
 from browser import Browser, find_browser
 from documents import ROOT
 
-PACKAGES = ("", ".models", ".ops", ".training", ".export", ".visualize", ".benchmark", ".data")
+PACKAGES = ("", ".models", ".ops", ".towers", ".training", ".export", ".visualize", ".benchmark", ".data")
 #: Where a page names something that a browser fetches by itself.
 FETCHED = {("script", "src"), ("img", "src"), ("link", "href"), ("source", "src"), ("iframe", "src")}
 

@@ -178,7 +178,7 @@ class Tower:
 
     Attributes:
         base: the class that all models of the architecture derive from.
-        model: the class of the module that holds the layers.
+        model: the class, or classes, of the module that holds the layers.
         layers: returns the layers of that module.
         layer, attention: the classes of a layer and its attention.
         reorganizing: the class that replaces a layer.
@@ -188,7 +188,7 @@ class Tower:
     """
 
     base: type[nn.Module]
-    model: type[nn.Module]
+    model: type[nn.Module] | tuple[type[nn.Module], ...]
     layers: Callable[[Any], Blocks]
     layer: type[nn.Module]
     attention: type[nn.Module]
@@ -196,6 +196,11 @@ class Tower:
     following: type[FollowingLayer]
     num_prefix_tokens: Callable[[Any], int] = lambda model: 1
     class_token: bool = True
+
+    @property
+    def name(self) -> str:
+        """The name of the class that holds the layers."""
+        return (self.model[0] if isinstance(self.model, tuple) else self.model).__name__
 
 
 TOWERS = (
@@ -220,7 +225,7 @@ TOWERS = (
     ),
     Tower(
         dinov2.Dinov2PreTrainedModel,
-        dinov2.Dinov2Model,
+        (dinov2.Dinov2Model, dinov2.Dinov2Backbone),
         lambda model: model.encoder.layer,
         dinov2.Dinov2Layer,
         dinov2.Dinov2Attention,
@@ -229,7 +234,10 @@ TOWERS = (
     ),
     Tower(
         dinov2_with_registers.Dinov2WithRegistersPreTrainedModel,
-        dinov2_with_registers.Dinov2WithRegistersModel,
+        (
+            dinov2_with_registers.Dinov2WithRegistersModel,
+            dinov2_with_registers.Dinov2WithRegistersBackbone,
+        ),
         lambda model: model.encoder.layer,
         dinov2_with_registers.Dinov2WithRegistersLayer,
         dinov2_with_registers.Dinov2WithRegistersAttention,
@@ -272,7 +280,7 @@ def _patch_grid(vit: Any, img_size: tuple[int, int]) -> tuple[int, int]:
 
 def _family(tower: Tower) -> Family:
     return Family(
-        name=f"transformers' {tower.model.__name__}",
+        name=f"transformers' {tower.name}",
         model=tower.base,
         blocks={tower.layer: tower.reorganizing},
         following={tower.layer: tower.following},
@@ -299,11 +307,11 @@ def find(model: nn.Module) -> Family | None:
 def family_of(model: nn.Module) -> Family:
     """Return the family of a model of transformers; a ValueError explains why it is not supported."""
     name = type(model).__name__
-    if name.endswith(("ForMaskedImageModeling", "Backbone")):
-        raise ValueError(f"{name} is not supported: it needs a token for every patch at the end")
     family = find(model)
+    if name.endswith("ForMaskedImageModeling") or (family is None and name.endswith("Backbone")):
+        raise ValueError(f"{name} is not supported: it needs a token for every patch at the end")
     if family is None:
-        known = ", ".join(tower.model.__name__ for tower in TOWERS)
+        known = ", ".join(tower.name for tower in TOWERS)
         raise ValueError(
             f"{name} is not supported: of transformers, evit_ext knows {known}, and what is built on them in "
             f"the same module (transformers {transformers.__version__}){_hint(model)}"

@@ -50,7 +50,8 @@ def test_models_that_cannot_be_supported(monkeypatch: pytest.MonkeyPatch) -> Non
         transformers.ViTForMaskedImageModeling(transformers.ViTConfig(**SIZES, encoder_stride=8)),
         f"ViTForMaskedImageModeling {every}",
     )
-    refuse(transformers.Dinov2Backbone(transformers.Dinov2Config(**SIZES)), f"Dinov2Backbone {every}")
+    vitdet = transformers.VitDetConfig(**{**SIZES, "window_block_indices": [0]})
+    refuse(transformers.VitDetBackbone(vitdet), f"VitDetBackbone {every}")
     refuse(
         transformers.ViTMAEModel(transformers.ViTMAEConfig(**SIZES)),
         "ViTMAEModel is not supported: of transformers, evit_ext knows ViTModel, DeiTModel, Dinov2Model",
