@@ -175,9 +175,9 @@ def attend(
     scores: Tensor | None
     if backend == "kernel" and cpu_forward.attends(q, k, v):
         packed = cpu_forward.pack(q, k, v) if qkv is None else qkv
-        out, scores = ops.attention_with_scores(packed, q.shape[1], **_unusual(scale, q))
-        if not wants.scores or wants.mean:
-            scores = _scores(q, k, wants, scale, bias)
+        mean = wants.scores and wants.mean
+        out, scores = ops.attention_with_scores(packed, q.shape[1], mean=mean, **_unusual(scale, q))
+        scores = scores if wants.scores else None
     else:
         out = kind.weigh(attention, projected, bias).transpose(1, 2).flatten(2)
         scores = _scores(q, k, wants, scale, bias)
