@@ -3,7 +3,7 @@
 //
 //   out[b, m, h] = sum_n softmax_n(q[b, h, m] . k[b, h, n] * scale + key_bias[b, n]) v[b, h, n]
 //   scores[b, n] = mean_h softmax_n(q[b, h, 0] . k[b, h, n] * scale + key_bias[b, n]), on the CPU without a
-//                  bias with class_attention's bits
+//                  bias with class_attention's bits; or the mean over all queries m of the same
 //
 // qkv [B, N, 3 * H * D] with a dense last dimension, ordered (3, H, D), and any other strides. out [B, N, H *
 // D] and scores [B, N], dense, scores in the accumulation type. key_bias [B, N] is in the accumulation type,
@@ -18,7 +18,8 @@
 // In bfloat16, if the processor has bfloat16 products (SimdLevel::avx512_bf16), and always on CUDA,
 // probabilities are rounded to the element type before they are multiplied with the values; so are
 // probabilities and gradients of the logits before the backward products. Otherwise all intermediate results
-// are in the accumulation type.
+// are in the accumulation type. Scores are not rounded either, except those of the mean over all queries,
+// which are those of the probabilities that weigh the values.
 #pragma once
 
 #include "executor.h"
@@ -33,6 +34,7 @@ struct AttentionWithScoresSizes {
   int64_t heads;     // H
   int64_t channels;  // D
   double scale;
+  bool mean = false;  // scores are those of all queries on average, not those of the first
 };
 
 namespace cpu {
@@ -58,7 +60,8 @@ namespace cuda {
 // For Half and BFloat16 only, on tensor cores. Not measured yet: it is not known whether this is faster than
 // PyTorch's attention plus class_attention.
 
-// Whether the kernel supports this: 32, 64 or 128 channels per head, data and strides aligned to 16 bytes.
+// Whether the kernel supports this: 32, 64 or 128 channels per head, the first query's scores, data and
+// strides aligned to 16 bytes.
 template <typename T>
 bool attention_with_scores_available(const AttentionWithScoresSizes& sizes, const Tokens<T>& qkv);
 

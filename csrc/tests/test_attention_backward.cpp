@@ -91,9 +91,9 @@ void kernels_agree(const std::vector<SimdLevel>& levels, bool biased) {
         T* grad_q = grads.data.get();
         Buffer<A> grad_bias(cpu::padded(tokens));
         kernels.head_gradients(
-            {q, q + channels, q + 2 * channels, qkv.stride_n, grad_out.data.get(), grad_stride,
-             grad_scores.data.get(), grad_q, grad_q + channels, grad_q + 2 * channels, out_stride,
-             biased ? bias.data.get() : nullptr, biased ? grad_bias.data.get() : nullptr},
+            {q, qkv.stride_n, tokens, q + channels, q + 2 * channels, qkv.stride_n, grad_out.data.get(),
+             grad_stride, grad_scores.data.get(), false, grad_q, grad_q + channels, grad_q + 2 * channels,
+             out_stride, biased ? bias.data.get() : nullptr, biased ? grad_bias.data.get() : nullptr},
             tokens, channels, static_cast<A>(scale), scratch.get());
         CHECK(scratch.kept_to());
         for (int64_t n = 0; biased && n < tokens; ++n)
@@ -200,8 +200,8 @@ void nan_stays_in_its_row(SimdLevel level) {
     const T* q = qkv.data.data.get();
     T* grad_q = grads.data.get();
     kernels.head_gradients(
-        {q, q + channels, q + 2 * channels, qkv.stride_n, grad_out.data.get(), channels,
-         grad_scores.data.get(), grad_q, grad_q + channels, grad_q + 2 * channels, 3 * channels},
+        {q, qkv.stride_n, tokens, q + channels, q + 2 * channels, qkv.stride_n, grad_out.data.get(), channels,
+         grad_scores.data.get(), false, grad_q, grad_q + channels, grad_q + 2 * channels, 3 * channels},
         tokens, channels, accumulate_t<T>{1}, scratch.get());
     return grads;
   };

@@ -51,7 +51,7 @@ void kernels_agree(SimdLevel level, bool biased) {
         kernels.attend(q + first * qkv.stride_n, qkv.stride_n,
                        std::min(cpu::attention_queries, tokens - first), tokens, channels,
                        static_cast<accumulate_t<T>>(scale), biased ? bias.data.get() : nullptr, scratch.get(),
-                       &out[first * out_stride], out_stride);
+                       &out[first * out_stride], out_stride, nullptr);
       CHECK(scratch.kept_to());
       for (int64_t m = 0; m < tokens; ++m) {
         const std::vector<double> expected = expected_row(qkv, 0, m, 0, tokens, channels, scale,
@@ -163,7 +163,7 @@ void bad_logits(SimdLevel level) {
     for (int64_t n = 0; n < 3; ++n) set(k[n], keys[n]), set(v[n], n + 1.0);
     ScratchMemory scratch(kernels.scratch_bytes(3, 1));
     kernels.pack(k.data.get(), v.data.get(), 1, 3, 1, scratch.get());
-    kernels.attend(q.data.get(), 1, 5, 3, 1, 1, nullptr, scratch.get(), out.data.get(), 1);
+    kernels.attend(q.data.get(), 1, 5, 3, 1, 1, nullptr, scratch.get(), out.data.get(), 1, nullptr);
     for (int64_t m = 0; m < 5; ++m) {
       double largest = -inf, sum = 0, expected = 0;
       for (const double value : keys) largest = std::max(largest, queries[m] * value);

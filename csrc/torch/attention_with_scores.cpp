@@ -24,7 +24,7 @@ bool run_on_cuda(const AttentionWithScoresSizes& sizes, Tensor qkv, const Tokens
   return true;
 }
 
-AttentionWithScoresSizes check(const Tensor& qkv, int64_t num_heads, double scale) {
+AttentionWithScoresSizes check(const Tensor& qkv, int64_t num_heads, double scale, bool mean) {
   check_dim(qkv, "qkv", 3, "[B, N, 3 * C]");
   const int64_t width = qkv.size(2) / 3;
   STD_TORCH_CHECK(num_heads > 0, "num_heads must be at least 1, got ", num_heads);
@@ -32,7 +32,7 @@ AttentionWithScoresSizes check(const Tensor& qkv, int64_t num_heads, double scal
                   "qkv must have 3 * num_heads * D channels with num_heads = ", num_heads,
                   " and D at least 1, got ", shape_str(qkv));
   check_floating(qkv, "qkv");
-  return {qkv.size(0), qkv.size(1), num_heads, width / num_heads, scale};
+  return {qkv.size(0), qkv.size(1), num_heads, width / num_heads, scale, mean};
 }
 
 // The bias in the type in which the logits are.
@@ -54,8 +54,8 @@ Tokens<A> biases(const std::optional<Tensor>& key_bias) {
 }
 
 std::tuple<Tensor, Tensor> attention_with_scores(const Tensor& qkv_any, int64_t num_heads, double scale,
-                                                 const std::optional<Tensor>& key_bias_any) {
-  const AttentionWithScoresSizes sizes = check(qkv_any, num_heads, scale);
+                                                 const std::optional<Tensor>& key_bias_any, bool mean) {
+  const AttentionWithScoresSizes sizes = check(qkv_any, num_heads, scale, mean);
   const std::optional<Tensor> key_bias = check_bias(key_bias_any, qkv_any);
   const ScalarType dtype = qkv_any.scalar_type();
   const Tensor qkv = with_dense_rows(qkv_any);
@@ -67,8 +67,9 @@ std::tuple<Tensor, Tensor> attention_with_scores(const Tensor& qkv_any, int64_t 
       if (on_cuda(qkv) && run_on_cuda<T>(sizes, qkv, biases<float>(key_bias), out, scores)) return;
     STD_TORCH_CHECK(qkv.is_cpu(),
                     "attention_with_scores on CUDA takes float16 and bfloat16 with 32, 64 or 128 channels a "
-                    "head, got ",
-                    torch::headeronly::toString(dtype), " with ", sizes.channels);
+                    "head, and gives the scores of the first token, got ",
+                    torch::headeronly::toString(dtype), " with ", sizes.channels,
+                    mean ? " and the mean over all tokens" : "");
     using A = accumulate_t<T>;
     cpu::attention_with_scores<T>(sizes, tokens<T>(qkv), biases<A>(key_bias), mutable_data<T>(out),
                                   mutable_data<A>(scores), executor());
@@ -77,12 +78,10 @@ std::tuple<Tensor, Tensor> attention_with_scores(const Tensor& qkv_any, int64_t 
 }
 
 // The second result has no element if there is no bias, else the shape and the type of the bias.
-std::tuple<Tensor, Tensor> attention_with_scores_backward(const Tensor& grad_out_any,
-                                                          const Tensor& grad_scores_any,
-                                                          const Tensor& qkv_any, int64_t num_heads,
-                                                          double scale,
-                                                          const std::optional<Tensor>& key_bias_any) {
-  const AttentionWithScoresSizes sizes = check(qkv_any, num_heads, scale);
+std::tuple<Tensor, Tensor> attention_with_scores_backward(
+    const Tensor& grad_out_any, const Tensor& grad_scores_any, const Tensor& qkv_any, int64_t num_heads,
+    double scale, const std::optional<Tensor>& key_bias_any, bool mean) {
+  const AttentionWithScoresSizes sizes = check(qkv_any, num_heads, scale, mean);
   const int64_t width = sizes.heads * sizes.channels;
   check_dim(grad_out_any, "grad_out", 3, "[B, N, C]");
   check_dim(grad_scores_any, "grad_scores", 2, "[B, N]");

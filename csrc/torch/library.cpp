@@ -5,11 +5,13 @@ STABLE_TORCH_LIBRARY(evit, m) {
   m.def("class_attention(Tensor q, Tensor k, float scale, Tensor? logsumexp=None) -> Tensor");
   m.def("class_attention_backward(Tensor grad_scores, Tensor q, Tensor k, float scale) -> (Tensor, Tensor)");
   m.def(
-      "attention_with_scores(Tensor qkv, SymInt num_heads, float scale, Tensor? key_bias=None) -> (Tensor, "
-      "Tensor)");
+      "attention_with_scores(Tensor qkv, SymInt num_heads, float scale, Tensor? key_bias=None, bool "
+      "mean=False) -> (Tensor, Tensor)");
   m.def(
       "attention_with_scores_backward(Tensor grad_out, Tensor grad_scores, Tensor qkv, SymInt num_heads, "
-      "float scale, Tensor? key_bias=None) -> (Tensor, Tensor)");
+      "float scale, Tensor? key_bias=None, bool mean=False) -> (Tensor, Tensor)");
+  m.def("mean_attention(Tensor q, Tensor k, float scale) -> Tensor");
+  m.def("mean_attention_backward(Tensor grad_scores, Tensor q, Tensor k, float scale) -> (Tensor, Tensor)");
   m.def("gather_tokens(Tensor x, Tensor index) -> Tensor");
   m.def("scatter_tokens(Tensor x, Tensor index, SymInt num_tokens) -> Tensor");
   m.def("fuse_tokens(Tensor x, Tensor weights, Tensor index) -> Tensor");

@@ -1,10 +1,10 @@
 """EViT's operators: attention, class scores, token gather, scatter, fusion, reorganisation and its inverse.
 
 Each is a C++ operator (``torch.ops.evit.<name>``) with shape inference for tracing, a gradient, and a twin in
-:mod:`evit_ext.ops.reference` that also runs on devices without a kernel. Only `mean_attention` is composed of
-PyTorch's operators. All take float32, float16, bfloat16 and float64, any strides and any batch size including
-0, and work under autocast, ``torch.compile`` and ``torch.export``. Under the transforms of ``torch.func`` and
-in forward-mode differentiation the reference runs.
+:mod:`evit_ext.ops.reference` that also runs on devices without a kernel. All take float32, float16, bfloat16
+and float64, any strides and any batch size including 0, and work under autocast, ``torch.compile`` and
+``torch.export``. Under the transforms of ``torch.func`` and in forward-mode differentiation the reference
+runs.
 """
 
 from evit_ext.ops import reference

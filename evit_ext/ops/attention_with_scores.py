@@ -11,10 +11,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from evit_ext.ops import checks, library, reference
 from evit_ext.ops.class_attention import class_attention
+from evit_ext.ops.mean_attention import mean_attention
 
 
 def attention_with_scores(
-    qkv: Tensor, num_heads: int, scale: float | None = None, key_bias: Tensor | None = None
+    qkv: Tensor,
+    num_heads: int,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    mean: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the attention of all tokens to all, and how much the class token attends to each.
 
@@ -43,6 +48,8 @@ def attention_with_scores(
         scale: factor of the dot products; default ``D ** -0.5``.
         key_bias: added to the scaled products with each key, [B, N], float32, float16, bfloat16 or float64,
             any strides. It is used in float32 (float64 for float64 `qkv`).
+        mean: return the scores of :func:`mean_attention`, those of all tokens on average, for models without
+            a class token. They take no second pass over the map.
 
     Returns:
         out [B, N, C], dtype of `qkv`, heads one after the other; and scores [B, N], float32 (float64 for
@@ -52,52 +59,64 @@ def attention_with_scores(
     Products are summed in float32 (float64 for float64). In bfloat16, on processors with bfloat16 products
     (``avx512_bf16``), the probabilities are rounded to bfloat16 before they are multiplied with the values,
     as in PyTorch's scaled_dot_product_attention, and so are the gradients of the logits; `scores` are not
-    rounded. The CUDA kernel always rounds them, and its `scores` agree with those of `class_attention` up to
-    float32 rounding. Where PyTorch's attention runs instead of a kernel, it takes the bias in the dtype of
-    `qkv`; the scores do not. Under autocast `qkv` is cast as scaled_dot_product_attention casts its inputs,
-    the bias is not. Differentiable once, in `qkv` and `key_bias`. The kernels are deterministic for any
-    number of threads.
+    rounded, except that those with `mean` are the mean of rounded probabilities. The CUDA kernel always
+    rounds, and its `scores` agree with those of `class_attention` up to float32 rounding. Where PyTorch's
+    attention runs instead of a kernel, it takes the bias in the dtype of `qkv`; the scores do not. Under
+    autocast `qkv` is cast as scaled_dot_product_attention casts its inputs, the bias is not. Differentiable
+    once, in `qkv` and `key_bias`. The kernels are deterministic for any number of threads.
 
     Raises:
-        TypeError: a dtype is not supported, `num_heads` is not an int or `scale` not a number.
+        TypeError: a dtype is not supported, `num_heads` is not an int, `scale` not a number or `mean` not a
+            bool.
         ValueError: the shape does not fit `num_heads`, or that of `key_bias` or its device not `qkv`.
     """
     qkv = checks.autocast_one(qkv)
-    scale = checks.attention_with_scores(qkv, num_heads, scale, key_bias)
+    scale = checks.attention_with_scores(qkv, num_heads, scale, key_bias, mean)
     if not (library.runs_kernel(qkv) if key_bias is None else library.runs_kernel(qkv, key_bias)):
-        return reference.attention_with_scores(qkv, num_heads, scale, key_bias)
-    if not _kernel_takes(qkv, num_heads, key_bias):
-        return _composed(qkv, num_heads, scale, key_bias)
-    return torch.ops.evit.attention_with_scores(qkv, num_heads, scale, key_bias)
+        return reference.attention_with_scores(qkv, num_heads, scale, key_bias, mean)
+    if not _kernel_takes(qkv, num_heads, key_bias, mean):
+        return _composed(qkv, num_heads, scale, key_bias, mean)
+    return torch.ops.evit.attention_with_scores(qkv, num_heads, scale, key_bias, mean)
 
 
-def _kernel_takes(qkv: Tensor, num_heads: int, key_bias: Tensor | None) -> bool:
+def _kernel_takes(qkv: Tensor, num_heads: int, key_bias: Tensor | None, mean: bool) -> bool:
     if qkv.device.type in ("cpu", "meta"):
         return True
-    if not library.CUDA_ATTENTION or library.needs_gradient(qkv, key_bias):
+    if mean or not library.CUDA_ATTENTION or library.needs_gradient(qkv, key_bias):
         return False
     narrow = qkv.dtype in (torch.float16, torch.bfloat16)
     return narrow and qkv.shape[2] // (3 * num_heads) in (32, 64, 128)
 
 
-def _composed(qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _composed(
+    qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None, mean: bool
+) -> tuple[Tensor, Tensor]:
     if qkv.shape[1] == 0:
-        return reference.attention_with_scores(qkv, num_heads, scale, key_bias)
+        return reference.attention_with_scores(qkv, num_heads, scale, key_bias, mean)
     q, k, v = reference.unpacked(qkv, num_heads)
     mask = None if key_bias is None else key_bias.to(qkv.dtype)[:, None, None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).flatten(2)
     if key_bias is None:
-        return out.contiguous(), class_attention(q[:, :, 0], k, scale)
-    # One row of the map.
+        scores = mean_attention(q, k, scale) if mean else class_attention(q[:, :, 0], k, scale)
+        return out.contiguous(), scores
     dtype = checks.accumulation_dtype(qkv.dtype)
+    if mean:
+        # The bias as one more channel, in which all queries are 1.
+        with checks.without_autocast(qkv.device.type):
+            biases = key_bias.to(dtype)[:, None, :, None].expand(-1, num_heads, -1, 1)
+            queries = torch.cat([q.to(dtype) * scale, torch.ones_like(biases)], dim=3)
+            return out.contiguous(), mean_attention(queries, torch.cat([k.to(dtype), biases], dim=3), 1.0)
+    # One row of the map.
     with checks.without_autocast(qkv.device.type):
         row = (k.to(dtype) @ q[:, :, 0].to(dtype).unsqueeze(-1)).squeeze(-1) * scale
         return out.contiguous(), (row + key_bias.to(dtype)[:, None]).softmax(dim=-1).mean(dim=1)
 
 
 @torch.library.register_fake("evit::attention_with_scores")
-def _fake(qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    checks.attention_with_scores(qkv, num_heads, scale, key_bias)
+def _fake(
+    qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None = None, mean: bool = False
+) -> tuple[Tensor, Tensor]:
+    checks.attention_with_scores(qkv, num_heads, scale, key_bias, mean)
     batch, num_tokens, width = qkv.shape
     scores = qkv.new_empty((batch, num_tokens), dtype=checks.accumulation_dtype(qkv.dtype))
     return qkv.new_empty((batch, num_tokens, width // 3)), scores
@@ -111,8 +130,9 @@ def _fake_backward(
     num_heads: int,
     scale: float,
     key_bias: Tensor | None = None,
+    mean: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    checks.attention_with_scores(qkv, num_heads, scale, key_bias)
+    checks.attention_with_scores(qkv, num_heads, scale, key_bias, mean)
     checks.same_device("grad_out", grad_out, "qkv", qkv)
     if key_bias is None:  # no gradient: a tensor without an element
         dtype = checks.accumulation_dtype(qkv.dtype)
@@ -121,16 +141,18 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, ctx.num_heads, ctx.scale, key_bias = inputs
+    qkv, ctx.num_heads, ctx.scale, key_bias, ctx.mean = inputs
     ctx.save_for_backward(qkv, key_bias)
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_scores: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
+def _backward(
+    ctx: Any, grad_out: Tensor, grad_scores: Tensor
+) -> tuple[Tensor, None, None, Tensor | None, None]:
     qkv, key_bias = ctx.saved_tensors
     grad_qkv, grad_key_bias = torch.ops.evit.attention_with_scores_backward(
-        grad_out, grad_scores, qkv, ctx.num_heads, ctx.scale, key_bias
+        grad_out, grad_scores, qkv, ctx.num_heads, ctx.scale, key_bias, ctx.mean
     )
-    return grad_qkv, None, None, None if key_bias is None else grad_key_bias
+    return grad_qkv, None, None, None if key_bias is None else grad_key_bias, None
 
 
 torch.library.register_autograd("evit::attention_with_scores", _backward, setup_context=_setup_context)

@@ -165,9 +165,9 @@ def mean_attention(q: Tensor, k: Tensor, scale: float | None) -> float:
 
 
 def attention_with_scores(
-    qkv: Tensor, num_heads: int, scale: float | None, key_bias: Tensor | None = None
+    qkv: Tensor, num_heads: int, scale: float | None, key_bias: Tensor | None = None, mean: bool = False
 ) -> float:
-    """Check `qkv` [B, N, 3 * C] with C a multiple of `num_heads`, and `key_bias` [B, N].
+    """Check `qkv` [B, N, 3 * C] with C a multiple of `num_heads`, `key_bias` [B, N] and `mean`.
 
     Return the scale (default D ** -0.5).
     """
@@ -190,6 +190,8 @@ def attention_with_scores(
                 f"key_bias must have shape [B, N] = {tuple(qkv.shape[:2])}, as qkv has, "
                 f"got {tuple(key_bias.shape)}"
             )
+    if not isinstance(mean, bool):
+        raise TypeError(f"mean must be a bool, got {type(mean).__name__}")
     if scale is None:
         return float(qkv.shape[2] // (3 * num_heads)) ** -0.5
     return _number("scale", scale, "a float or None")

@@ -69,12 +69,17 @@ def runs_kernel(*tensors: Tensor) -> bool:
     The reference runs on devices without kernels, and where the operators' gradients are not enough: under
     transforms of torch.func and in forward-mode differentiation.
     """
-    if _reference_only or tensors[0].device.type not in KERNEL_DEVICES or checks.in_function_transform():
-        return False
-    if torch.compiler.is_compiling():
+    return tensors[0].device.type in KERNEL_DEVICES and not wants_reference(*tensors)
+
+
+def wants_reference(*tensors: Tensor) -> bool:
+    """Return whether the reference must run on `tensors`, whatever their device has."""
+    if _reference_only or checks.in_function_transform():
         return True
+    if torch.compiler.is_compiling():
+        return False
     forward_mode = forward_ad._current_level >= 0
-    return not (forward_mode and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors))
+    return forward_mode and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

@@ -50,10 +50,14 @@ def mean_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
 
 
 def attention_with_scores(
-    qkv: Tensor, num_heads: int, scale: float | None = None, key_bias: Tensor | None = None
+    qkv: Tensor,
+    num_heads: int,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    mean: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention and the first token's scores. See :func:`evit_ext.ops.attention_with_scores`."""
-    scale = checks.attention_with_scores(qkv, num_heads, scale, key_bias)
+    scale = checks.attention_with_scores(qkv, num_heads, scale, key_bias, mean)
     q, k, v = unpacked(qkv.to(accumulation_dtype(qkv.dtype)), num_heads)
     with torch.autocast(qkv.device.type, enabled=False) if _has_autocast(qkv.device) else nullcontext():
         logits = q @ k.transpose(2, 3) * scale
@@ -61,6 +65,8 @@ def attention_with_scores(
             logits = logits + key_bias.to(logits.dtype)[:, None, None]
         attention = logits.softmax(dim=-1)
         out = (attention @ v).transpose(1, 2).flatten(2)
+    if mean and qkv.shape[1] > 0:
+        return out.to(qkv.dtype), attention.mean(dim=(1, 2))
     return out.to(qkv.dtype), attention[:, :, :1].sum(dim=2).mean(dim=1)
 
 

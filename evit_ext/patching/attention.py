@@ -181,12 +181,11 @@ def attend(
     scores: Tensor | None
     if backend == "kernel" and cpu_forward.attends(q, k, v):
         packed = cpu_forward.pack(q, k, v) if qkv is None else qkv
-        named = _unusual(scale, q)
+        named = {**_unusual(scale, q), "mean": wants.scores and wants.mean}
         if bias is not None:
             named["key_bias"] = bias[:, 0, 0]
         out, scores = ops.attention_with_scores(packed, q.shape[1], **named)
-        if not wants.scores or wants.mean:
-            scores = _scores(q, k, wants, scale, bias)
+        scores = scores if wants.scores else None
     else:
         out = kind.weigh(attention, projected, bias).transpose(1, 2).flatten(2)
         scores = _scores(q, k, wants, scale, bias)

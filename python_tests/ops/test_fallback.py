@@ -46,7 +46,7 @@ def test_operators_run_their_reference(device: torch.device, no_kernels: None) -
         "reorganize_tokens": (x, scores, 3),
         "restore_tokens": (x[:, :4], torch.tensor([[0, 8], [3, 4]], device=device), 9),
         "add_reorganize_norm": (x, x, scores, 3),
-        "attention_with_scores": (torch.randn(2, 9, 24).to(device), 2),
+        "attention_with_scores": (torch.randn(2, 9, 24).to(device), 2, None, scores, True),
     }.items():
         result = getattr(ops, name)(*arguments)
         expected = getattr(ops.reference, name)(*arguments)
@@ -56,6 +56,8 @@ def test_operators_run_their_reference(device: torch.device, no_kernels: None) -
             strict=True,
         ):
             assert torch.equal(a, b)
+    # In blocks of queries, without the map.
+    torch.testing.assert_close(ops.mean_attention(k, k), ops.reference.mean_attention(k, k))
     torch.cat([ops.gather_tokens(x, index), ops.reorganize_tokens(x, scores, 3)[0]], dim=1).sum().backward()
     assert x.grad is not None and x.grad.abs().sum() > 0
 
@@ -106,6 +108,13 @@ def functions(
         "restore_tokens": (lambda o, t: o.restore_tokens(t, kept, 6) * t.sum(), x),
         "restore_tokens, tensor": (lambda o, t: o.restore_tokens(x, kept, 4, 1, t), x),
         "add_reorganize_norm": (lambda o, t: o.add_reorganize_norm(t, x, scores, 2, t[0, 0])[1], x),
+        "mean_attention": (lambda o, t: o.mean_attention(t.unsqueeze(2), k), q),
+        "attention_with_scores, bias": (
+            lambda o, t: torch.cat(
+                [a.flatten() for a in o.attention_with_scores(k.flatten(1)[:, :60].view(2, 5, 12), 2, 1.0, t)]
+            ),
+            scores,
+        ),
         "attention_with_scores": (
             lambda o, t: torch.cat(
                 [a.flatten() for a in o.attention_with_scores(t.flatten().repeat(6).view(2, 5, 18), 2)]

@@ -20,6 +20,7 @@ from operator_tester import (
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from evit_ext import ops
 from evit_ext.ops.mean_attention import BLOCK
@@ -38,6 +39,8 @@ def make(
 class TestMeanAttention(OperatorTester):
     operator = staticmethod(ops.mean_attention)
     reference = staticmethod(ops.reference.mean_attention)
+    qualified_name = "mean_attention"
+    gradient_devices = frozenset({"cpu"})
     scores_like = True
     # The largest errors seen: 0.04 of TOLERANCE in values, 0.43 in gradients.
 
@@ -55,11 +58,19 @@ class TestMeanAttention(OperatorTester):
             Case("several blocks", make(2, 1, 3 * BLOCK + 17, 6)),
         ]
 
-    # Being made of PyTorch's operators, it is theirs to say in which order sums are formed: results are near
-    # where those of the other operators are equal.
+    @staticmethod
+    def raw_args(args: list[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        q, k = args
+        return q, k, kwargs.get("scale", q.shape[3] ** -0.5)
+
+    # Where there is no kernel, it is PyTorch's operators' to say in which order sums are formed: results are
+    # near where those of the other operators are equal.
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_any_strides(self, device: torch.device, dtype: torch.dtype) -> None:
+        if device.type == "cpu":
+            super().test_any_strides(device, dtype)
+            return
         for case in self.cases():
             args = case.cast(dtype, device)
             expected = self._expected(case, args)[0]
@@ -88,9 +99,10 @@ class TestMeanAttention(OperatorTester):
                 torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-17)
         assert graphs.frame_count == 1
 
-    @pytest.mark.skip(reason="mean_attention is no operator of the library: it is made of PyTorch's")
     def test_opcheck(self, device: torch.device) -> None:
-        raise NotImplementedError
+        if device.type != "cpu":
+            pytest.skip("mean_attention has kernels for the CPU alone")
+        super().test_opcheck(device)
 
 
 def by_loops(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -166,7 +178,10 @@ def test_no_attention_map_is_formed(device: torch.device) -> None:
         ops.mean_attention(q, k)
     with _Largest() as backward:
         scores.square().sum().backward()
-    assert forward.elements == backward.elements == heads * BLOCK * tokens
+    if device.type == "cpu":
+        assert forward.elements == tokens and backward.elements == q.numel()
+    else:
+        assert forward.elements == backward.elements == heads * BLOCK * tokens
     assert saved == [q.numel(), k.numel()]
     with _Largest() as reference:
         ops.reference.mean_attention(q, k)
@@ -232,7 +247,8 @@ def test_function_transforms_and_second_derivatives(device: torch.device) -> Non
     leaf = q.clone().requires_grad_()
     (own,) = torch.autograd.grad(ops.mean_attention(leaf, k).square().sum(), leaf, create_graph=True)
     torch.testing.assert_close(grad, own)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    match = "mean_attention is differentiable once" if device.type == "cpu" else "once_differentiable"
+    with pytest.raises(RuntimeError, match=match):
         own.sum().backward()
 
 
@@ -260,3 +276,67 @@ def test_errors(device: torch.device) -> None:
             function(q[:, :, :0], k)
         with pytest.raises(ValueError, match="on one device"):
             function(q, k.to("meta"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 31, 33, 64, 97, 197])
+def test_sizes(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
+    for channels in (1, 8, 33, 64):
+        for queries in (1, tokens, 100):
+            q, k = (t.to(device, dtype) for t in make(2, 2, tokens, channels, queries))
+            assert_near(ops.mean_attention(q, k), ops.reference.mean_attention(q.double(), k.double()))
+
+
+@torch.no_grad()
+def test_bit_identical_whatever_the_batch_and_the_place(device: torch.device) -> None:
+    qkv = torch.randn(3, 197, 3 * 2 * 64, generator=torch.Generator().manual_seed(1)).to(device)
+    q, k, _ = ops.reference.unpacked(qkv, 2)
+    scores = ops.mean_attention(q, k)
+    alone = torch.cat([ops.mean_attention(q[i : i + 1].contiguous(), k[i : i + 1].clone()) for i in range(3)])
+    if device.type == "cpu":
+        assert torch.equal(scores, alone)
+    # Some queries alone are those of a slice.
+    expected = (q[:, :, 5:60].double() @ k.double().transpose(2, 3) / 8).softmax(-1).mean((1, 2))
+    assert_near(ops.mean_attention(q[:, :, 5:60], k), expected)
+
+
+def test_operator_refuses_what_the_function_would() -> None:
+    q, k = (t.float() for t in make(2, 3, 7, 5))
+    for bad, match in (
+        ((q[:1], k), "must agree in B, H and D"),
+        ((q[..., :4], k), "must agree in B, H and D"),
+        ((q[:, :, :0], k), "at least one head, token and channel"),
+        ((q, k[:, :, :0]), "at least one head, token and channel"),
+        ((q[0], k), "q must have shape"),
+        ((q, k.double()), "dtype"),
+        ((q.long(), k.long()), "expected float32, float16, bfloat16 or float64"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            torch.ops.evit.mean_attention(*bad, 1.0)
+        with pytest.raises(RuntimeError, match=match):
+            torch.ops.evit.mean_attention_backward(torch.ones(2, 7), *bad, 1.0)
+    for grad in (torch.ones(2, 6), torch.ones(1, 7), torch.ones(7)):
+        with pytest.raises(RuntimeError, match="grad_scores must have shape"):
+            torch.ops.evit.mean_attention_backward(grad, q, k, 1.0)
+
+
+def test_memory_is_linear_in_tokens() -> None:
+    # 20,000 tokens: a map of N x N would be 1.6 GB.
+    import resource
+
+    q, k = (torch.randn(1, 1, 20_000, 8, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    torch.autograd.grad(ops.mean_attention(q, k).square().sum(), (q, k))
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 100e6
+
+
+def test_flop_counter() -> None:
+    q, k = (t.requires_grad_() for t in make(2, 3, 7, 8, queries=5))
+    product = 2 * 2 * 3 * 5 * 7 * 8
+    with FlopCounterMode(display=False) as counter:
+        scores = ops.mean_attention(q, k)
+    assert counter.get_total_flops() == product
+    with FlopCounterMode(display=False) as counter:
+        scores.square().sum().backward()
+    assert counter.get_total_flops() == 3 * product

@@ -2,15 +2,13 @@
 
 #include <algorithm>
 #include <memory>
-#include <new>
 
 #include "class_scores.h"
+#include "scratch.h"
 #include "simd/attention_kernels.h"
 
 namespace evit::cpu {
 namespace {
-
-constexpr std::align_val_t kCacheLine{64};
 
 // Prefetches rows of one head: they lie apart, so the processor's own prefetching misses them.
 template <typename T>
@@ -39,10 +37,6 @@ class BiasRow {
   std::unique_ptr<A[]> row_;
 };
 
-struct Free {
-  void operator()(void* memory) const { ::operator delete(memory, kCacheLine); }
-};
-
 }  // namespace
 
 template <typename T>
@@ -57,51 +51,59 @@ void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T
   const auto& rows = row_kernels<T>();
   const auto& kernels = attention_kernels<T>();
   const int64_t width = heads * channels, row = padded(tokens);
+  const bool mean = sizes.mean;
   const ClassAttentionSizes class_sizes = {batch, heads, tokens, channels, scale};
   const ClassAttentionInput<T> class_input = {qkv.data,     qkv.stride_b, channels,    qkv.data + width,
                                               qkv.stride_b, channels,     qkv.stride_n};
-  const std::unique_ptr<A[]> probabilities(new A[buffer_size(batch, heads, row)]);
-  // An item is a block of queries of one head, so that even a batch of one keeps several threads busy. A
-  // thread gets neighbouring items, and packs a head's keys and values once for all its items of that head.
+  // An item is a block of queries of one head, so that even a batch of one keeps several threads busy; or a
+  // part of them, of which few have a sum of probabilities each. A thread gets neighbouring items, and packs
+  // a head's keys and values once for all its items of that head.
   const int64_t blocks = (tokens + attention_queries - 1) / attention_queries;
+  const int64_t parts = mean ? parts_of_head(tokens) : blocks, rows_of_head = mean ? parts : 1;
+  const std::unique_ptr<A[]> probabilities(new A[buffer_size(batch, heads, rows_of_head, row)]);
   executor.for_range(
-      batch * heads * blocks, std::min(tokens, attention_queries) * tokens * channels,
+      batch * heads * parts, std::min(tokens, attention_queries) * (blocks / parts) * tokens * channels,
       [&](int64_t begin, int64_t end) {
-        const std::unique_ptr<void, Free> scratch(
-            ::operator new(kernels.scratch_bytes(tokens, channels), kCacheLine));
+        const auto scratch = aligned_scratch(kernels.scratch_bytes(tokens, channels));
         const std::unique_ptr<A[]> query(new A[padded(channels)]);
         BiasRow<A> biases(key_bias, tokens);
         int64_t packed = -1;
         for (int64_t i = begin; i < end; ++i) {
-          const int64_t head = i / blocks, b = head / heads, h = head % heads;
+          const int64_t head = i / parts, b = head / heads, h = head % heads;
           const T* q = qkv.row(b, 0) + h * channels;
-          const int64_t first = i % blocks * attention_queries;
-          T* result = out + (b * tokens + first) * width + h * channels;
-          const int64_t count = std::min(attention_queries, tokens - first);
           const A* bias = biases.of(b);
           if (head != packed) {
             kernels.pack(q + width, q + 2 * width, qkv.stride_n, tokens, channels, scratch.get());
             packed = head;
           }
-          if (first == 0) {
-            A* p = &probabilities[head * row];
+          A* p = &probabilities[(mean ? i : head) * row];
+          if (mean) {
+            std::fill_n(p, row, A{0});
+          } else if (i % parts == 0) {
             head_products(rows, class_sizes, class_input, b, h, query.get(), p);
             if (bias != nullptr)
               for (int64_t n = 0; n < tokens; ++n) p[n] = p[n] * static_cast<A>(scale) + bias[n];
             rows.softmax(p, tokens, bias != nullptr ? A{1} : static_cast<A>(scale));
           }
-          // Brings the next head's data into the second-level cache while this head is computed.
-          if (head + 1 < batch * heads)
-            for (int64_t part = 0; part < 3; ++part)
-              prefetch(qkv.row((head + 1) / heads, first) + part * width + (head + 1) % heads * channels,
-                       qkv.stride_n, count, channels);
-          kernels.attend(q + first * qkv.stride_n, qkv.stride_n, count, tokens, channels,
-                         static_cast<A>(scale), bias, scratch.get(), result, width);
+          const int64_t last = end_of_part(i % parts, parts, tokens);
+          for (int64_t first = end_of_part(i % parts - 1, parts, tokens); first < last;
+               first += attention_queries) {
+            const int64_t count = std::min(attention_queries, last - first);
+            // Brings the next head's data into the second-level cache while this head is computed.
+            if (head + 1 < batch * heads)
+              for (int64_t part = 0; part < 3; ++part)
+                prefetch(qkv.row((head + 1) / heads, first) + part * width + (head + 1) % heads * channels,
+                         qkv.stride_n, count, channels);
+            kernels.attend(q + first * qkv.stride_n, qkv.stride_n, count, tokens, channels,
+                           static_cast<A>(scale), bias, scratch.get(),
+                           out + (b * tokens + first) * width + h * channels, width, mean ? p : nullptr);
+          }
         }
       });
   executor.for_range(batch, heads * tokens, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
-      mean_of_heads(&probabilities[b * heads * row], row, heads, tokens, scores + b * tokens);
+      mean_of_rows(&probabilities[b * heads * rows_of_head * row], row, heads * rows_of_head, tokens,
+                   mean ? heads * tokens : heads, scores + b * tokens);
   });
 }
 
@@ -120,21 +122,21 @@ void attention_with_scores_backward(const AttentionWithScoresSizes& sizes, const
   // Of each head: their sum is formed afterwards, in the order of heads.
   const std::unique_ptr<A[]> grad_biases(biased ? new A[buffer_size(batch, heads, row)] : nullptr);
   executor.for_range(batch * heads, 3 * tokens * tokens * channels, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<void, Free> scratch(
-        ::operator new(kernels.backward_scratch_bytes(tokens, channels), kCacheLine));
-    // Scores are means over heads, so every head gets 1 / H of their gradient.
+    const auto scratch = aligned_scratch(kernels.backward_scratch_bytes(tokens, channels));
+    // Scores are means over heads, so every head gets 1 / H of their gradient; or over all rows of the maps.
+    const int64_t averaged = sizes.mean ? heads * tokens : heads;
     const std::unique_ptr<A[]> grad_probabilities(new A[tokens]);
     BiasRow<A> biases(key_bias, tokens);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / heads, h = i % heads;
       for (int64_t n = 0; n < tokens; ++n)
-        grad_probabilities[n] = *grad_scores.row(b, n) / static_cast<A>(heads);
+        grad_probabilities[n] = *grad_scores.row(b, n) / static_cast<A>(averaged);
       const T* q = qkv.row(b, 0) + h * channels;
       T* grad_q = grad_qkv + b * tokens * 3 * width + h * channels;
       kernels.head_gradients(
-          {q, q + width, q + 2 * width, qkv.stride_n, grad_out.row(b, 0) + h * channels, grad_out.stride_n,
-           grad_probabilities.get(), grad_q, grad_q + width, grad_q + 2 * width, 3 * width, biases.of(b),
-           biased ? &grad_biases[i * row] : nullptr},
+          {q, qkv.stride_n, tokens, q + width, q + 2 * width, qkv.stride_n, grad_out.row(b, 0) + h * channels,
+           grad_out.stride_n, grad_probabilities.get(), sizes.mean, grad_q, grad_q + width,
+           grad_q + 2 * width, 3 * width, biases.of(b), biased ? &grad_biases[i * row] : nullptr},
           tokens, channels, static_cast<A>(scale), scratch.get());
     }
   });

@@ -24,11 +24,17 @@ void sum_of_heads(const A* rows, int64_t stride, int64_t heads, int64_t tokens, 
     for (int64_t n = 0; n < tokens; ++n) sums[n] += rows[h * stride + n];
 }
 
+// scores[n] = sum over rows / count.
+template <typename A>
+void mean_of_rows(const A* rows, int64_t stride, int64_t num_rows, int64_t tokens, int64_t count, A* scores) {
+  sum_of_heads(rows, stride, num_rows, tokens, scores);
+  for (int64_t n = 0; n < tokens; ++n) scores[n] /= static_cast<A>(count);
+}
+
 // scores[n] = mean over heads, in their order.
 template <typename A>
 void mean_of_heads(const A* rows, int64_t stride, int64_t heads, int64_t tokens, A* scores) {
-  sum_of_heads(rows, stride, heads, tokens, scores);
-  for (int64_t n = 0; n < tokens; ++n) scores[n] /= static_cast<A>(heads);
+  mean_of_rows(rows, stride, heads, tokens, heads, scores);
 }
 
 }  // namespace evit::cpu

@@ -333,7 +333,7 @@ void run(const AttentionWithScoresSizes& sizes, Job<T> job, const Stream& stream
 
 template <typename T>
 bool attention_with_scores_available(const AttentionWithScoresSizes& sizes, const Tokens<T>& qkv) {
-  return (sizes.channels == 32 || sizes.channels == 64 || sizes.channels == 128) &&
+  return (sizes.channels == 32 || sizes.channels == 64 || sizes.channels == 128) && !sizes.mean &&
          aligned(qkv.data, qkv.stride_b, qkv.stride_n);
 }
 
@@ -348,8 +348,9 @@ void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T
                            const Tokens<float>& key_bias, T* out, float* scores, void* workspace,
                            const Stream& stream) {
   if (!attention_with_scores_available(sizes, qkv))
-    throw std::invalid_argument(std::string(kOperator) + ": " + std::to_string(sizes.channels) +
-                                " channels a head, or rows that are not aligned, are not supported");
+    throw std::invalid_argument(
+        std::string(kOperator) + ": " + std::to_string(sizes.channels) +
+        " channels a head, rows that are not aligned, or the mean over queries are not supported");
   const DeviceGuard guard(stream.device, kOperator);
   check_count(sizes.tokens, "tokens", kOperator);
   check_count(sizes.heads, "heads", kOperator);

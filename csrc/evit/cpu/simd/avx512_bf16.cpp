@@ -122,6 +122,28 @@ struct Pairs {
     }
     return _mm512_reduce_add_ps(total);
   }
+
+  // Like Widened's. A row has pairs of neighbours: the lower halves are the even tokens.
+  EVIT_INLINE void add_weighted(const float* rows, int64_t stride, int64_t count, int64_t tokens,
+                                const float* factors, float* sums) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    for (int64_t n = 0; n < tokens; n += 32) {
+      __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+      for (int64_t i = 0; i < count; ++i) {
+        const __m512i pairs = _mm512_loadu_si512(rows + i * stride + n / 2);
+        const __m512 factor = _mm512_set1_ps(factors[i]);
+        even = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), factor, even);
+        odd = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(pairs, upper)), factor, odd);
+      }
+      const __m512 first = _mm512_permutex2var_ps(even, low, odd);
+      _mm512_storeu_ps(sums + n, _mm512_add_ps(_mm512_loadu_ps(sums + n), first));
+      if (n + 16 >= tokens) continue;  // `sums` is padded to 16 values only
+      const __m512 second = _mm512_permutex2var_ps(even, high, odd);
+      _mm512_storeu_ps(sums + n + 16, _mm512_add_ps(_mm512_loadu_ps(sums + n + 16), second));
+    }
+  }
 };
 
 }  // namespace
