@@ -34,7 +34,8 @@ from time_limit import Missing, in_time
 
 import evit_ext
 from evit_ext.benchmark import Contestant, Row, contestants, measure
-from evit_ext.cli.benchmark import LATENCY_CALLS, table
+from evit_ext.cli.benchmark import table
+from evit_ext.cli.grammar.benchmark import LATENCY_CALLS
 from evit_ext.cpu import replacing
 from evit_ext.patching.families import family_of
 from evit_ext.tokens.rule import named_rules

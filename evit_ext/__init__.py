@@ -8,67 +8,29 @@ first used.
 """
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-import torch  # noqa: F401  # loads the libraries that the compiled module needs
+from evit_ext._util.lazy import is_command, lazily
+from evit_ext._util.version import VERSION
 
-try:
-    from evit_ext import _C  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        f"the compiled module evit_ext._C cannot be imported ({error}). If Python runs in a clone of the "
-        "repository, it finds the sources there instead of the installed package: run it elsewhere, or "
-        "install the clone with: pip install --no-build-isolation --editable ."
-    ) from error
-
-from evit_ext import models, ops, tokens
-from evit_ext._util.version import VERSION as __version__
-from evit_ext.cost.budget import fit_budget
-from evit_ext.cost.comparison import compare_costs
-from evit_ext.cost.layers import layer_costs
-from evit_ext.cost.macs import count_macs
-from evit_ext.patching.applying import apply, remove
-from evit_ext.patching.capturing import cuda_graph
-from evit_ext.patching.keep_rates import set_keep_rate
-from evit_ext.patching.oracle import Oracle
-from evit_ext.patching.prepacking import prepack
-from evit_ext.patching.recording import record_tokens
-from evit_ext.tokens.schedule import keep_rate_levels, keep_rate_schedule
-from evit_ext.weights import from_pretrained, load_checkpoint, push_to_hub, save_pretrained
-
-__all__ = [
-    "Oracle",
-    "__version__",
-    "apply",
-    "compare_costs",
-    "count_macs",
-    "cuda_graph",
-    "fit_budget",
-    "from_pretrained",
-    "keep_rate_levels",
-    "keep_rate_schedule",
-    "layer_costs",
-    "load_checkpoint",
-    "models",
-    "ops",
-    "prepack",
-    "push_to_hub",
-    "record_tokens",
-    "remove",
-    "save_pretrained",
-    "set_keep_rate",
-    "tokens",
-]
+# At once, and not when first asked for: it registers the models with timm. The command does without until it
+# has checked what it is asked.
+if TYPE_CHECKING or not is_command():
+    from evit_ext.public import *  # noqa: F403
 
 #: Imported when first asked for: ``import evit_ext`` alone would otherwise wait for all of them.
-_LAZY = frozenset({"benchmark", "data", "export", "towers", "training", "visualize"})
+_LAZY = frozenset(
+    {"benchmark", "data", "export", "models", "ops", "tokens", "towers", "training", "visualize"}
+)
+
+__version__ = VERSION
+
+_public = lazily(__name__, "evit_ext.public")
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name in _LAZY:
-        return importlib.import_module(f"evit_ext.{name}")
-    raise AttributeError(f"module 'evit_ext' has no attribute {name!r}")
+def __getattr__(name: str) -> Any:
+    return importlib.import_module(f"evit_ext.{name}") if name in _LAZY else _public(name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_public("__all__"), *_LAZY})

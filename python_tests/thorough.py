@@ -35,6 +35,8 @@ THOROUGH = (
     "training/test_evaluation.py::test_several_processes_find_what_one_finds",
     "training/test_faults.py",
     "training/test_loaders_faults.py",
+    "training/run/test_stopping.py::test_a_collective_that_never_ends",
+    "training/run/test_stopping.py::test_a_step_may_take_as_long_as_those_before",
     "training/test_ranks.py",
     # Commands of the documentation, benchmarks and scripts, on stand-ins.
     "docs/test_shell_blocks.py::test_runs",

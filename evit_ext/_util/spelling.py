@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+
+from evit_ext._util.messages import shown
 
 #: Names that other programs have for fields and options of this one.
 _MEANINGS = {
@@ -39,6 +41,23 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
         return plain[meant]
     found = difflib.get_close_matches(_plain(name), plain, 1)
     return plain[found[0]] if found else None
+
+
+def unknown_model(name: str, ours: Collection[str], others: Collection[str]) -> ValueError:
+    """Return the error for a name that no model has, with the nearest names.
+
+    Args:
+        name: as it came.
+        ours, others: names of this package's models, and of further ones.
+    """
+    # At most so much of it, as comparing takes time by the square of it.
+    near = difflib.get_close_matches(name[:100], {*ours, *others}, n=3)
+    expected = (
+        f"the nearest names are {', '.join(near)}"
+        if near
+        else f"expected one of {', '.join(ours)}, or a name of timm's"
+    )
+    return ValueError(f"there is no model {shown(name)}: {expected}")
 
 
 def _plain(name: str) -> str:

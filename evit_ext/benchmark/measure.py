@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from evit_ext._util.choices import MODES, TASKS
 from evit_ext._util.cuda_graphs import capture
 from evit_ext._util.messages import shown
 from evit_ext._util.modes import eval_mode
@@ -20,11 +21,6 @@ from evit_ext.benchmark.apart import apart as in_processes
 from evit_ext.benchmark.contestants import Contestant
 from evit_ext.training.compiling import allow_recompiles
 from evit_ext.training.precision import Precision, attention_for_training, autocast
-
-#: How a model is run: as it is, compiled by torch.compile, or replayed from a CUDA graph, which needs a GPU.
-MODES = ("eager", "compile", "cudagraph")
-#: A forward without gradients; or forward, backward and a step of AdamW.
-TASKS = ("inference", "training")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import signal
 import sys
@@ -12,7 +13,12 @@ from typing import Any, NoReturn
 
 from evit_ext._util.spelling import nearest
 from evit_ext._util.version import VERSION
-from evit_ext.cli import benchmark, completion, evaluate, export, info, report, train, visualize
+from evit_ext.cli import completion, train
+from evit_ext.cli.grammar import benchmark, evaluate, export, info, report, visualize
+from evit_ext.cli.output import words_of
+
+# Here, because importing evit_ext.cli.info and the like gives these names to other modules.
+_COMMANDS = (train, evaluate, report, visualize, benchmark, export, info)
 
 _EXAMPLES = """examples:
   evit info deit_base
@@ -39,12 +45,28 @@ class _CommandParser(_Parser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         namespace, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            options = [option for action in self._actions for option in action.option_strings]
-            near = nearest(unknown[0].partition("=")[0], options)
+        sentences = self._unrecognized(unknown)
+        # `evit train` tells them together with all else that is wrong.
+        namespace.unrecognized = [f"{sentence}; see {self.prog} --help" for sentence in sentences]
+        if sentences and self.get_default("run") != "evit_ext.cli.train":
+            self.error("; ".join(sentences))
+        return namespace, []
+
+    def _unrecognized(self, unknown: Sequence[str]) -> list[str]:
+        """Return a sentence for each option that there is not, with what follows it."""
+        known = [option for action in self._actions for option in action.option_strings]
+        groups: list[list[str]] = []
+        for word in unknown:
+            if groups and not word.startswith("--"):
+                groups[-1].append(word)
+            else:
+                groups.append([word])
+        said = []
+        for words in groups:
+            near = nearest(words[0].partition("=")[0], known) if words[0].startswith("-") else None
             hint = f" (the nearest is {near})" if near else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-        return namespace, unknown
+            said.append(f"unrecognized arguments: {' '.join(words)}{hint}")
+        return said
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,19 +89,12 @@ def parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", required=True, parser_class=_CommandParser
     )
-    for command in (train, evaluate, report, visualize, benchmark, export, info):
+    for command in _COMMANDS:
         command.add_parser(commands)
     for subparser in commands.choices.values():
         # No default: it would override a --verbose given before the subcommand.
         subparser.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help=help_text)
     return parser
-
-
-def _words(error: Exception) -> str:
-    """Return an error's message; for operating system errors, the file first and without the number."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,7 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         options = parser().parse_args(arguments)
-        status = options.run(options)
+        # A command that is right may take seconds to import what it needs.
+        status = importlib.import_module(options.run).run(options)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader, such as head, has closed the pipe; buffered output would raise again at exit.
@@ -105,6 +121,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, RuntimeError, AssertionError, OSError, ImportError) as error:
         if options.verbose:
             traceback.print_exc()
-        print(f"evit: error: {_words(error)}", file=sys.stderr)
+        print(f"evit: error: {words_of(error)}", file=sys.stderr)
         return 2
     return int(status or 0)

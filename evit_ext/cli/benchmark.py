@@ -13,97 +13,17 @@ import torch
 
 from evit_ext._util.files import replacing
 from evit_ext._util.tables import aligned
-from evit_ext.benchmark import MODES, TASKS, Row, contestants, measure
-from evit_ext.cli.options import add_device, add_output, chosen_device, keep_rate
-from evit_ext.cli.output import check_writable
+from evit_ext.benchmark import Row, contestants, measure
+from evit_ext.cli.options import chosen_device
+from evit_ext.cli.output import check_writable, say_next
 from evit_ext.cli.runs import run_classes, run_config, run_of
-from evit_ext.training.precision import PRECISIONS, choose_precision
+from evit_ext.training.precision import choose_precision
 from evit_ext.training.progress import Progress
 
-#: Calls at batch 1, where latency matters: the fewest that have a 99th percentile.
-LATENCY_CALLS = 100
 _BATCHES = {"cpu": [1, 4, 16], "cuda": [1, 8, 64, 256]}
 
-_EXAMPLES = """examples:
-  evit benchmark deit_small
-  evit benchmark vit_base_patch16_224 --batch-size 1 16 --precision bfloat16 --mode eager compile
-  evit benchmark deit_small --task training --batch-size 16 --output results/deit-small
-"""
 
-
-def add_parser(commands: Any) -> None:
-    """Add ``evit benchmark`` to the commands."""
-    parser = commands.add_parser(
-        "benchmark",
-        help="speed of a model, dense and at several keep rates, side by side",
-        usage="evit benchmark [RUN|MODEL] [--keep-rate RATE ...] [--batch-size N ...] [OPTION ...]",
-        description="Time a model and what drops patches of it, in turns, so that what else happens on the\n"
-        "machine happens to all. Weights and images are random: they do not change how long\n"
-        "it takes. In the table, ms is the median time of a call, MiB what a call needs at its\n"
-        "peak beyond what is there before it, and a dash what is not measured.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "named",
-        nargs="?",
-        default="deit_small",
-        metavar="RUN|MODEL",
-        help="folder of a run, whose model and keep rate are timed; or a model: of evit_ext.models, or any "
-        "of timm's that evit_ext.apply supports (default: deit_small)",
-    )
-    parser.add_argument(
-        "--keep-rate",
-        nargs="+",
-        type=keep_rate,
-        metavar="RATE",
-        help="(default: 0.7 0.5; of a run its own)",
-    )
-    parser.add_argument(
-        "--batch-size", nargs="+", type=int, metavar="N", help="(default: 1 4 16; on a GPU 1 8 64 256)"
-    )
-    parser.add_argument(
-        "--precision",
-        nargs="+",
-        choices=PRECISIONS,
-        default=["float32", "bfloat16"],
-        help="of weights and images, in training of autocast (default: float32 bfloat16)",
-    )
-    parser.add_argument(
-        "--mode",
-        nargs="+",
-        choices=MODES,
-        default=["eager"],
-        help="as it is, by torch.compile, or from a CUDA graph (default: eager)",
-    )
-    parser.add_argument(
-        "--task",
-        nargs="+",
-        choices=TASKS,
-        default=["inference"],
-        help="a forward, or a whole step with AdamW (default: inference)",
-    )
-    parser.add_argument(
-        "--img-size", type=int, metavar="N", help="of square images (default: the model's own)"
-    )
-    add_device(parser)
-    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: torch's own choice)")
-    parser.add_argument(
-        "--seconds", type=float, default=5.0, metavar="N", help="for each group of rows (default: 5)"
-    )
-    parser.add_argument(
-        "--latency-calls",
-        type=int,
-        default=LATENCY_CALLS,
-        metavar="N",
-        help="at least, of each model at batch 1 in inference (default: 100, for the 99th percentile)",
-    )
-    add_output(parser, "STEM", "write STEM.json and STEM.md, too")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.set_defaults(run=_benchmark)
-
-
-def _benchmark(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     _check(options)
     if options.output is not None:
         check_writable(options.output)
@@ -141,13 +61,18 @@ def _benchmark(options: argparse.Namespace) -> None:
         for ending, content in contents.items():
             with replacing(options.output.with_name(f"{options.output.name}.{ending}")) as file:
                 file.write(f"{content}\n")
-    print(json.dumps(everything, indent=2) if options.json else text)
+    if options.json:
+        print(json.dumps(everything, indent=2))
+        return
+    print(text)
+    weights = [] if _is_run(options.named) else ["--random-weights"]
+    say_next(["evit", "export", options.named, *weights, "--format", "onnx"])
 
 
 def _model(options: argparse.Namespace) -> tuple[str, list[float], dict[str, Any]]:
     """Return the model's name, the keep rates, and further arguments of :func:`contestants`."""
     size = {} if options.img_size is None else {"img_size": options.img_size}
-    if not Path(options.named).is_dir() or run_of(options.named) is None:
+    if not _is_run(options.named):
         return options.named, options.keep_rate or [0.7, 0.5], size
     config = run_config(options.named, size)
     names = run_classes(options.named)
@@ -157,6 +82,10 @@ def _model(options: argparse.Namespace) -> tuple[str, list[float], dict[str, Any
     reduction = {name: getattr(config, name) for name in ("drop_loc", "fuse_token", "rule", "rule_args")}
     rates = options.keep_rate or ([0.7, 0.5] if config.keep_rate is None else [config.keep_rate])
     return config.model, rates, {"reduction": reduction, **arguments}
+
+
+def _is_run(named: str) -> bool:
+    return Path(named).is_dir() and run_of(named) is not None
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -10,7 +10,6 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from evit_ext import models
 from evit_ext.training.config import recipe_names
 
 SHELLS = ("bash", "zsh", "fish")
@@ -52,6 +51,8 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
         import shtab
     except ImportError as error:
         raise ImportError("--completion needs shtab: pip install 'evit_ext[completion]'") from error
+    from evit_ext import models  # here, because it takes a while
+
     both: Any = {name: f"({_BOTH})" if name == "fish" else _BOTH for name in SHELLS}
     for action in _actions(parser):
         kinds = set(str(action.metavar or "").split("|"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,9 @@ from torch import nn
 from evit_ext._util.files import replacing
 from evit_ext._util.tables import aligned
 from evit_ext.cli.options import (
-    add_classes,
-    add_device,
-    add_keep_rates,
-    add_model,
-    add_options,
-    add_output,
-    add_weights,
     overrides,
 )
-from evit_ext.cli.output import check_writable, say_next
+from evit_ext.cli.output import check_writable, say_next, words_for, words_for_visualize
 from evit_ext.cli.runs import run_config
 from evit_ext.cli.trained import check_classes, class_names, configuration, load_weights, name_model
 from evit_ext.cost.macs import count_macs
@@ -37,75 +29,6 @@ from evit_ext.training.evaluation import Evaluation, evaluate
 from evit_ext.training.precision import Precision, choose_precision
 from evit_ext.training.ranks import Ranks, join
 from evit_ext.training.throughput import measure_throughput
-
-#: The fields of a configuration that matter for an evaluation; the keep rate has its own option.
-_FIELDS = (
-    "model",
-    "model_args",
-    "img_size",
-    "num_classes",
-    "drop_loc",
-    "fuse_token",
-    "rule",
-    "rule_args",
-    "pretrained",
-    "dataset",
-    "data",
-    "val_split",
-    "val_fraction",
-    "difficulty",
-    "workers",
-    "max_image_pixels",
-    "crop_pct",
-    "seed",
-    "precision",
-)
-
-_EXAMPLES = """examples:
-  evit eval runs/small --keep-rate 1 0.7 0.5
-  evit eval runs/small --last --data other-photos
-  evit eval deit_small --checkpoint evit.pth --data imagenet
-  evit eval vit_small_patch16_224 --pretrained --keep-rate 1 0.7 --data imagenet
-  torchrun --nproc-per-node 8 --no-python evit eval runs/imagenet-300
-"""
-
-
-def add_parser(commands: Any) -> None:
-    """Add ``evit eval`` to the commands."""
-    parser = commands.add_parser(
-        "eval",
-        help="accuracy, speed and cost of a trained model, at several keep rates",
-        description="Evaluate what a run has trained, or a model with the weights of a file or its\n"
-        "pretrained ones, on the validation split. Under torchrun or srun, the processes share\n"
-        "the images, and each counts once.",
-        usage="evit eval RUN|MODEL [--checkpoint FILE | --pretrained] [--data FOLDER] [OPTION ...]",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_model(parser)
-    add_weights(parser)
-    add_classes(parser)
-    add_output(parser, "FILE", "write the figures there, too, as JSON")
-    add_keep_rates(parser, "each in (0, 1], a row each (default: the configured one)")
-    parser.add_argument(
-        "--batch-size",
-        dest="at_once",
-        type=int,
-        default=64,
-        metavar="N",
-        help="images that a process takes at once (default: 64)",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        default=5,
-        metavar="N",
-        help="timed batches a row, for the images/s of the model alone; 0 leaves it out (default: 5)",
-    )
-    add_device(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    add_options(parser.add_argument_group("model and data, as in a run's configuration"), _FIELDS)
-    parser.set_defaults(run=_eval)
 
 
 @dataclass(frozen=True)
@@ -149,7 +72,7 @@ _HEADINGS = (
 )  # fmt: skip
 
 
-def _eval(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     if options.at_once < 1 or options.repeats < 0:
         raise ValueError(
             f"expected --batch-size of at least 1 and --repeats of at least 0, got {options.at_once} and "
@@ -165,14 +88,11 @@ def _eval(options: argparse.Namespace) -> None:
         model.to(ranks.device)
         precision = choose_precision(ranks.device, config.precision)
         shape = (options.at_once, *loaders.image["input_size"])
-        images = loaders.val_images
-        # Batches of the first process: no other process has more.
-        batches = None if images is None else math.ceil(math.ceil(images / ranks.world_size) / shape[0])
         rows = []
         for rate in options.keep_rates or [None]:
             if rate is not None:
                 set_keep_rate(model, rate)
-            found = evaluate(model, loaders.val(), precision, ranks, not options.json, batches)
+            found = evaluate(model, loaders.val(), precision, ranks, not options.json, loaders.val_batches)
             gmacs = count_macs(model, tuple(shape[2:])) / 1e9
             alone = _speed(model, shape, options.repeats, precision, ranks)
             rows.append(_Row(keep_rates(model), gmacs, alone, found, loaders.num_classes))
@@ -268,9 +188,9 @@ def _print(facts: dict[str, Any], rows: list[_Row], words: list[str], options: a
     if unreadable:
         print(f"\nimages that could not be read and were left out: {len(unreadable)}")
         print("\n".join(f"  {path}: {reason}" for path, reason in unreadable))
-    if options.run_folder is not None:
-        page = f"{Path(options.run_folder).name}.html"
-        say_next(
-            ["evit", "visualize", "PHOTO", "--checkpoint", options.run_folder, "--html", page],
-            ["evit", "export", options.run_folder, "--format", "onnx"],
-        )
+    model = facts["model"]
+    page = f"{Path(options.run_folder or model).name}.html"
+    say_next(
+        ["evit", "visualize", "PHOTO", *words_for_visualize(options, model), "--html", page],
+        ["evit", "export", *words_for(options, model), "--format", "onnx"],
+    )

@@ -13,80 +13,14 @@ import timm.data
 import torch
 from torch import nn
 
-from evit_ext.cli.options import (
-    add_classes,
-    add_keep_rates,
-    add_model,
-    add_options,
-    add_output,
-    add_random_weights,
-    add_weights,
-)
-from evit_ext.cli.output import check_writable
+from evit_ext.cli.output import check_writable, say_next, words_for
 from evit_ext.cli.trained import build, class_names, configuration, load_weights, name_model, preparation
 from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
 from evit_ext.training.config import TrainConfig
 from evit_ext.weights import save_pretrained
 
-#: The fields of a configuration that define the model; the keep rate has its own option.
-_FIELDS = (
-    "model",
-    "model_args",
-    "img_size",
-    "num_classes",
-    "drop_loc",
-    "fuse_token",
-    "rule",
-    "rule_args",
-    "pretrained",
-    "crop_pct",
-)
 
-_FORMATS = ("pt2", "onnx", "aoti", "hf")
-
-_EXAMPLES = """examples:
-  evit export runs/small --format onnx
-  evit export deit_small --checkpoint evit.pth --keep-rate 0.7 --format aoti -o small.pt2
-  evit export runs/small --format hf -o small    # then: hf upload owner/small small
-"""
-
-
-def add_parser(commands: Any) -> None:
-    """Add ``evit export`` to the commands."""
-    parser = commands.add_parser(
-        "export",
-        help="write a model to a file: torch.export, ONNX or AOTInductor; or for the Hugging Face hub",
-        description="Write a model, at one keep rate and for batches of any size, to a file that runs\n"
-        "without this package's Python. The file is loaded again and compared with the model\n"
-        "before it has its name; what cannot be exported is refused with the reason.",
-        usage="evit export RUN|MODEL [--format FORMAT] [--checkpoint FILE | --pretrained] [OPTION ...]",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_model(parser)
-    parser.add_argument(
-        "--format",
-        choices=_FORMATS,
-        default="pt2",
-        help="pt2: a program of torch.export with this package's operators; onnx: standard operators only; "
-        "aoti: compiled by AOTInductor for this kind of machine, with this package's operators; hf: a folder "
-        "for the Hugging Face hub, which evit_ext.from_pretrained and timm read (default: pt2)",
-    )
-    add_output(parser, "FILE|FOLDER", "(default: the model's name and .pt2, .onnx, -aoti.pt2 or -hf)")
-    add_weights(parser)
-    add_random_weights(parser)
-    add_keep_rates(parser, "in (0, 1], one or one for each stage (default: the configured one)")
-    parser.add_argument(
-        "--max-batch", type=int, metavar="N", help="the most images at once, at least 2 (default: any number)"
-    )
-    parser.add_argument("--opset", type=int, metavar="N", help="of --format onnx (default: 20)")
-    add_classes(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    add_options(parser.add_argument_group("model, as in a run's configuration"), _FIELDS)
-    parser.set_defaults(run=_export)
-
-
-def _export(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     # Imported here, because it takes longer than other commands should wait.
     from evit_ext.export import FORMATS, export_model
 
@@ -135,6 +69,8 @@ def _export(options: argparse.Namespace) -> None:
     )
     named = "" if classes is None else f"{len(classes)} names in it"
     print(f"classes: {named or 'without names; to give them: --classes FILE'}")
+    words = words_for(options, config.model)
+    say_next(["evit", "benchmark", words[0]], ["evit", "export", *words, "--format", "hf"])
 
 
 def _write_folder(
@@ -154,7 +90,8 @@ def _write_folder(
         return
     print(f"weights: {source}")
     print(f"written: {folder}, keep rate {' '.join(f'{rate:g}' for rate in rates)}")
-    print(f"to load it: evit_ext.from_pretrained({str(folder)!r}); to the hub: hf upload OWNER/NAME {folder}")
+    print(f"to load it: evit_ext.from_pretrained({str(folder)!r})")
+    say_next(["hf", "upload", "OWNER/NAME", folder])
 
 
 def _trained(options: argparse.Namespace) -> tuple[TrainConfig, nn.Module, str, list[str] | None]:

@@ -12,10 +12,11 @@ from typing import Any
 import timm
 import torch
 
-from evit_ext import _C
+from evit_ext._util.compiled import build_info
+from evit_ext._util.files import replacing
 from evit_ext._util.tables import aligned
 from evit_ext._util.version import VERSION
-from evit_ext.cli.options import add_keep_rates
+from evit_ext.cli.output import check_writable, say_next
 from evit_ext.cost import budget
 from evit_ext.cost.layers import LayerCost, layer_costs
 from evit_ext.cost.macs import count_macs
@@ -26,80 +27,38 @@ from evit_ext.tokens.stage import find_stages
 
 KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
-_EXAMPLES = """examples:
-  evit info
-  evit info deit_small                                   # layer by layer, and at several keep rates
-  evit info vit_base_patch16_224 --keep-rate 0.5 --img-size 384
-  evit info deit_small dynamicvit_small lvvit_small      # side by side
-  evit info deit_small --budget 4.6                      # sizes of images and keep rates for 4.6 GMACs
-  evit info deit_small --budget deit_small               # … for what DeiT-S costs with all patches
-"""
 
-
-def add_parser(commands: Any) -> None:
-    """Add ``evit info`` to the commands."""
-    parser = commands.add_parser(
-        "info",
-        help="what a model costs, layer by layer; what fits a budget; what was built",
-        description="Print of one model its layers, tokens, parameters and multiply-accumulates (MACs), of\n"
-        "several what they cost side by side, and of none how evit_ext was built. Nothing is\n"
-        "computed or downloaded: the models are built on the meta device, without memory.",
-        usage="evit info [MODEL ...] [--keep-rate RATE ...] [--img-size N | --budget GMACS|MODEL] [--json]",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "models",
-        nargs="*",
-        metavar="MODEL",
-        help="of evit_ext.models, or any of timm's that evit_ext.apply supports (default: deit_small and "
-        "dynamicvit_small)",
-    )
-    add_keep_rates(
-        parser,
-        "each in (0, 1]; layers are shown for the first (default: 1 0.9 0.8 0.7 0.6 0.5, layers for the "
-        "model's own; with --budget those in steps of 0.05)",
-    )
-    parser.add_argument("--img-size", type=int, metavar="N", help="of square images (default: the model's)")
-    parser.add_argument(
-        "--budget",
-        metavar="GMACS|MODEL",
-        help="list the sizes of images and, for each, the highest keep rate that cost at most so many 10^9 "
-        "MACs, or what another model costs with all patches",
-    )
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        metavar="PERCENT",
-        help=f"by how much a cost may be above the budget (default: {100 * budget.TOLERANCE:g})",
-    )
-    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
-    parser.set_defaults(run=_info)
-
-
-def _info(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     if options.budget is None and options.tolerance is not None:
         raise ValueError("--tolerance is for a --budget, which is not given")
     if options.budget is not None and options.img_size is not None:
         raise ValueError("--budget chooses the sizes of images: leave out --img-size")
     names = options.models or ["deit_small", "dynamicvit_small"]
-    if options.budget is not None:
-        fits = [_fits(name, options) for name in names]
-        if not options.json:
-            print("\n\n".join(_fits_text(fit) for fit in fits))
-            return
+    if options.output is not None:
+        check_writable(options.output)
+    fits = [] if options.budget is None else [_fits(name, options) for name in names]
     rates = options.keep_rates or KEEP_RATES
-    found = [_facts(name, options.keep_rates, rates, options.img_size) for name in names]
+    found: list[dict[str, Any]] = []
+    if options.budget is None or options.json or options.output is not None:
+        found = [_facts(name, options.keep_rates, rates, options.img_size) for name in names]
+    everything = {"build": _build(), "models": found, **({"budget": fits} if fits else {})}
+    if options.output is not None:
+        with replacing(options.output) as file:
+            file.write(json.dumps(everything, indent=2) + "\n")
     if options.json:
-        everything: dict[str, Any] = {"build": _build(), "models": found}
-        if options.budget is not None:
-            everything["budget"] = fits
         print(json.dumps(everything, indent=2))
+        return
+    if options.budget is not None:
+        print("\n\n".join(_fits_text(fit) for fit in fits))
     elif len(options.models) == 1:
         print(_text_of_one(found[0]))
     else:
         print("\n".join(f"{name}: {_text(value)}" for name, value in _build().items()))
         print(f"\n{_side_by_side(found, rates)}")
+    say_next(
+        ["evit", "benchmark", names[0]],
+        ["evit", "train", "--data", "FOLDER", "--model", names[0]],
+    )
 
 
 def _build() -> dict[str, Any]:
@@ -108,7 +67,7 @@ def _build() -> dict[str, Any]:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "python": platform.python_version(),
-        **{name: value for name, value in _C.build_info().items() if name != "version"},
+        **{name: value for name, value in build_info().items() if name != "version"},
     }
 
 

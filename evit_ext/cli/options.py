@@ -8,13 +8,15 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
 from evit_ext._util.messages import shown
 from evit_ext.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
 
 
 def add_weights(parser: Any, metavar: str = "FILE", more: str = "") -> None:
@@ -92,6 +94,8 @@ def chosen_device(options: argparse.Namespace) -> torch.device:
     Raises:
         ValueError: a GPU is asked for, but there is none.
     """
+    import torch  # here, because it takes a while
+
     if options.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -143,15 +147,26 @@ def add_options(
         parser.add_argument(f"--{entry.name.replace('_', '-')}", **arguments)
 
 
-def overrides(options: argparse.Namespace) -> dict[str, Any]:
+def overrides(options: argparse.Namespace, wrong: list[str] | None = None) -> dict[str, Any]:
     """Return the fields that were given on the command line, as :func:`load_config` takes them.
+
+    Args:
+        options: of the command.
+        wrong: gets what cannot be parsed, a sentence each; None raises the first.
 
     Raises:
         ValueError: an argument is not in the form name=value where that is required, or cannot be parsed.
     """
-    hints = typing.get_type_hints(TrainConfig)
-    given = vars(options)
-    return {name: _parse(name, given[name], hint) for name, hint in hints.items() if name in given}
+    given, parsed = vars(options), {}
+    for name, hint in typing.get_type_hints(TrainConfig).items():
+        try:
+            if name in given:
+                parsed[name] = _parse(name, given[name], hint)
+        except ValueError as error:
+            if wrong is None:
+                raise
+            wrong.append(str(error))
+    return parsed
 
 
 def _parse(name: str, value: Any, hint: Any) -> Any:

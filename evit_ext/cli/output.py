@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import os
@@ -16,6 +17,32 @@ def say_next(*commands: Sequence[str | Path]) -> None:
     """Print the commands that come next, ready to be typed; words in capitals are to be replaced."""
     lines = ("  " + " ".join(shlex.quote(str(word)) for word in command) for command in commands)
     print("\n".join(["next:", *lines]))
+
+
+def words_of(error: Exception) -> str:
+    """Return an error's message; for operating system errors, the file first and without the number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def words_for(options: argparse.Namespace, model: str) -> list[str]:
+    """Return the arguments RUN|MODEL and those of the weights, as a command got them, for another command."""
+    words = [model if options.run_folder is None else options.run_folder]
+    if options.checkpoint is not None:
+        words += ["--checkpoint", options.checkpoint]
+    for name in ("random_weights", "pretrained"):
+        if options.run_folder is None and getattr(options, name, False):
+            words.append(f"--{name.replace('_', '-')}")
+    return words
+
+
+def words_for_visualize(options: argparse.Namespace, model: str) -> list[str]:
+    """Return the same as :func:`words_for` for ``evit visualize``, whose arguments are photographs."""
+    first, *others = words_for(options, model)
+    if options.run_folder is None:
+        return ["--model", first, *others]
+    return others or ["--checkpoint", first]
 
 
 class _Lasting:

@@ -49,7 +49,7 @@ def run_config(folder: str, given: Mapping[str, Any]) -> TrainConfig:
 def run_classes(folder: str) -> list[str] | None:
     """Return the names of a run's classes, in the order of its logits; None if its data has none."""
     file = Path(folder) / CLASSES_FILE
-    return read_class_names(file) if file.is_file() else None
+    return read_class_names(file, exact=True) if file.is_file() else None
 
 
 def file_classes(path: str) -> list[str] | None:

@@ -12,15 +12,19 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evit_ext.cli.options import add_options, add_output, overrides
 from evit_ext.cli.output import going_on_unread, say_next
-from evit_ext.cli.train_checks import checked_config
+from evit_ext.cli.train_checks import Checked, check, with_weights
 from evit_ext.training.config import TrainConfig, load_config, recipe_names
 from evit_ext.training.data_fit import RECIPE
-from evit_ext.training.ranks import ALONE, Ranks, is_lost, join
+from evit_ext.training.launcher import launched
+from evit_ext.training.recipe import raise_problems
 from evit_ext.training.waiting import GRACE
+
+if TYPE_CHECKING:
+    from evit_ext.training.ranks import Ranks
 
 # The first field of each group of options, in the order of TrainConfig.
 _GROUPS = {
@@ -89,25 +93,34 @@ def add_parser(commands: Any) -> None:
         if entry.name in _GROUPS:
             group = parser.add_argument_group(_GROUPS[entry.name])
         add_options(group, [entry.name])
-    parser.set_defaults(run=_train)
+    parser.set_defaults(run="evit_ext.cli.train")
 
 
-def _train(options: argparse.Namespace) -> int:
-    given = overrides(options)
+def run(options: argparse.Namespace) -> int:
+    """Train, after all that is asked for has been checked; returns the exit status."""
+    wrong = options.unrecognized
+    given = overrides(options, wrong)
     recipe = options.recipe
     if recipe is None and given.get("data") and not given.get("dataset"):
         recipe = RECIPE
     output = options.output or Path("runs") / _name(options, recipe, given)
+    if options.print_config and not (recipe == RECIPE and given.get("data")):
+        raise_problems(wrong)
+        print(load_config(recipe, **given).to_yaml(), end="")
+        return 0
+    place = launched()
+    checked = check(recipe, given, output, 1 if place is None or options.print_config else place[1], wrong)
+
+    from evit_ext.training.ranks import ALONE, join  # here, because it brings torch, which takes seconds
+
     if options.print_config:
-        fits = recipe == RECIPE and given.get("data")
-        config = checked_config(recipe, given, output, ALONE) if fits else load_config(recipe, **given)
-        print(config.to_yaml(), end="")
+        print(with_weights(checked, given, ALONE).to_yaml(), end="")
         return 0
     with going_on_unread(f"evit train: the run goes on in {output}"):
         try:
             with join(options.device) as ranks:
-                config = checked_config(recipe, given, output, ranks)
-                return _run(config, output, ranks, options)
+                checked.config = with_weights(checked, given, ranks)
+                return _run(checked, output, ranks, options, _source(recipe, given, checked))
         except _Failed:
             return 1
 
@@ -119,17 +132,39 @@ def _name(options: argparse.Namespace, recipe: str | None, given: Mapping[str, A
     return Path(recipe or given.get("model") or TrainConfig.model).stem
 
 
+def _source(recipe: str | None, given: Mapping[str, Any], checked: Checked) -> str:
+    """Return in words where the settings of a run come from."""
+    parts = [str(recipe or "none: the defaults of all fields")]
+    if checked.images is not None:
+        parts.append(f"fitted to {checked.images:,} images")
+    if given:
+        parts.append(f"given {', '.join(given)}")
+    return "; ".join(parts)
+
+
 class _Failed(Exception):
     """Training failed and the reason has been printed; leaving `join` with it waits for no other process."""
 
 
-def _run(config: TrainConfig, output: Path, ranks: Ranks, options: argparse.Namespace) -> int:
+def _run(checked: Checked, output: Path, ranks: Ranks, options: argparse.Namespace, source: str) -> int:
     # Imported here, because it takes a while.
+    from evit_ext.training.ranks import is_lost
     from evit_ext.training.run.run import Run
     from evit_ext.training.run.stopping import Stopped
     from evit_ext.training.run.unreadable import TooManyUnreadable
 
-    run = Run(config, output, ranks, options.resume, options.progress, options.tensorboard, options.wandb)
+    run = Run(
+        checked.config,
+        output,
+        ranks,
+        options.resume,
+        options.progress,
+        options.tensorboard,
+        options.wandb,
+        recipe=source,
+        listings=checked.listings,
+    )
+    checked.listings.clear()  # of millions of images
     try:
         summary = run.train()
     except Stopped as stopped:

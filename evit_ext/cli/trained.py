@@ -12,10 +12,11 @@ import timm
 from torch import nn
 
 from evit_ext import models
+from evit_ext._util.spelling import unknown_model
 from evit_ext.cli import runs
 from evit_ext.cli.options import overrides
 from evit_ext.data.classes import imagenet_names, names_for_people, read_class_names
-from evit_ext.models.by_name import create_evit, unknown_model
+from evit_ext.models.by_name import create_evit
 from evit_ext.training.config import TrainConfig, load_config
 from evit_ext.weights import load_checkpoint
 
@@ -53,7 +54,9 @@ def name_model(options: argparse.Namespace, name: str | None) -> None:
         elif os.sep in name or "model" in options:
             raise FileNotFoundError(f"there is no folder {name}, nor a model of that name")
         else:
-            raise ValueError(f"{unknown_model(name)}, and there is no folder {name}")
+            raise ValueError(
+                f"{unknown_model(name, models.__all__, timm.list_models())}, and there is no folder {name}"
+            )
     if options.run_folder is None and options.checkpoint is not None and "model" not in options:
         options.run_folder = runs.run_of(options.checkpoint)
     if options.checkpoint is not None and Path(options.checkpoint).is_dir():

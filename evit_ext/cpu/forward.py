@@ -25,12 +25,12 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from evit_ext import _C
+from evit_ext._util.compiled import build_info
 from evit_ext.cpu import packed_weights
 from evit_ext.ops import checks
 
 #: Whether the processor has kernels that were measured to be faster than PyTorch's: not the portable ones.
-SUPPORTED = _C.build_info()["cpu_capability"] != "baseline"
+SUPPORTED = build_info()["cpu_capability"] != "baseline"
 
 #: float64 is left to scaled_dot_product_attention, which is as fast in inference. In training it takes 1.3
 #: times as long, but few train in float64.

@@ -1,21 +1,16 @@
 """Data that ships with the package: real handwritten digits, plain and among clutter; no download."""
 
-from evit_ext.data.cluttered_digits import (
-    DIFFICULTIES,
-    CanvasBatch,
-    ClutteredDigits,
-    Difficulty,
-    object_patches,
-)
-from evit_ext.data.digits import Digits, denormalize, normalize
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "DIFFICULTIES",
-    "CanvasBatch",
-    "ClutteredDigits",
-    "Difficulty",
-    "Digits",
-    "denormalize",
-    "normalize",
-    "object_patches",
-]
+if TYPE_CHECKING:
+    from evit_ext.data.public import *  # noqa: F403
+else:
+    from evit_ext._util.lazy import lazily
+
+    __getattr__ = lazily(__name__, "evit_ext.data.public")
+
+
+def __dir__() -> list[str]:
+    from evit_ext.data import public
+
+    return sorted({*globals(), *public.__all__})

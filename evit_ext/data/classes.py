@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from timm.data import ImageNetInfo
-from timm.data.imagenet_info import infer_imagenet_subset
+from typing import Any
 
 # This many names are told in a message; of more, the number.
 _TOLD = 8
 
 
-def read_class_names(path: str | Path, num_classes: int | None = None) -> list[str]:
+def read_class_names(path: str | Path, num_classes: int | None = None, exact: bool = False) -> list[str]:
     """Read the names of classes from a text file, UTF-8 with or without a BOM, a line for each in order.
 
     Args:
         path: of the file.
         num_classes: how many lines are expected; None takes any number.
+        exact: keep spaces around a name, which the folder of a class may have.
 
     Raises:
         OSError: it cannot be read.
@@ -27,7 +26,7 @@ def read_class_names(path: str | Path, num_classes: int | None = None) -> list[s
         names = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be a text file with a class a line, in UTF-8: {error}") from error
-    names = [name.strip() for name in names]
+    names = names if exact else [name.strip() for name in names]
     if num_classes is not None and len(names) != num_classes:
         raise ValueError(f"{path} must have a line for each of {num_classes} classes, got {len(names)} lines")
     if "" in names:
@@ -76,30 +75,38 @@ def weights_class_names(num_classes: int, names: Sequence[str]) -> list[str] | N
     Returns:
         The names in the order of the weights' classes; None if they are not those of `names`.
     """
-    subset = infer_imagenet_subset({"num_classes": num_classes})
-    if subset is None:
+    info = _imagenet(num_classes)
+    if info is None:
         return None
-    known = list(ImageNetInfo(subset).label_names())
+    known = list(info.label_names())
     return known if set(names) <= set(known) else None
 
 
 def imagenet_names(num_classes: int) -> list[str] | None:
     """Return ImageNet's names where the number of classes is that of ImageNet-1k or another of its subsets
     that timm knows; None for other numbers."""
-    subset = infer_imagenet_subset({"num_classes": num_classes})
-    if subset is None:
+    info = _imagenet(num_classes)
+    if info is None:
         return None
-    info = ImageNetInfo(subset)
     # "tench, Tinca tinca" has the Latin name, too.
     return [info.index_to_description(number).split(",")[0] for number in range(num_classes)]
 
 
 def names_for_people(names: Sequence[str]) -> list[str]:
     """Return the names of classes as people know them: ImageNet's numbers are replaced by its words."""
-    subset = infer_imagenet_subset({"num_classes": len(names)})
-    if subset is not None and (info := ImageNetInfo(subset)).label_names() == list(names):
+    info = _imagenet(len(names))
+    if info is not None and info.label_names() == list(names):
         return [info.label_name_to_description(name).split(",")[0] for name in names]
     return list(names)
+
+
+def _imagenet(num_classes: int) -> Any:
+    """Return timm's ImageNetInfo of the subset with so many classes; None if there is none."""
+    from timm.data import ImageNetInfo  # here, because it brings torch, which takes seconds
+    from timm.data.imagenet_info import infer_imagenet_subset
+
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    return None if subset is None else ImageNetInfo(subset)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from functools import cache
 from typing import IO, NamedTuple
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 _logger = logging.getLogger(__name__)
@@ -127,6 +126,8 @@ def read_image(
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        import numpy as np  # here, because commands that read no such image need none of it
+
         white = 65535
         bits = getattr(image, "tag_v2", {}).get(258)  # of a TIFF: 12 bits are stored in 16
         if bits and bits[0] < 16:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from timm.utils.misc import natural_key
-
 from evit_ext.data.images import endings, printable
+
+#: What a split is expected to be.
+LAYOUT = "<class>/<image> in it, or a .tar of these"
+
+# Device and number of a folder, the same for all links to it.
+_Identity = tuple[int, int]
+_ABOVE = "links to a folder above them"
 
 # This many names are told in a message; of more, the number.
 _TOLD = 5
@@ -22,6 +28,14 @@ class ListedImage(NamedTuple):
 
     path: str
     class_name: str
+
+
+def natural_key(text: str) -> list[int | str]:
+    """Return what timm sorts paths and classes by: numbers as numbers.
+
+    Its function of this name brings torch, and fails on a name such as "²".
+    """
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text.lower())]
 
 
 @dataclass
@@ -69,23 +83,30 @@ def list_images(root: str | os.PathLike[str]) -> Listing:
 
     Raises:
         OSError: the folder cannot be read.
-        ValueError: two class folders have names that only differ in how letters are composed.
+        ValueError: two class folders have names that only differ in how letters are composed, or are one
+            folder, by a link: the same images would be of two classes.
     """
     listing = Listing(str(root))
     folders: dict[str, str] = {}
+    whole = _identity(root)
+    seen: dict[_Identity, str] = {}
     skip = listing.skipped
     for entry in _entries(str(root)):
         if entry.name.startswith("."):
             skip.setdefault("hidden", []).append(entry.path)
         elif entry.is_dir():
-            name = printable(entry.name)
+            name, identity = printable(entry.name), _identity(entry.path)
+            if identity == whole:
+                skip.setdefault(_ABOVE, []).append(entry.path)
+                continue
             if name in folders:
                 raise ValueError(
                     f"{root} has two folders for the class {name}: {folders[name]!a} and {entry.name!a}"
                 )
             folders[name] = entry.name
             before = len(listing.images)
-            _walk(entry.path, name, listing, (_identity(entry),))
+            _of_one_class(seen, identity, name, entry.path)
+            _walk(entry.path, name, listing, (whole, identity), seen)
             if len(listing.images) == before:
                 skip.setdefault("class folders without an image", []).append(entry.path)
         else:
@@ -156,16 +177,31 @@ def _hash(path: str) -> bytes:
     return hashlib.sha256(os.fsencode(path)).digest()
 
 
-def _walk(folder: str, class_name: str, listing: Listing, above: tuple[tuple[int, int], ...]) -> None:
+def _of_one_class(seen: dict[_Identity, str], identity: _Identity, class_name: str, path: str) -> None:
+    """Note which class a folder's images are of; ValueError if they are of another one, too."""
+    other = seen.setdefault(identity, class_name)
+    if other != class_name:
+        raise ValueError(
+            f"the images in {printable(path)} would be of two classes, {other} and {class_name}: a link "
+            "leads to the folder; remove it"
+        )
+
+
+def _walk(
+    folder: str, class_name: str, listing: Listing, above: tuple[_Identity, ...], seen: dict[_Identity, str]
+) -> None:
     for entry in _entries(folder):
         if entry.name.startswith("."):
             listing.skipped.setdefault("hidden", []).append(entry.path)
         elif entry.is_dir():
-            identity = _identity(entry)
+            identity = _identity(entry.path)
             if identity in above:
-                listing.skipped.setdefault("links to a folder above them", []).append(entry.path)
+                listing.skipped.setdefault(_ABOVE, []).append(entry.path)
+            elif seen.get(identity) == class_name:
+                listing.skipped.setdefault("links to a folder of the same class", []).append(entry.path)
             else:
-                _walk(entry.path, class_name, listing, (*above, identity))
+                _of_one_class(seen, identity, class_name, entry.path)
+                _walk(entry.path, class_name, listing, (*above, identity), seen)
         else:
             _add(entry, class_name, listing)
 
@@ -188,8 +224,8 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
         yield from entries
 
 
-def _identity(entry: os.DirEntry[str]) -> tuple[int, int]:
-    found = entry.stat()
+def _identity(folder: str | os.PathLike[str]) -> _Identity:
+    found = os.stat(folder)
     return found.st_dev, found.st_ino
 
 

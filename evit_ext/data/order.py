@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from evit_ext._util.randomness import derive_seed
+from evit_ext.data.sizes import steps_per_epoch
 
 # Key of the random numbers for shuffling, which must differ from those for augmentation.
 _ORDER = 1
@@ -126,17 +127,3 @@ class EvaluationOrder(Sampler[list[Place]]):
     def __iter__(self) -> Iterator[list[Place]]:
         for start in range(0, len(self.indices), self.batch_size):
             yield [Place(0, index, index) for index in self.indices[start : start + self.batch_size]]
-
-
-def steps_per_epoch(num_images: int, batch_size: int) -> int:
-    """Return the number of full batches in an epoch.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if num_images < batch_size:
-        raise ValueError(
-            f"the training data has {num_images} images, fewer than the {batch_size} of one batch: "
-            "expected a smaller batch_size, or more data"
-        )
-    return num_images // batch_size

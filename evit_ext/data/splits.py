@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import tarfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from PIL import Image
-from timm.data.readers import create_reader, img_extensions
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from evit_ext._util.messages import shown
 from evit_ext.data.classes import match_classes
-from evit_ext.data.images import ImageLimits, Unreadable, endings, printable, read_image
-from evit_ext.data.listing import ListedImage, Listing, hold_out, list_images
+from evit_ext.data.images import ImageLimits, Unreadable, printable, read_image
+from evit_ext.data.listing import LAYOUT, ListedImage, Listing, hold_out, list_images
 
 # Other folder names that are accepted for a split, as in timm's scripts.
 _SYNONYMS = (
@@ -29,7 +25,6 @@ _SYNONYMS = (
     ("val", "valid", "validation", "eval", "evaluation"),
 )
 _OTHER_SPLITS = ("test", "testing")
-_LAYOUT = "<class>/<image> in it, or a .tar of these"
 
 
 class ImageFiles:
@@ -40,14 +35,24 @@ class ImageFiles:
             readers, or :class:`FolderReader`.
         source: where the images come from, for messages.
         limits: see :class:`ImageLimits`.
+        words: see below.
+        in_tars: whether the reader is timm's of tar files.
 
     Attributes:
         classes: the number of every class by name; empty if the data set does not list them.
         words: what there is to say about the data, such as which files are skipped; a line each.
     """
 
-    def __init__(self, reader: Any, source: str, limits: ImageLimits, words: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        reader: Any,
+        source: str,
+        limits: ImageLimits,
+        words: Sequence[str] = (),
+        in_tars: bool = False,
+    ) -> None:
         self.reader = reader
+        self._in_tars = in_tars
         self.source = source
         self.limits = limits
         self.words = list(words)
@@ -75,7 +80,7 @@ class ImageFiles:
             return printable(self.reader.filename(index, absolute=True))
         name = self.reader.filename(index, absolute=True)
         name = name and printable(name)
-        if isinstance(self.reader, ReaderImageInTar):
+        if self._in_tars:
             parent = self.reader.samples[index][1]
             return f"{os.path.join(self.source, parent) if parent else self.source}: {name}"
         return f"{self.source}[{index}]" + (f": {name}" if name else "")
@@ -182,8 +187,14 @@ def find_parts(
     return Part(train) if train else None, Part(val) if val else None
 
 
-def open_part(part: Part, limits: ImageLimits) -> ImageFiles:
+def open_part(part: Part, limits: ImageLimits, listings: dict[str, Listing] | None = None) -> ImageFiles:
     """Open what :func:`find_parts` found.
+
+    Args:
+        part: of the data set.
+        limits: see :class:`ImageLimits`.
+        listings: of folders by their paths, which gets what is listed here: to list a large folder takes
+            minutes.
 
     Raises:
         ValueError: there are no images, images outside of class folders, or a tar file that cannot be split.
@@ -194,18 +205,24 @@ def open_part(part: Part, limits: ImageLimits) -> ImageFiles:
             raise ValueError(
                 f"{root} is of tar files, of which no part can be held out: {_no_split(root.parent, 'val')}"
             )
-        return _open_tar(root, limits)
-    listing = list_images(root)
+        from evit_ext.data.tar_files import open_tar  # here, because it brings torch, which takes seconds
+
+        reader, said = open_tar(root)
+        return ImageFiles(reader, str(root), limits, said, in_tars=True)
+    listings = {} if listings is None else listings
+    if str(root) not in listings:
+        listings[str(root)] = list_images(root)
+    listing = listings[str(root)]
     said = listing.words()
     if not listing.images:
         raise ValueError(
-            f"{root} holds no images: expected {_LAYOUT}" + "".join(f"; {words}" for words in said)
+            f"{root} holds no images: expected {LAYOUT}" + "".join(f"; {words}" for words in said)
         )
     outside = [image for image in listing.images if not image.class_name]
     if outside:
         raise ValueError(
             f"{root} holds {len(outside)} images outside of the classes' folders, such as "
-            f"{printable(os.path.relpath(outside[0].path, root))}: expected {_LAYOUT}"
+            f"{printable(os.path.relpath(outside[0].path, root))}: expected {LAYOUT}"
         )
     images = listing.images
     if part.part != "all":
@@ -225,67 +242,6 @@ def _held_out(listing: Listing, count: int, fraction: float) -> str:
     )
 
 
-def _open_tar(root: Path, limits: ImageLimits) -> ImageFiles:
-    try:
-        with _reading_all_endings():
-            # No cache: timm would store a pickle in the data folder, where others may be able to write.
-            reader = ReaderImageInTar(str(root), cache_tarinfo=False)
-    except (RuntimeError, ValueError, AssertionError, tarfile.TarError) as error:
-        raise ValueError(f"{root} holds no images: expected {_LAYOUT} ({error})") from error
-    if "" in reader.class_name_to_idx:
-        raise ValueError(f"{root} holds images outside of the classes' folders: expected {_LAYOUT}")
-    _check_depth(reader, root)
-    files = ImageFiles(reader, str(root), limits)
-    skipped = _skipped_members(root, reader)
-    if skipped:
-        files.words.append(
-            f"{root}: {skipped:,} files skipped, whose names do not end as an image that Pillow reads"
-        )
-    return files
-
-
-@contextmanager
-def _reading_all_endings() -> Iterator[None]:
-    """Have timm list all that Pillow reads; its own three endings afterwards."""
-    before = img_extensions.get_img_extensions()
-    img_extensions.set_img_extensions(sorted(endings()))
-    try:
-        yield
-    finally:
-        img_extensions.set_img_extensions(before)
-
-
-def _check_depth(reader: Any, root: Path) -> None:
-    """Raise ValueError unless all images lie at <class>/<image> below one common folder.
-
-    timm takes the innermost folder for the class, so classes would be those of cat/2023/x.jpg.
-    """
-    places = []
-    for member, parent, child in reader.samples:
-        parts = [Path(parent).stem] if parent else []
-        parts += [Path(child.name).stem] if child is not None else []
-        places.append((*parts, *Path(os.path.normpath(os.path.dirname(member.path))).parts))
-    first, last = min(places), max(places)
-    differ = (number for number, (one, other) in enumerate(zip(first, last)) if one != other)  # noqa: B905
-    shared = next(differ, min(len(first), len(last)) - (first == last))
-    for place in places:
-        if len(place) != shared + 1:
-            raise ValueError(
-                f"{root} has images at different depths, such as {printable('/'.join(place))}: of a tar "
-                f"file the innermost folder is the class; expected {_LAYOUT}, or unpack it: of folders the "
-                "first level is the class"
-            )
-
-
-def _skipped_members(root: Path, reader: Any) -> int:
-    count = 0
-    for path in [root] if root.suffix == ".tar" else sorted(root.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            names = [member.name for member in tar if member.isfile()]
-        count += sum(os.path.splitext(name)[1].lower() not in {*endings(), ".tar"} for name in names)
-    return count
-
-
 def open_arrow(dataset: str, data: str | None, split: str, limits: ImageLimits) -> ImageFiles:
     """Open a split of a Hugging Face Arrow data set, "hfds/NAME"; code that comes with it is never run.
 
@@ -299,6 +255,8 @@ def open_arrow(dataset: str, data: str | None, split: str, limits: ImageLimits) 
         ModuleNotFoundError: `datasets` is not installed.
     """
     need("datasets", dataset)
+    from timm.data.readers import create_reader
+
     return ImageFiles(create_reader(dataset, root=data, split=split), f"{dataset} {split}", limits)
 
 
@@ -335,7 +293,7 @@ def _no_split(folder: Path, split: str) -> str:
         hint = f"; to evaluate on {other}: --val-split {other}" if other else ""
     found = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
     return (
-        f"{folder} has no split {shown(split)}: expected a folder {split} with {_LAYOUT}, found "
+        f"{folder} has no split {shown(split)}: expected a folder {split} with {LAYOUT}, found "
         f"{found or 'nothing'}{hint}"
     )
 

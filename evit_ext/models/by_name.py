@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,6 +13,7 @@ from torch import nn
 
 import evit_ext.models as models
 from evit_ext._util.messages import reason, shortened, shown
+from evit_ext._util.spelling import unknown_model
 from evit_ext.models.building import explaining_missing_network
 from evit_ext.patching.applying import apply, remove
 from evit_ext.patching.block import AdoptedBlock
@@ -83,7 +83,7 @@ def create_dense(name: str, **arguments: Any) -> nn.Module:
 def create(name: str, **arguments: Any) -> nn.Module:
     """Build a model as it is; same arguments and errors as :func:`create_evit`."""
     if name not in models.__all__ and not timm.is_model(name):
-        raise unknown_model(name)
+        raise unknown_model(name, models.__all__, timm.list_models())
     what = (
         f"the pretrained weights of {name} could not be fetched from the Hugging Face hub, nor are they in "
         "its cache"
@@ -107,18 +107,6 @@ def create(name: str, **arguments: Any) -> nn.Module:
 
 def _cannot(name: str, arguments: Mapping[str, Any]) -> str:
     return f"{name} cannot be built with {shortened(', '.join(arguments))}"
-
-
-def unknown_model(name: str) -> ValueError:
-    """Return the error for a name that no model has, with the nearest names."""
-    # At most so much of it, as comparing takes time by the square of it.
-    near = difflib.get_close_matches(name[:100], {*models.__all__, *timm.list_models()}, n=3)
-    expected = (
-        f"the nearest names are {', '.join(near)}"
-        if near
-        else f"expected one of {', '.join(models.__all__)}, or a name of timm's"
-    )
-    return ValueError(f"there is no model {shown(name)}: {expected}")
 
 
 def takes_img_size(name: str) -> bool:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from evit_ext import _C  # importing it registers torch.ops.evit
+from evit_ext._util.compiled import build_info  # importing it registers torch.ops.evit
 from evit_ext._util.messages import shown
 from evit_ext.ops import checks
 
 #: Device types that have compiled kernels. Meta tensors go through the operators' shape inference.
-KERNEL_DEVICES = frozenset({"cpu", "meta"} | ({"cuda"} if _C.build_info()["cuda_operators"] else set()))
+KERNEL_DEVICES = frozenset({"cpu", "meta"} | ({"cuda"} if build_info()["cuda_operators"] else set()))
 
 #: Whether `attention_with_scores` runs its own CUDA kernel where that supports the tensors. The kernel has
 #: only been tested on the CPU, and its speed was never measured. Until it is known to be faster than
@@ -29,7 +29,7 @@ _wanted = os.environ.get("EVIT_CPU_CAPABILITY")
 if _wanted and _wanted not in _CAPABILITIES:
     warnings.warn(
         f"EVIT_CPU_CAPABILITY must be one of {', '.join(_CAPABILITIES)}, got {shown(_wanted)}: the operators "
-        f"use {_C.build_info()['cpu_capability']}",
+        f"use {build_info()['cpu_capability']}",
         stacklevel=2,
     )
 

@@ -18,6 +18,8 @@ from evit_ext._util.messages import reason, shortened, shown
 from evit_ext._util.spelling import nearest
 from evit_ext.training.recipe import Recipe, option, raise_problems
 
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Recipe):
@@ -144,7 +146,7 @@ class TrainConfig(Recipe):
         choices = {
             "distillation": ("none", "soft", "hard"),
             "difficulty": ("easy", "hard"),
-            "precision": ("auto", "float32", "bfloat16", "float16"),
+            "precision": PRECISIONS,
             "sharding": ("ddp", "fsdp"),
             "remode": ("const", "rand", "pixel"),
             "interpolation": ("bilinear", "bicubic", "random"),

@@ -10,9 +10,11 @@ from evit_ext.data.classes import match_classes
 from evit_ext.data.cluttered_digits import ClutteredDigits
 from evit_ext.data.digits import Digits, load_scans
 from evit_ext.data.images import ImageLimits
-from evit_ext.data.splits import ImageFiles, find_folder, find_parts, no_split, open_arrow, open_part
+from evit_ext.data.listing import Listing
+from evit_ext.data.splits import ImageFiles, open_arrow
 from evit_ext.data.streams import HuggingFaceStream, Source, WebDataset
 from evit_ext.training.config import TrainConfig
+from evit_ext.training.folder_data import open_folder
 
 # The test canvases do not follow the seed of the training: runs with different seeds see the same ones.
 _TEST_SEED = 1797
@@ -58,30 +60,17 @@ class Canvases:
 Data = ImageFiles | Canvases | Source
 
 
-def open_data(config: TrainConfig, training: bool) -> tuple[Data | None, Data | None]:
-    """Return the training data, if it is wanted, and the validation data, if there is to be any."""
+def open_data(
+    config: TrainConfig, training: bool, listings: dict[str, Listing] | None = None
+) -> tuple[Data | None, Data | None]:
+    """Return the training data, if it is wanted, and the validation data, if there is to be any.
+
+    `listings` is as of :func:`evit_ext.data.splits.open_part`.
+    """
     if config.dataset == "":
-        return _open_folder(config, training)
+        return open_folder(config, training, listings)
     train = _open_named(config, True) if training else None
     return train, _open_named(config, False) if config.val_split else None
-
-
-def _open_folder(config: TrainConfig, training: bool) -> tuple[Data | None, Data | None]:
-    if config.train_images is not None:
-        raise ValueError("train_images is for streams and cluttered-digits, not for a folder")
-    limits = ImageLimits(config.max_image_pixels)
-    train, val = find_parts(config.data, config.train_split, config.val_split, config.val_fraction)
-    folder = find_folder(config.data)
-    if training and train is None:
-        raise no_split(folder, config.train_split)
-    if config.val_split and val is None:
-        raise no_split(folder, config.val_split)
-    opened = open_part(train, limits) if training and train is not None else None
-    if opened is not None and not len(opened):
-        raise ValueError(
-            f"{folder} has no image to train on: val_fraction {config.val_fraction:g} holds out all"
-        )
-    return opened, open_part(val, limits) if val is not None else None
 
 
 def _open_named(config: TrainConfig, training: bool) -> Data:

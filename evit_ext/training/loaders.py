@@ -23,7 +23,9 @@ from evit_ext.data.batches import (
 )
 from evit_ext.data.classes import missing_classes
 from evit_ext.data.images import ImageLimits, Unreadable
-from evit_ext.data.order import EvaluationOrder, Place, TrainOrder, steps_per_epoch
+from evit_ext.data.listing import Listing
+from evit_ext.data.order import EvaluationOrder, Place, TrainOrder
+from evit_ext.data.sizes import steps_per_epoch
 from evit_ext.data.splits import ImageFiles
 from evit_ext.data.streams import Source, StreamBatches
 from evit_ext.data.transforms import CropWithLabels, Transform, train_transform
@@ -60,6 +62,7 @@ class Loaders:
         classes: names of the model's classes, in order, by which those of the data are matched; by default
             those of the training data.
         of_model: what knows these classes, for messages.
+        listings: of folders that have been listed already, by their paths.
 
     Attributes:
         num_classes: from the configuration, else from `classes` or the data.
@@ -88,6 +91,7 @@ class Loaders:
         training: bool = True,
         classes: Sequence[str] | None = None,
         of_model: str = "the model",
+        listings: dict[str, Listing] | None = None,
     ) -> None:
         batch_size = micro_batch * accumulation * ranks.world_size
         if training and batch_size != config.batch_size:
@@ -98,7 +102,7 @@ class Loaders:
         self.config, self.ranks = config, ranks
         self.micro_batch, self.accumulation = micro_batch, accumulation
         self.image, self.patch_grid = image, patch_grid
-        self._train, self._val = open_data(config, training)
+        self._train, self._val = open_data(config, training, listings)
         self.words = [words for data in (self._train, self._val) for words in getattr(data, "words", ())]
         self.classes: list[str] = []
         self.know_classes(classes, of_model)
@@ -134,6 +138,16 @@ class Loaders:
         """What batches come from, to be said while one is waited for."""
         source = self.config.data or self.config.dataset
         return f"images of {source} from the loader ({self.config.workers} workers)"
+
+    @property
+    def val_batches(self) -> int | None:
+        """How many batches of validation the first process has, where that is known."""
+        images = self.val_images
+        return (
+            None
+            if images is None
+            else math.ceil(math.ceil(images / self.ranks.world_size) / self.micro_batch)
+        )
 
     @property
     def named_classes(self) -> int:

@@ -10,8 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from evit_ext._util.messages import shown
-
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+from evit_ext.training.config import PRECISIONS
 
 
 @dataclass(frozen=True)

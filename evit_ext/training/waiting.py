@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 _Item = TypeVar("_Item")
 
@@ -20,6 +20,8 @@ TOLD_AFTER = 10.0
 GRACE = 3.0
 #: The same for other processes, which may have a long step to finish. Schedulers kill after 30 s.
 GRACE_OF_RANKS = 25.0
+#: A step may take so many times as long as the longest before it, if that is more.
+PATIENCE = 3.0
 #: Seconds after the first SIGTERM from which on another one ends the process.
 SECOND = 2.0
 
@@ -51,6 +53,7 @@ class Watch:
         self._since = 0.0
         self._interruptible = False
         self._leaving = False
+        self._doing, self._began, self._longest = "", 0.0, 0.0
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
 
@@ -79,6 +82,20 @@ class Watch:
                     return
             yield item
 
+    def begin(self, doing: str) -> None:
+        """Note that a part of the work begins, and what was begun before has ended.
+
+        Once the process was asked to stop, no part may take much longer than those before it: in a step, too,
+        it can wait for another process without end.
+
+        Args:
+            doing: what, such as "step 12"; "" for what takes as long as it takes, such as writing a file.
+        """
+        now = time.monotonic()
+        if self._doing:
+            self._longest = max(self._longest, now - self._began)
+        self._began, self._doing = now, doing
+
     def leave(self) -> None:
         """Have the process ended after :data:`GRACE` seconds if it has not ended by itself."""
         self.what = "the processes that load images to end"
@@ -103,6 +120,7 @@ class Watch:
 
     def _run(self, signals: int, advice: Callable[[], str]) -> None:
         asked: float | None = None  # when the first signal came
+        number = signal.SIGTERM
         tell_at, told_of = 0.0, 0.0
         while not self._ended.is_set():
             ready, _, _ = select.select([signals], [], [], 0.2)
@@ -111,9 +129,16 @@ class Watch:
                 numbers = os.read(signals, 64)
                 if asked is None and set(numbers) & {signal.SIGTERM, signal.SIGINT}:
                     asked = now
+                    number = signal.SIGINT if signal.SIGTERM not in numbers else number
                 elif asked is not None and signal.SIGTERM in numbers and now - asked > SECOND:
-                    self._exit("a second signal came", advice)
+                    self._exit("a second signal came", advice, signal.SIGTERM)
             what, since = self.what, self._since
+            doing, began = self._doing, self._began
+            if not what and doing and asked is not None:
+                limit = max(GRACE_OF_RANKS, PATIENCE * self._longest)
+                if now - max(asked, began) > limit:
+                    said = f"{doing} does not end, {now - asked:.0f} s after being asked to stop"
+                    self._exit(said, advice, number)
             if not what:
                 continue
             if told_of != since:
@@ -123,9 +148,16 @@ class Watch:
                 tell_at = since + 2 * (now - since)
             grace = GRACE if self._interruptible or self._leaving else GRACE_OF_RANKS
             if asked is not None and now - max(asked, since) > grace:
-                self._exit(f"still waiting for {what}, {now - asked:.0f} s after being asked to stop", advice)
+                self._exit(
+                    f"still waiting for {what}, {now - asked:.0f} s after being asked to stop", advice, number
+                )
 
-    def _exit(self, why: str, advice: Callable[[], str]) -> None:
-        said: Any = advice()
-        print(f"evit train: {why}: ended; {said}", file=sys.stderr, flush=True)
-        os._exit(128 + signal.SIGTERM)
+    def _exit(self, why: str, advice: Callable[[], str], number: int) -> None:
+        def say() -> None:
+            print(f"evit train: {why}: ended; {advice()}", file=sys.stderr, flush=True)
+
+        # The folder of the run, or the terminal, may be what does not answer.
+        thread = threading.Thread(target=say, daemon=True)
+        thread.start()
+        thread.join(SECOND)
+        os._exit(128 + number)

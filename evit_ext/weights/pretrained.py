@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from evit_ext._util.messages import reason, shown
+from evit_ext._util.places import HUB_PREFIXES
 from evit_ext.models.by_name import create, create_dense, is_ours
 from evit_ext.patching.applying import apply
 from evit_ext.patching.keep_rates import set_keep_rate
@@ -19,7 +20,7 @@ from evit_ext.tokens.evit import EViT
 from evit_ext.tokens.rule import Rule, make_rule, rules_by_name
 from evit_ext.weights.limits import no_larger_than
 from evit_ext.weights.loading import load_checkpoint
-from evit_ext.weights.source import HUB_PREFIXES, hub_file
+from evit_ext.weights.source import hub_file
 
 #: The files of a model, as timm names them.
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

@@ -14,10 +14,9 @@ import torch
 
 from evit_ext._util.files import replacing_path
 from evit_ext._util.messages import shown
+from evit_ext._util.places import HUB_PREFIXES
 from evit_ext.models.building import is_connection_error
 
-#: How the name of a repository of the Hugging Face hub begins, as of timm.
-HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 # As torch.hub, but for the 8 digits, "lvvit_s-26M-224-83.3.pth.tar" has no hash, nor has a date.

@@ -60,7 +60,8 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], arguments: list[str], mes
 
 
 def cells(out: str) -> list[list[str]]:
-    return [line.split() for line in out.splitlines()]
+    """The cells of the tables, without the commands that come next."""
+    return [line.split() for line in out.partition("next:\n")[0].splitlines()]
 
 
 def test_one_model_layer_by_layer(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from evit_ext.cli import main, train
+from evit_ext.cli import main
 from evit_ext.training.ranks import ALONE, Ranks
 from evit_ext.training.run.stopping import Stopped
 
@@ -51,7 +51,7 @@ def test_a_run_that_fails_waits_for_no_process(
         seen.append(False)
 
     class Failing:
-        def __init__(self, *arguments: object) -> None:
+        def __init__(self, *arguments: object, **more: object) -> None:
             pass
 
         def train(self) -> None:
@@ -60,7 +60,7 @@ def test_a_run_that_fails_waits_for_no_process(
         def advice(self) -> str:
             return "advice"
 
-    monkeypatch.setattr(train, "join", join)
+    monkeypatch.setattr("evit_ext.training.ranks.join", join)
     monkeypatch.setattr("evit_ext.training.run.run.Run", Failing)
     assert main(["train", "--output", str(tmp_path)]) == (1 if left_with else 143)
     assert seen == [left_with]

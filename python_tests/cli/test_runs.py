@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evit_ext._util.safetensors_bytes import to_bytes
-from evit_ext.cli.runs import file_classes, run_of, run_weights
+from evit_ext.cli.runs import file_classes, run_classes, run_of, run_weights
 from evit_ext.training import RunCheckpoints
 
 
@@ -45,6 +45,12 @@ def test_the_run_of_a_file(folder: Path) -> None:
     assert run_of(str(folder)) == run_of(str(folder / "best.safetensors")) == str(folder)
     assert run_of(str(folder / "checkpoints" / "checkpoint-000000020.pth")) == str(folder)
     assert run_of(str(folder.parent.parent / "elsewhere.pth")) is None
+
+
+def test_classes_keep_their_spaces(folder: Path) -> None:
+    """They are names of folders, which data is matched by."""
+    (folder / "classes.txt").write_text(" a\nb \n")
+    assert run_classes(str(folder)) == [" a", "b "]
 
 
 def test_the_classes_of_a_file(folder: Path) -> None:

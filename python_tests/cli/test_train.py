@@ -268,6 +268,12 @@ def test_weights_and_biases(run: tuple[Path, str], tmp_path: Path, monkeypatch: 
         metrics.write(3, 1, "train", loss=0.5)
     assert given["project"] == "project" and given["name"] == "run" and given["resume"] == "allow"
     assert logged == [(3, {"train/loss": 0.5}), "end"]
+    first = given["id"]
+    Metrics(tmp_path / "run", tensorboard=False, wandb="project", resume_step=3).close()
+    assert given["id"] == first  # it goes on
+    for other in ("run", "other/run"):
+        Metrics(tmp_path / other, tensorboard=False, wandb="project").close()
+        assert given["id"] != first
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(RuntimeError, match="pip install wandb, or leave out --wandb"):
         Metrics(tmp_path / "run", tensorboard=False, wandb="project")

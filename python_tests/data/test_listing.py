@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from timm.utils.misc import natural_key as of_timm
 
-from evit_ext.data.listing import ListedImage, find_photos, hold_out, list_images
+from evit_ext.data.listing import ListedImage, find_photos, hold_out, list_images, natural_key
 
 
 def put(*paths: Path) -> None:
@@ -63,6 +64,37 @@ def test_class_folders_that_look_the_same(tmp_path: Path) -> None:
     put(tmp_path / "caf\u00e9/1.jpg", tmp_path / "cafe\u0301/1.jpg")
     with pytest.raises(ValueError, match="two folders for the class café"):
         list_images(tmp_path)
+
+
+def test_links_that_would_mix_classes(tmp_path: Path) -> None:
+    """A link to the data set itself, in a class, would have all images be of that class, too."""
+    put(tmp_path / "a/1.jpg", tmp_path / "a/old/2.jpg", tmp_path / "b/3.jpg", tmp_path / "other/4.jpg")
+    (tmp_path / "data").mkdir()
+    data = tmp_path / "data"
+    (data / "a").symlink_to(tmp_path / "a")  # the usual way to choose classes
+    (data / "b").symlink_to(tmp_path / "b")
+    (data / "again").symlink_to(data)
+    (tmp_path / "a/whole").symlink_to(data)
+    (tmp_path / "a/same").symlink_to(tmp_path / "a/old")
+    found = list_images(data)
+    names = [(Path(image.path).name, image.class_name) for image in found.images]
+    assert sorted(names) == [("1.jpg", "a"), ("2.jpg", "a"), ("3.jpg", "b")]
+    said = "\n".join(found.words())
+    assert "2 files skipped, links to a folder above them (" in said
+    assert "1 file skipped, links to a folder of the same class (a/" in said
+    (tmp_path / "b/more").symlink_to(tmp_path / "a")
+    with pytest.raises(ValueError, match="would be of two classes, (a and b|b and a): a link leads"):
+        list_images(data)
+    (tmp_path / "b/more").unlink()
+    (data / "c").symlink_to(tmp_path / "b")
+    with pytest.raises(ValueError, match="would be of two classes, (b and c|c and b): a link leads"):
+        list_images(data)
+
+
+def test_sorted_as_timm_does() -> None:
+    texts = ["a10", "A9", "b", "1/2", "", "x007"]
+    assert [natural_key(text) for text in texts] == [of_timm(text) for text in texts]
+    assert natural_key("²") == ["²"]
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:

@@ -307,6 +307,6 @@ def test_metadata_as_strings() -> None:
 
 
 def test_formats_are_those_of_the_command() -> None:
-    from evit_ext.cli.export import _FORMATS
+    from evit_ext.cli.grammar.export import _FORMATS
 
     assert (*FORMATS, "hf") == _FORMATS  # a folder for the hub, of which evit_ext.export knows nothing

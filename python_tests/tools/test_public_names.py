@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 
@@ -34,6 +36,29 @@ def test_packages_are_imported_when_first_used() -> None:
         "print(set(lazy) <= set(dir(evit_ext)))\n"
     )
     assert printed.splitlines() == ["[]", str([f"evit_ext.{name}" for name in LAZY]), "True"]
+
+
+@pytest.mark.parametrize("package", ["data", "training"])
+def test_names_that_are_imported_when_asked_for(package: str) -> None:
+    """A module of the same name would hide one once it is imported; stars and dir() know them all."""
+    lazy = importlib.import_module(f"evit_ext.{package}")
+    modules = {module.name for module in pkgutil.iter_modules(lazy.__path__)}
+    assert not modules & set(lazy.__all__)
+    names: dict[str, object] = {}
+    exec(f"from evit_ext.{package} import *", names)
+    assert set(names) - {"__builtins__"} == set(lazy.__all__) <= set(dir(lazy))
+    with pytest.raises(AttributeError, match=f"module 'evit_ext.{package}' has no attribute 'nothing'"):
+        lazy.nothing  # noqa: B018
+
+
+def test_the_command_imports_torch_when_it_needs_it() -> None:
+    program = (
+        "import sys; sys.argv[0] = 'bin/evit'\n"
+        "import evit_ext; print('torch' in sys.modules)\n"
+        "import timm; from evit_ext import apply, models\n"
+        "print(apply is evit_ext.apply, timm.is_model('evit_deit_tiny_patch16_224'))\n"
+    )
+    assert run(program).splitlines() == ["False", "True True"]
 
 
 def test_unknown_names() -> None:

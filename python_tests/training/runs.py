@@ -8,6 +8,7 @@ import os
 import resource
 import shlex
 import socket
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,22 @@ def start(
     return started
 
 
+def processes_of(command: Sequence[str], processes: int, logs: Path) -> list[subprocess.Popen[bytes]]:
+    """Start a command as so many processes that train together; what each prints goes to `logs`/RANK.log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for rank in map(str, range(processes)):
+        place = {"RANK": rank, "WORLD_SIZE": str(processes), "LOCAL_RANK": rank}
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        with (logs / f"{rank}.log").open("w") as log:
+            started.append(
+                subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **place, **where})
+            )
+    return started
+
+
 def _train(
     command: list[str], environment: dict[str, str], log: Path | None, largest_file: int | None
 ) -> None:
@@ -98,6 +115,8 @@ def assert_same_run(one: Path, other: Path) -> None:
         first, second = load_file(one / name), load_file(other / name)
         for key, value in first.items():
             assert torch.equal(value, second[key]), (name, key)
+        # The order of tensors and of what is said of them, too: `sha256sum` shows that runs are equal.
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
     newest = [max((folder / "checkpoints").iterdir()) for folder in (one, other)]
     assert newest[0].name == newest[1].name
     first, second = (torch.load(path, weights_only=True) for path in newest)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from evit_ext.training import ranks
+from evit_ext.training.launcher import launched
 
 SCRIPT = Path(__file__).with_name("talking_ranks.py")
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
@@ -28,7 +29,7 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "2", "SLURM_
     ],
 )
 def test_launched(environment: dict[str, str], place: tuple[int, int, int] | None) -> None:
-    assert ranks.launched(environment) == place
+    assert launched(environment) == place
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_launched(environment: dict[str, str], place: tuple[int, int, int] | Non
 )
 def test_launchers_that_make_no_sense(environment: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ranks.launched(environment)
+        launched(environment)
 
 
 @pytest.fixture

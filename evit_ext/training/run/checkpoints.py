@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from evit_ext._util.files import remove_unfinished, replacing
 
 _logger = logging.getLogger(__name__)
@@ -60,6 +58,8 @@ class RunCheckpoints:
         Raises:
             OSError: it could not be written, for lack of space for instance; older checkpoints are intact.
         """
+        import torch  # here, as in load(), because it takes seconds, and steps() needs none of it
+
         path = self.path(step)
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.folder)
@@ -110,6 +110,8 @@ class RunCheckpoints:
             FileNotFoundError: there is none of this step.
             ValueError: it is damaged, or holds more than tensors and plain values.
         """
+        import torch
+
         path = self.path(step)
         try:
             with zipfile.ZipFile(path) as archive:

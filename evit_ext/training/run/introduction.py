@@ -8,6 +8,7 @@ from timm.utils.model import unwrap_model
 
 from evit_ext.patching.keep_rates import keep_rates
 from evit_ext.training.config import TrainConfig
+from evit_ext.training.evaluation import Evaluation
 from evit_ext.training.loaders import Loaders
 from evit_ext.training.precision import Precision
 from evit_ext.training.ranks import Ranks
@@ -41,6 +42,13 @@ def introduce(config: TrainConfig, loaders: Loaders, model: Any, precision: Prec
         *loaders.words,
     ]
     return "\n".join(lines)
+
+
+def in_short(found: Evaluation, num_classes: int) -> str:
+    """Return an evaluation in a few words."""
+    # Of five classes or fewer, every image is right among five.
+    top5 = f", top-5 {found.top5:.2f} %" if num_classes > 5 else ""
+    return f"top-1 {found.top1:.2f} %{top5}, loss {found.loss:.4f}"
 
 
 def _keep_rate(config: TrainConfig, model: Any) -> str:

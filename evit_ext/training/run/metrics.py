@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class Metrics:
             return
         writer = None if tensorboard is False else _summary_writer(tensorboard)
         if wandb is not None:
-            self._wandb = _start_wandb(wandb, Path(folder))
+            self._wandb = _start_wandb(wandb, Path(folder), resume_step is not None)
         self.path = Path(folder) / "metrics.csv"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = [] if resume_step is None else _lines_up_to(self.path, resume_step)
@@ -176,7 +177,7 @@ def _is_up_to(cell: str, step: int) -> bool:
     return cell.isdecimal() and int(cell) <= step
 
 
-def _start_wandb(project: str, folder: Path) -> Any:
+def _start_wandb(project: str, folder: Path, goes_on: bool) -> Any:
     """Return a run of Weights & Biases, the same one if the folder's run goes on."""
     try:
         import wandb
@@ -185,8 +186,12 @@ def _start_wandb(project: str, folder: Path) -> Any:
             f"records are to be written to Weights & Biases, but it cannot be imported ({error}): "
             "pip install wandb, or leave out --wandb"
         ) from error
-    name = folder.resolve().name
-    return wandb.init(project=project, name=name, id=name, dir=str(folder), resume="allow")
+    # Not the folder's name: two folders may have the same one, and not all letters are allowed.
+    place = folder / "wandb" / "id.txt"
+    number = place.read_text() if goes_on and place.is_file() else secrets.token_hex(8)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(number)
+    return wandb.init(project=project, name=folder.resolve().name, id=number, dir=str(folder), resume="allow")
 
 
 def _summary_writer(tensorboard: bool | str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,18 +15,19 @@ from evit_ext._util.files import replacing
 from evit_ext._util.memory import peak_memory
 from evit_ext._util.messages import shown
 from evit_ext._util.randomness import derive_seed, seeded
+from evit_ext.data.listing import Listing
 from evit_ext.patching.keep_rates import keep_rates
 from evit_ext.training.building import build_model, build_objective, gmacs_of_run, load_initial
 from evit_ext.training.compiling import allow_recompiles, programs_of_run
 from evit_ext.training.config import TrainConfig
-from evit_ext.training.evaluation import Evaluation, evaluate
+from evit_ext.training.evaluation import evaluate
 from evit_ext.training.loaders import Batch, Loaders
 from evit_ext.training.precision import choose_precision
 from evit_ext.training.ranks import Ranks
 from evit_ext.training.run import folder as run_folder
 from evit_ext.training.run.checkpoints import RunCheckpoints
 from evit_ext.training.run.clock import RunClock
-from evit_ext.training.run.introduction import introduce
+from evit_ext.training.run.introduction import in_short, introduce
 from evit_ext.training.run.lock import FolderLock
 from evit_ext.training.run.metrics import Metrics
 from evit_ext.training.run.results import Results
@@ -60,6 +60,8 @@ class Run:
         tensorboard: "auto" writes TensorBoard's events if its package is installed; True insists, False does
             not write them.
         wandb: project of Weights & Biases to write the figures to; None for none.
+        recipe: where the configuration comes from, for the first lines; "" says nothing.
+        listings: of folders of images that have been listed already, by their paths.
 
     Raises:
         ValueError: the configuration contradicts itself, or the folder belongs to another run.
@@ -77,11 +79,13 @@ class Run:
         progress: bool = True,
         tensorboard: bool | str = "auto",
         wandb: str | None = None,
+        recipe: str = "",
+        listings: dict[str, Listing] | None = None,
     ) -> None:
         if resume not in ("auto", "never"):
             raise ValueError(f"resume must be 'auto' or 'never', got {shown(resume)}")
         self.config, self.folder, self.ranks = config, Path(folder), ranks
-        self._progress = progress
+        self._progress, self._recipe = progress, recipe
         self._checkpoints = RunCheckpoints(self.folder / "checkpoints", config.keep_checkpoints)
         self._unreadable = UnreadableImages(self.folder, ranks, config.max_unreadable)
         self._results = Results(self.folder, ranks, config.model)
@@ -93,7 +97,7 @@ class Run:
             run_folder.check_folder(
                 self.folder, config, self._checkpoints.steps(), ranks, may_resume=resume == "auto"
             )
-            self._build()
+            self._build(listings)
             resumed = self._load()
             # From here on there is a run, which writes: what is refused leaves the folder as it was.
             self._metrics = Metrics(self.folder, tensorboard, ranks.is_first, resumed, wandb)
@@ -107,12 +111,12 @@ class Run:
             self._lock.discard()
             raise
 
-    def _build(self) -> None:
+    def _build(self, listings: dict[str, Listing] | None) -> None:
         config, ranks = self.config, self.ranks
         if not config.val_split:
             raise ValueError("val_split is empty: a run needs images to evaluate on")
         micro_batch, accumulation = config.micro_batches(ranks.world_size)
-        self._loaders = Loaders(config, ranks, micro_batch, accumulation)
+        self._loaders = Loaders(config, ranks, micro_batch, accumulation, listings=listings)
         goes_on = bool(self._checkpoints.steps())
         if goes_on:
             run_folder.check_classes(self.folder, self._loaders.classes)
@@ -213,7 +217,8 @@ class Run:
 
     def _introduce(self) -> None:
         text = introduce(self.config, self._loaders, self.trainer.model, self.precision, self.ranks)
-        self._say(f"{text}\nthe run is in {self.folder}")
+        recipe = f"recipe {self._recipe}\n" if self._recipe else ""
+        self._say(f"{recipe}{text}\nthe run is in {self.folder}")
 
     def advice(self) -> str:
         """Return what to do after a failure."""
@@ -225,6 +230,7 @@ class Run:
     def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in self._waited_for(batches):
             self._unreadable.add(batch.unreadable)
+            self._watch.begin(f"step {self.trainer.step + 1}")
             yield batch
 
     def _waited_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -234,6 +240,7 @@ class Run:
 
     def _after_step(self) -> None:
         trainer, config = self.trainer, self.config
+        self._watch.begin(f"what follows step {trainer.step}")
         # What must happen on all processes at the same step is agreed in one message.
         with self._watch.waiting("the other processes"):
             stop, unreadable = self.ranks.sum([bool(self._stop.number), self._unreadable.unshared])
@@ -258,6 +265,7 @@ class Run:
             "unreadable": self._unreadable.state(),
             "classes": self._loaders.classes,
         }
+        self._watch.begin("")  # a large file takes as long as it takes
         failure: OSError | None = None
         if self.ranks.is_first:
             try:
@@ -267,6 +275,7 @@ class Run:
             except OSError as error:
                 failure = error
         (failed,) = self.ranks.sum([failure is not None])
+        self._watch.begin(f"what follows step {self.trainer.step}")
         if failure is not None:
             raise failure
         if failed:
@@ -305,7 +314,7 @@ class Run:
                 self.precision,
                 self.ranks,
                 self._progress,
-                self._val_batches(),
+                self._loaders.val_batches,
                 {"model": "evaluate", "ema": "evaluate the moving average"}[name],
             )
             self._stop_if_asked()  # what was found is of a part of the images, then
@@ -321,13 +330,15 @@ class Run:
                 tokens_kept=found[name].tokens_kept,
             )
         self._say(
-            f"epoch {epochs_done}: " + "; ".join(f"{name} {self._short(one)}" for name, one in found.items())
+            f"epoch {epochs_done}: "
+            + "; ".join(f"{name} {in_short(one, self._loaders.num_classes)}" for name, one in found.items())
         )
         self._results.add(epochs_done, self._keep_rate(), found, models)
 
     def _interruptible(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield batches until a signal asks to stop: the processes then meet at the end of the evaluation."""
         for batch in self._waited_for(batches):
+            self._watch.begin("the evaluation")
             yield batch
             if self._stop.number:
                 return
@@ -378,18 +389,6 @@ class Run:
         epoch = (self.trainer.step - 1) // self.trainer.steps_per_epoch + 1
         self._metrics.write(self.trainer.step, epoch, kind, **figures)
 
-    def _val_batches(self) -> int | None:
-        """Return how many batches of validation the first process has, where that is known."""
-        images = self._loaders.val_images
-        if images is None:
-            return None
-        return math.ceil(math.ceil(images / self.ranks.world_size) / self._loaders.micro_batch)
-
     def _say(self, text: str) -> None:
         if self.ranks.is_first:
             print(text, flush=True)
-
-    def _short(self, found: Evaluation) -> str:
-        # Of five classes or fewer, every image is right among five.
-        top5 = f", top-5 {found.top5:.2f} %" if self._loaders.num_classes > 5 else ""
-        return f"top-1 {found.top1:.2f} %{top5}, loss {found.loss:.4f}"

@@ -97,6 +97,66 @@ def test_waiting_for_other_processes_ends_after_its_grace(tmp_path: Path) -> Non
     assert "still waiting for the other processes, 1 s after being asked to stop: ended; advice" in said
 
 
+HANGING = """
+import os, sys, threading
+from evit_ext.cli import main
+from evit_ext.training import waiting
+from evit_ext.training.trainer import Trainer
+waiting.GRACE_OF_RANKS = 3.0
+optimize = Trainer._optimize
+
+def hang(trainer, batches):
+    if os.environ["RANK"] == "1" and trainer.step == 5:
+        print("hangs", flush=True)
+        threading.Event().wait()
+    return optimize(trainer, batches)
+
+Trainer._optimize = hang
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_collective_that_never_ends(tmp_path: Path) -> None:
+    """A process hangs, the other waits for its gradients: each ends after one SIGTERM."""
+    data, folder = write_folder(tmp_path / "data", train=24, val=2), tmp_path / "run"
+    options = [*LONG, "--data", str(data), "--workers", "0", "--output", str(folder), "--device", "cpu"]
+    command = [sys.executable, "-c", HANGING, "train", *options, "--checkpoint-every", "2"]
+    started = runs.processes_of(command, 2, tmp_path)
+    until(lambda: "hangs" in (tmp_path / "1.log").read_text())
+    time.sleep(1)  # the other is in its backward by then
+    began = time.monotonic()
+    for process in started:
+        process.send_signal(signal.SIGTERM)
+    logs = [(tmp_path / f"{rank}.log").read_text for rank in range(2)]
+    assert [process.wait(60) for process in started] == [128 + signal.SIGTERM] * 2, [log() for log in logs]
+    assert time.monotonic() - began < 20  # of 30 s that schedulers grant, on a busy machine
+    found = RunCheckpoints(folder / "checkpoints").load_latest()
+    assert found is not None and found[1] == 4
+    for log in logs:
+        assert "evit train: step 6 does not end" in log() and "checkpoint-000000004.pth" in log()
+
+
+def test_a_step_may_take_as_long_as_those_before(tmp_path: Path) -> None:
+    """Steps of 0.8 s, with a grace of 0.5 s: the step ends. One of 3 s is given up."""
+    steps = """
+    waiting.GRACE_OF_RANKS = 0.5
+    for seconds in (0.8, 0.8, 1.5, {}):
+        watch.begin("step")
+        if seconds == 1.5: os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(seconds)
+    watch.begin("")
+    time.sleep(4)  # as for writing a file
+    """
+    done = {}
+    for last in (0.1, 9):
+        program = WAITING.format(steps.strip().format(last))
+        done[last] = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+        )
+    assert done[0.1].returncode == 0 and not done[0.1].stderr
+    assert done[9].returncode == 143 and "step does not end" in done[9].stderr
+
+
 def test_what_is_not_waiting_is_only_noted() -> None:
     program = WAITING.format(
         "os.kill(os.getpid(), signal.SIGTERM); time.sleep(2)\n    print('went on', flush=True)"
