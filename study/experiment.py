@@ -100,7 +100,7 @@ class Experiment:
                 dense.load_state_dict(self._trained(arm.start))
             if arm.model == "dynamicvit":
                 return self._as_dynamicvit(dense)
-        if arm.keep_rate is None:
+        if not arm.reduces:
             return dense
         rule = rules_by_name(arm.rule, arm.keep_rate, arm.rule_args)
         return apply(dense, drop_loc=arm.drop_loc, rule=rule)
@@ -189,7 +189,7 @@ class Experiment:
             "gmacs": count_macs(model) / 1e9,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
-        if self._arm.keep_rate is not None:
+        if self._arm.reduces and self._arm.rule != "tome":  # which keeps a part of every patch
             batches = data.batches(_TEST_BATCH)
             kept, at_random = measure_survival(model, batches, patch_size, self._precision)
             result["object_patches_kept"] = [round(share, 4) for share in kept]

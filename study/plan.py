@@ -61,7 +61,7 @@ class Arm:
         recipe: name of a recipe of the plan; None trains nothing.
         start: name of the arm whose weights, of the same seed, it starts from; None starts from scratch.
         model: "vit", which is reorganised where there is a keep rate, or "dynamicvit".
-        keep_rate: of every stage; None keeps all tokens.
+        keep_rate: of every stage; None leaves it to `rule_args`, and without these keeps all tokens.
         rule: name of a rule; by default EViT's.
         rule_args: settings of the rule besides its keep rate, such as ``fuse_token``.
         drop_loc: numbers of the blocks that reorganise; by default those at the quarters of the depth.
@@ -80,6 +80,11 @@ class Arm:
     oracle: str | None = None
     canvas_size: int | None = None
     seeds: int = 5
+
+    @property
+    def reduces(self) -> bool:
+        """Whether tokens become fewer."""
+        return self.keep_rate is not None or bool(self.rule_args)
 
 
 @dataclass(frozen=True, kw_only=True)
