@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -131,6 +132,10 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _load() -> str:
+    return " ".join(f"{average:.1f}" for average in os.getloadavg())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -139,7 +144,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md as well")
     arguments = parser.parse_args()
     facts = machine("cpu")
+    before = _load()
     rows = measure(TOWER, TEXT, arguments.rounds)
+    facts |= {"cores": os.cpu_count(), "load averages": f"{before} before, {_load()} after"}
     text = (
         "CLIP ViT-L/14 at 336 pixels with a projector, features of layer -2, and a language model of 8 "
         f"layers of width 1024 with {TEXT_TOKENS} tokens of text. Random weights, float32, batch 1, medians "

@@ -82,7 +82,7 @@ def test_keep_rate_1_and_remove(name: str) -> None:
         assert all(map(torch.equal, model(images()).feature_maps, expected))
         evit_ext.set_keep_rate(model, 0.5)
         assert not torch.equal(model(images()).feature_maps[-1], expected[-1])
-        selected = model(images(), output_hidden_states=[1, -1]).hidden_states
+        selected = model(images(), output_hidden_states=True).hidden_states
         assert selected[1].shape == selected[-1].shape == (3, 16 + BACKBONES[name][1], 24)
         evit_ext.remove(model)
         assert all(map(torch.equal, model(images()).feature_maps, expected))
