@@ -37,6 +37,11 @@ def class_attention(q: Tensor, k: Tensor, scale: float, logsumexp: Tensor | None
     return logits.softmax(dim=-1).mean(dim=1).squeeze(1)
 
 
+def mean_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Return the scores [B, N] of `q` [B, H, M, D] and `k` [B, H, N, D]."""
+    return ((q * scale) @ k.transpose(2, 3)).softmax(dim=-1).mean(dim=(1, 2))
+
+
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Return rows `index` [B, K] of `x` [B, N, C]: [B, K, C]."""
     first = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
@@ -87,5 +92,12 @@ def add_reorganize_norm(
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Return the functions by the operators that they take the place of."""
-    functions = (class_attention, gather_tokens, scatter_tokens, reorganize_tokens, add_reorganize_norm)
+    functions = (
+        class_attention,
+        mean_attention,
+        gather_tokens,
+        scatter_tokens,
+        reorganize_tokens,
+        add_reorganize_norm,
+    )
     return {getattr(torch.ops.evit, f.__name__).default: f for f in functions}

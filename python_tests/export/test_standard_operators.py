@@ -53,6 +53,13 @@ def test_add_reorganize_norm(affine: bool) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_mean_attention() -> None:
+    q, k = drawn(2, 3, 5, 4), drawn(2, 3, 7, 4)
+    for scale in (0.5, -1.7):
+        expected = reference.mean_attention(q, k, scale)
+        torch.testing.assert_close(standard_operators.mean_attention(q, k, scale), expected)
+
+
 def test_class_attention() -> None:
     q, k = drawn(2, 3, 4), drawn(2, 3, 7, 4)
     for scale in (0.5, 1.7):
