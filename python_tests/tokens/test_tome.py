@@ -15,8 +15,9 @@ from torch import Tensor
 import evit_ext
 from evit_ext.cost.tokens import count_tokens
 from evit_ext.tokens import EViT, RandomSelection, ToMe, make_rule
+from evit_ext.tokens.merging import MergePlan
 from evit_ext.tokens.stage import find_stages
-from evit_ext.tokens.tome import MergePlan, bipartite_matching
+from evit_ext.tokens.tome import bipartite_matching
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
