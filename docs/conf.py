@@ -90,6 +90,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(abc|collections|contextlib|numpy|os|pathlib|timm|torch|typing)\..*|Tensor"),
     ("py:class", r"(dict|tuple)\[.*|.*~typing.*"),  # parts of annotations
     ("py:class", r"evit_ext\..*\.(Model|Self)"),  # type variables
+    ("py:class", r"evit_ext\.data\.listing\.Listing"),  # what Run hands on from checks, and nobody else makes
     ("py:class", r"evit_ext\._util\.overriding\.Override"),  # a base class
 ]
 

@@ -4,6 +4,7 @@ from evit_ext import models, ops, tokens
 from evit_ext._util.version import VERSION as __version__
 from evit_ext.cost.budget import fit_budget
 from evit_ext.cost.comparison import compare_costs
+from evit_ext.cost.depth import fit_keep_rates
 from evit_ext.cost.layers import layer_costs
 from evit_ext.cost.macs import count_macs
 from evit_ext.patching.applying import apply, remove
@@ -23,6 +24,7 @@ __all__ = [
     "count_macs",
     "cuda_graph",
     "fit_budget",
+    "fit_keep_rates",
     "from_pretrained",
     "keep_rate_levels",
     "keep_rate_schedule",

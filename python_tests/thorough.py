@@ -9,6 +9,7 @@ from __future__ import annotations
 THOROUGH = (
     # A whole model or package is compiled.
     "cpu/test_cpu_inference.py::test_compiled",
+    "cost/test_depth.py::test_against_trying_all",
     "export/test_cmake_package.py",
     "export/test_cpp_example.py",
     "export/test_export_model.py::test_aoti_runs_with_the_operators_alone",

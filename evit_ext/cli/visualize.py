@@ -137,6 +137,8 @@ def _tell(text: str) -> None:
 def _rates(model: Any, options: argparse.Namespace) -> list[float]:
     """Return the keep rates to show, highest first; all are checked before anything is computed."""
     rates = options.keep_rates or (list(_PAGE_RATES) if options.html is not None else keep_rates(model))
+    if not rates:
+        raise ValueError("the model's rule has no keep rate of its own to show: give --keep-rate")
     rates = sorted(set(rates), reverse=True)
     for rate in rates:
         set_keep_rate(model, rate)

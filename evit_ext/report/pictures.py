@@ -54,10 +54,11 @@ def kept_patches(
     def name(number: int) -> str:
         return names[number] if number < len(names) else f"class {number}"
 
-    found = []
-    for tensor, label, view in zip(
-        images, labels, view_images(model, images, [min(keep_rates(model))]), strict=True
-    ):
+    found: list[KeptPatches] = []
+    rates = keep_rates(model)
+    if not rates:  # a rule such as ToMe(r=13): its views would be those of another model
+        return found
+    for tensor, label, view in zip(images, labels, view_images(model, images, [min(rates)]), strict=True):
         (rate,) = view.rates
         picture = eye.show(tensor.cpu())
         best = None if rate.probabilities is None else int(rate.probabilities.argmax())

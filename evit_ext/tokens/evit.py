@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from evit_ext import ops
 from evit_ext._util.messages import shown
+from evit_ext.tokens.merging import squeezed
 from evit_ext.tokens.plan import Plan
 from evit_ext.tokens.rule import KeepRateRule, Seen
+
+#: Where the patch tokens that are not kept may go.
+FUSIONS = ("sum", "normalized", "squeezed")
 
 
 class BestPlan(Plan):
@@ -26,11 +32,18 @@ class BestPlan(Plan):
         seen: what the rule sees, with scores.
         num_keep: K.
         fuse: append the others' sum, weighted by their scores.
+        normalized: divide that sum by the sum of these scores.
     """
 
-    def __init__(self, seen: Seen, num_keep: int, fuse: bool) -> None:
+    def __init__(self, seen: Seen, num_keep: int, fuse: bool, normalized: bool = False) -> None:
         self._seen = seen
         self._token_scores = seen.token_scores
+        if normalized and num_keep < seen.num_patches:
+            # The order stays; the sum of the lowest is the same whichever of equal ones are among them.
+            others = seen.scores.topk(seen.num_patches - num_keep, dim=1, largest=False, sorted=False).values
+            least = torch.finfo(others.dtype).tiny
+            total = others.sum(dim=1, keepdim=True).clamp(min=least)
+            self._token_scores = None if seen.token_scores is None else seen.token_scores / total
         self._fuse = fuse
         self._kept: Tensor | None = None
         self.num_keep = num_keep
@@ -95,7 +108,7 @@ class BestPlan(Plan):
         return Plan(self.kept, self.num_patches, self.num_made, scores=self.scores)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EViT(KeepRateRule, name="evit"):
     """Keep the patches that receive the most attention of the class token, fuse the others into one token.
 
@@ -106,10 +119,15 @@ class EViT(KeepRateRule, name="evit"):
             K = N − P nothing happens.
         fuse_token: append ``Σ scores[j] · x[j]`` over the patch tokens that are not kept, not divided by the
             sum of their scores; False drops them.
+        fusion: where they go, if not dropped: "sum", as above and in the paper; "normalized", the same
+            divided by the sum of their scores, which is their weighted average; or "squeezed": no token is
+            appended, and each becomes part of the most similar kept one, see
+            :func:`evit_ext.tokens.merging.squeezed` (Wei et al., CVPR 2023).
     """
 
     keep_rate: float = 0.7
     fuse_token: bool = True
+    fusion: str = "sum"
 
     paper = "https://arxiv.org/abs/2202.07800"
 
@@ -117,6 +135,22 @@ class EViT(KeepRateRule, name="evit"):
         super().__post_init__()
         if not isinstance(self.fuse_token, bool):
             raise TypeError(f"fuse_token must be True or False, got {shown(self.fuse_token)}")
+        if self.fusion not in FUSIONS:
+            raise ValueError(
+                f"fusion must be one of {', '.join(map(repr, FUSIONS))}, got {shown(self.fusion)}"
+            )
+        if self.fusion != "sum" and not self.fuse_token:
+            raise ValueError(f"fusion {self.fusion!r} fuses tokens, and fuse_token=False drops them")
+
+    def __repr__(self) -> str:
+        """Return what builds it; the fusion only where it is not the paper's."""
+        fusion = "" if self.fusion == "sum" else f", fusion={self.fusion!r}"
+        return f"EViT(keep_rate={self.keep_rate}, fuse_token={self.fuse_token}{fusion})"
+
+    def settings(self) -> dict[str, Any]:
+        """See `Rule.settings`; files of models with the paper's fusion are as before there was another."""
+        fusion = {} if self.fusion == "sum" else {"fusion": self.fusion}
+        return {"keep_rate": self.keep_rate, "fuse_token": self.fuse_token, **fusion}
 
     @property
     def fuses(self) -> bool:  # type: ignore[override]
@@ -139,13 +173,19 @@ class EViT(KeepRateRule, name="evit"):
     def num_out(self, num_patches: int, num_image_patches: int | None) -> int:
         """See `Rule.num_out`."""
         num_kept = self.num_kept(num_patches, num_image_patches)
-        return num_kept + (1 if self.fuse_token and num_kept < num_patches else 0)
+        makes_one = self.fuse_token and self.fusion != "squeezed" and num_kept < num_patches
+        return num_kept + int(makes_one)
 
     def plan(self, seen: Seen) -> Plan:
         """See `Rule.plan`."""
         num_kept = self.num_kept(seen.num_patches, seen.num_image_patches)
-        return BestPlan(seen, num_kept, self.fuse_token)
+        if self.fusion == "squeezed" and num_kept < seen.num_patches:
+            kept = BestPlan(seen, num_kept, fuse=False).kept
+            return squeezed(seen.tokens[:, seen.num_prefix_tokens :], kept, seen.scores)
+        return BestPlan(seen, num_kept, self.fuse_token, self.fusion == "normalized")
 
     def describe(self) -> str:
         """See `Rule.describe`."""
+        if self.fusion == "squeezed":
+            return "squeezed into the most similar kept ones"
         return "fused into one token" if self.fuse_token else "dropped"

@@ -17,48 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evit_ext import ops
 from evit_ext._util.messages import shown
 from evit_ext.ops import checks
+from evit_ext.tokens.merging import MergePlan
 from evit_ext.tokens.plan import Plan
 from evit_ext.tokens.rule import KeepRateRule, Seen
-
-
-class MergePlan(Plan):
-    """Merges patch tokens into others, each of which stays where it is.
-
-    Args:
-        kept: int64 [B, M], the tokens that stay, ascending.
-        owner: int64 [B, N − P], the number of the token that each becomes part of, among those that leave.
-        sizes: of how many patches each token is made, [B, N − P]; None if each is one.
-    """
-
-    def __init__(self, kept: Tensor, owner: Tensor, sizes: Tensor | None) -> None:
-        super().__init__(kept, owner.shape[1], owner=owner, complete=True)
-        self._sizes = sizes
-        self._merged: Tensor | None = None
-
-    def merged_sizes(self, sizes: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """See `Plan.merged_sizes`; computed once."""
-        if self._merged is None:
-            self._merged = super().merged_sizes(sizes, dtype, device)
-        return self._merged
-
-    def apply(self, x: Tensor, num_prefix_tokens: int) -> Tensor:
-        """Return the tokens that leave, [B, P + M, C]: averages, weighted by the sizes."""
-        dtype = checks.accumulation_dtype(x.dtype)
-        sizes = torch.ones_like(self.owner, dtype=dtype) if self._sizes is None else self._sizes.to(dtype)
-        merged = self.merged_sizes(self._sizes, dtype, x.device)
-        # A token that is merged with no other has exactly the weight 1, and stays as it is.
-        weights = F.pad(sizes / merged.gather(1, self.owner), (num_prefix_tokens, 0), value=1.0)
-        first = torch.arange(num_prefix_tokens, device=x.device).expand(x.shape[0], -1)
-        owner = torch.cat([first, self.owner + num_prefix_tokens], dim=1)
-        weighted = x * weights.to(x.dtype).unsqueeze(2)
-        return ops.scatter_tokens(weighted, owner, num_prefix_tokens + self.num_out)
-
-    def settled(self) -> Plan:
-        """See `Plan.settled`."""
-        return Plan(self.kept, self.num_patches, owner=self.owner, complete=True)
 
 
 @dataclass(frozen=True)
@@ -124,6 +87,11 @@ class ToMe(KeepRateRule, name="tome"):
     def title(self) -> str:
         """See :class:`Rule`."""
         return "ToMe"
+
+    @property
+    def score_meaning(self) -> str | None:
+        """See :class:`Rule`."""
+        return "none; tokens are merged by the similarity of their keys"
 
     def wants(self) -> frozenset[str]:
         """See `Rule.wants`."""

@@ -102,6 +102,7 @@ def _stages(rate: RateView) -> list[dict[str, Any]]:
                 "kept": "".join("1" if kept else "0" for kept in stage.kept.flatten().tolist()),
                 "dropped": stage.dropped,
                 "fused": stage.fused,
+                "merged": stage.groups is not None,
                 "levels": found.levels.flatten().tolist(),
                 "low": float(f"{found.low:.3g}"),
                 "high": float(f"{found.high:.3g}"),

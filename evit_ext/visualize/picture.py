@@ -18,7 +18,7 @@ from evit_ext.visualize.class_names import NamedProbability, most_probable
 from evit_ext.visualize.gallery import Gallery, work_saved
 from evit_ext.visualize.heat import COLORS, Heat, heat
 from evit_ext.visualize.photos import Photo
-from evit_ext.visualize.views import RateView
+from evit_ext.visualize.views import RateView, StageView
 
 #: Side of a picture in the large layout and in a contact sheet, in pixels.
 LARGE, SMALL = 240, 128
@@ -87,6 +87,28 @@ def kept_picture(image: Image.Image, kept: Tensor, side: int) -> Image.Image:
     faded = pixels.mean(axis=2, keepdims=True) * (1 - PAPER_SHARE) + np.array(PAPER) * PAPER_SHARE
     there = spread(kept.numpy(), pixels.shape[:2])[..., None]
     return Image.fromarray(np.rint(np.where(there, pixels, faded)).astype(np.uint8))
+
+
+def merged_picture(image: Image.Image, groups: Tensor, side: int) -> Image.Image:
+    """Return an image in which patches that were merged into one token are of one colour, their mean.
+
+    Args:
+        image: RGB, as the model sees it.
+        groups: int64 [rows, columns], the number of each patch's token. A patch by itself stays as it is.
+        side: in pixels, as for :func:`kept_picture`.
+    """
+    pixels = np.asarray(fitted(image, side), dtype=np.float64)
+    owner = spread(groups.numpy(), pixels.shape[:2])
+    sums = [np.bincount(owner.ravel(), weights=pixels[..., channel].ravel()) for channel in range(3)]
+    means = np.stack(sums, axis=1) / np.maximum(np.bincount(owner.ravel()), 1)[:, None]
+    alone = (np.bincount(groups.numpy().ravel(), minlength=len(means)) == 1)[owner][..., None]
+    return Image.fromarray(np.rint(np.where(alone, pixels, means[owner])).astype(np.uint8))
+
+
+def _stage_picture(photo: Photo, stage: StageView, side: int) -> Image.Image:
+    if stage.groups is not None:
+        return merged_picture(photo.image, stage.groups, side)
+    return kept_picture(photo.image, stage.kept, side)
 
 
 def heat_picture(found: Heat, size: tuple[int, int]) -> Image.Image:
@@ -189,15 +211,17 @@ def _stages(page: _Page, photo: Photo, rate: RateView, corner: tuple[int, int], 
     x, y = corner
     total = photo.view.grid[0] * photo.view.grid[1]
     for number, stage in enumerate(rate.stages):
-        picture = kept_picture(photo.image, stage.kept, LARGE)
+        picture = _stage_picture(photo, stage, LARGE)
         page.image.paste(picture, (x, y))
         left = int(stage.kept.sum())
-        page.text(x, y + picture.height + 4, f"stage {number + 1}: {left} of {total} patches left", 13)
-        word = "fused into one token" if stage.fused else "dropped"
+        what = "patches" if stage.groups is None else "tokens"
+        page.text(x, y + picture.height + 4, f"stage {number + 1}: {left} of {total} {what} left", 13)
+        word = "fused into one token" if stage.fused else "dropped" if stage.groups is None else "merged"
         page.text(x, y + picture.height + 21, f"{stage.dropped} {word} here", 12, _FAINT)
         found, below = heat(stage.scores), y + picture.height + 42
-        page.image.paste(heat_picture(found, picture.size), (x, below))
-        _legend(page, x, below + picture.height + 6, min(cell, picture.width), found)
+        if (found.levels >= 0).any():  # the rule ranks patches
+            page.image.paste(heat_picture(found, picture.size), (x, below))
+            _legend(page, x, below + picture.height + 6, min(cell, picture.width), found)
         x += cell + _GAP
 
 
@@ -237,7 +261,7 @@ def _sheet(gallery: Gallery) -> Image.Image:
             page.image.paste(fitted(photo.image, SMALL), (x, y))
             for stage, found in enumerate(rate.stages):
                 left = x + (1 + stage) * (side + 6)
-                page.image.paste(kept_picture(photo.image, found.kept, SMALL), (left, y))
+                page.image.paste(_stage_picture(photo, found, SMALL), (left, y))
             page.text(x, y + high + 2, _heading(rate, photo.view.dense), 11, _FAINT, width)
             page.text(x, y + high + 17, _told(gallery, photo, rate), 12, width=width)
             y += high + 40

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from evit_ext.cost.macs import count_macs
 from evit_ext.cost.tokens import patch_grid
+from evit_ext.patching.applying import switch_cpu_forwards
 from evit_ext.patching.families import locate
-from evit_ext.patching.keep_rates import keep_rates as current_keep_rates
 from evit_ext.patching.keep_rates import set_keep_rate
 from evit_ext.patching.recording import TokenRecord, record_tokens
 from evit_ext.tokens.rule import Rule
@@ -31,12 +31,15 @@ class StageView:
             stages had dropped. A fused token has no place on the grid, so its score is not here.
         dropped: how many patches the stage dropped.
         fused: whether it fused them into a token.
+        groups: int64 [rows, columns], for each patch the number of the token that stands for it after the
+            stage, where tokens are merged into others that stay; None where the rule merges none.
     """
 
     kept: Tensor
     scores: Tensor
     dropped: int
     fused: bool
+    groups: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def view_images(model: nn.Module, images: Tensor, keep_rates: Sequence[float]) -
     stages_of(vit)
     size = (images.shape[2], images.shape[3])
     grid = _whole_grid(vit, size)
-    before = current_keep_rates(vit)
+    before = [stage.rule for stage in stages_of(vit)]
     modes = {module: module.training for module in model.modules()}  # some may be frozen in eval mode
     model.eval()
     try:
@@ -106,7 +109,9 @@ def view_images(model: nn.Module, images: Tensor, keep_rates: Sequence[float]) -
     finally:
         for module, training in modes.items():
             module.training = training
-        set_keep_rate(vit, before[0] if len(before) == 1 else before)
+        for stage, rule in zip(stages_of(vit), before, strict=True):
+            stage.rule = rule
+        switch_cpu_forwards(vit)
     return [
         ImageView(grid, dense, tuple(rate[number] for rate in rates))
         for number, dense in enumerate(everything)
@@ -177,6 +182,7 @@ def _at_rate(
     if any(value is not None and value.isnan().any() for value in of_model):
         raise ValueError(f"at keep rate {keep_rate:g} the model computes NaN: are its weights finite?")
     masks = surviving_patches(record.kept, num_patches)
+    groups = [_groups(record, stage) for stage in record.trail.stages]
     scores = _scores_on_grid(record, num_patches, stages_of(vit)[0].rule)
     macs = count_macs(vit, size)
     views = []
@@ -190,12 +196,20 @@ def _at_rate(
                     score[number].reshape(grid).float().cpu(),
                     left - now,
                     plans[stage].num_made > 0,
+                    None if (places := groups[stage]) is None else places[number].reshape(grid).cpu(),
                 )
             )
             left = now
         of_classes = None if probabilities is None else probabilities[number]
         views.append(RateView(float(keep_rate), tuple(stages), of_classes, macs))
     return views
+
+
+def _groups(record: TokenRecord, stage: int) -> Tensor | None:
+    """Return which token stands for each patch after a stage, [B, patches]; None unless all were merged."""
+    plans = [record.trail.plan(before) for before in record.trail.stages if before <= stage]
+    merged = all(plan.represents_all and not plan.num_made for plan in plans)
+    return record.trail.places(stage + 1) if merged and not all(plan.keeps_all for plan in plans) else None
 
 
 def _scores_on_grid(record: TokenRecord, num_patches: int, rule: Rule) -> list[Tensor]:

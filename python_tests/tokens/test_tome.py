@@ -13,10 +13,13 @@ from slow_tome import Groups, merge, slow_tome
 from torch import Tensor
 
 import evit_ext
+from evit_ext.benchmark.contestants import contestants
 from evit_ext.cost.tokens import count_tokens
+from evit_ext.models.by_name import create_evit
 from evit_ext.tokens import EViT, RandomSelection, ToMe, make_rule
+from evit_ext.tokens.merging import MergePlan
 from evit_ext.tokens.stage import find_stages
-from evit_ext.tokens.tome import MergePlan, bipartite_matching
+from evit_ext.tokens.tome import bipartite_matching
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -184,6 +187,16 @@ def test_sizes() -> None:
 def test_wrong_settings(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ToMe(**arguments)
+
+
+def test_models_and_benchmarks_by_name() -> None:
+    arguments: dict[str, Any] = {"img_size": 64, "embed_dim": 24, "num_heads": 2, "depth": 4}
+    model = create_evit("deit_tiny", 0.6, rule="tome", **arguments)
+    assert [stage.rule for stage in find_stages(model)] == [ToMe(0.6)] * 3
+    model = create_evit("deit_tiny", rule="tome", rule_args={"r": 2}, drop_loc=range(4), **arguments)
+    assert [stage.rule for stage in find_stages(model)] == [ToMe(r=2)] * 4
+    found = contestants("deit_tiny", [0.6], reduction={"rule": "tome"}, **arguments)
+    assert [one.name for one in found] == ["dense", "ToMe 0.6"] and found[1].gmacs < found[0].gmacs
 
 
 def test_costs_and_restored_grids(small_vit: Any) -> None:

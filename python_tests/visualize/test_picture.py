@@ -30,6 +30,18 @@ def test_kept_patches_are_the_image_and_dropped_ones_faded(width: int, height: i
             assert (found[y, x] == fitted[y, x]).all() if patch else (found[y, x] > 170).all()
 
 
+def test_merged_patches_are_of_one_colour() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 36, 3)).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    groups = torch.tensor([[0, 1, 1], [2, 0, 3]])
+    found = np.asarray(picture.merged_picture(image, groups, 36))
+    owner = np.repeat(np.repeat(groups.numpy(), 12, axis=0), 12, axis=1)
+    assert (found[owner >= 2] == pixels[owner >= 2]).all()
+    for token in (0, 1):
+        mean = pixels[owner == token].astype(float).mean(axis=0)
+        assert (found[owner == token] == np.rint(mean)).all()
+
+
 def test_levels_rise_with_the_scores_and_colours_with_the_levels() -> None:
     scores = torch.tensor([[0.0, 0.4, math.nan], [0.1, 0.9, 0.10001]])
     found = heat(scores)

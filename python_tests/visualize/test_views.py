@@ -10,6 +10,8 @@ import torch
 
 import evit_ext
 from evit_ext import models
+from evit_ext.tokens import EViT, ToMe
+from evit_ext.tokens.stage import find_stages
 from evit_ext.visualize import meaning_of_scores, surviving_patches, view_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -133,3 +135,22 @@ def test_surviving_patches() -> None:
         [False, True, False, True, True, False],
     ]
     assert second.tolist() == [[True, False, False, False, False, True], [False] * 3 + [True, False, False]]
+
+
+def test_groups_of_merged_tokens_and_the_rule_afterwards(small_vit: Any) -> None:
+    vit = evit_ext.apply(small_vit(), rule=ToMe(r=3), drop_loc=[0, 2])
+    images = torch.randn(2, 3, 32, 32)
+    views = view_images(vit, images, [0.6])
+    assert [stage.rule for stage in find_stages(vit)] == [ToMe(r=3)] * 2
+    evit_ext.set_keep_rate(vit, 0.6)
+    with torch.no_grad(), evit_ext.record_tokens(vit) as record:
+        vit(images)
+    for image, view in enumerate(views):
+        for number, stage in enumerate(view.rates[0].stages):
+            places = record.trail.places(number + 1)
+            assert places is not None and stage.groups is not None and not stage.fused
+            assert torch.equal(stage.groups.flatten(), places[image])
+        assert all(stage.groups is None for stage in view.dense.stages)
+    assert meaning_of_scores(vit).startswith("none; tokens are merged")
+    fused = evit_ext.apply(small_vit(), rule=EViT(0.6))
+    assert all(stage.groups is None for stage in view_images(fused, images, [0.6])[0].rates[0].stages)
