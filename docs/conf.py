@@ -42,6 +42,9 @@ NAVIGATION: dict[str, list[str]] = {
         "benchmarks/results/growth-cpu",
         "benchmarks/results/operators-cpu",
         "benchmarks/results/training-scaling-cpu",
+        "benchmarks/results/rules-cpu",
+        "benchmarks/results/vision-towers-cpu",
+        "benchmarks/results/seam-cpu",
     ],
     "Python reference": [
         "docs/api/evit_ext",

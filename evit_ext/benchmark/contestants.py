@@ -22,19 +22,19 @@ class Contestant:
     Attributes:
         name: to be shown.
         model: in eval mode, in which it returns logits; on its device.
-        keep_rate: of its stages; 1 for a dense model.
+        keep_rate: of its stages; 1 for a dense model, None for a rule that is not set by one.
         gmacs: multiply-accumulates per image in 10^9; None if they were not counted.
     """
 
     name: str
     model: nn.Module
-    keep_rate: float
+    keep_rate: float | None
     gmacs: float | None
 
 
 def contestants(
     name: str,
-    keep_rates: Sequence[float] = (0.7, 0.5),
+    keep_rates: Sequence[float | None] = (0.7, 0.5),
     device: torch.device | str = "cpu",
     reduction: Mapping[str, Any] | None = None,
     **arguments: Any,
@@ -46,7 +46,7 @@ def contestants(
 
     Args:
         name: from :mod:`evit_ext.models` or timm's registry.
-        keep_rates: each in (0, 1].
+        keep_rates: each in (0, 1]; None leaves it to the rule and its settings.
         device: where to put the models.
         reduction: how tokens are dropped, besides the keep rate: drop_loc, fuse_token, rule and rule_args.
         arguments: of the model, such as ``img_size``.
@@ -58,12 +58,19 @@ def contestants(
     if find_stages(dense):
         set_keep_rate(dense, 1.0)
     found = [Contestant("dense", dense, 1.0, _gmacs(dense, arguments))]
-    state = dense.state_dict()
+    state, given = dense.state_dict(), dict(reduction or {})
     for keep_rate in keep_rates:
-        model = create_evit(name, keep_rate=keep_rate, **(reduction or {}), **arguments).to(device).eval()
+        # A rule by its name has its settings first, and then the keep rate, which may replace one of them.
+        by_name = bool(given.get("rule"))
+        model = create_evit(name, keep_rate=None if by_name else keep_rate, **given, **arguments)
+        if by_name and keep_rate is not None:
+            set_keep_rate(model, keep_rate)
+        model = model.to(device).eval()
         model.load_state_dict(state)
-        title = find_stages(model)[0].rule.title
-        found.append(Contestant(f"{title} {keep_rate:g}", model, keep_rate, _gmacs(model, arguments)))
+        rule = find_stages(model)[0].rule
+        settings = {"": f"{rule.keep_rate:g}"} if rule.keep_rate is not None else given.get("rule_args", {})
+        title = " ".join([rule.title, *(f"{key} {value}".strip() for key, value in settings.items())])
+        found.append(Contestant(title, model, rule.keep_rate, _gmacs(model, arguments)))
     return found
 
 

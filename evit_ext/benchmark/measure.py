@@ -42,7 +42,7 @@ class Row:
     """
 
     model: str
-    keep_rate: float
+    keep_rate: float | None
     gmacs: float | None
     task: str
     mode: str

@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
     say_next(["evit", "export", options.named, *weights, "--format", "onnx"])
 
 
-def _model(options: argparse.Namespace) -> tuple[str, list[float], dict[str, Any]]:
+def _model(options: argparse.Namespace) -> tuple[str, list[float | None], dict[str, Any]]:
     """Return the model's name, the keep rates, and further arguments of :func:`contestants`."""
     size = {} if options.img_size is None else {"img_size": options.img_size}
     if not _is_run(options.named):
@@ -80,7 +80,10 @@ def _model(options: argparse.Namespace) -> tuple[str, list[float], dict[str, Any
     given = {"img_size": config.img_size, "num_classes": classes}
     arguments = {**config.model_args, **{name: value for name, value in given.items() if value is not None}}
     reduction = {name: getattr(config, name) for name in ("drop_loc", "fuse_token", "rule", "rule_args")}
-    rates = options.keep_rate or ([0.7, 0.5] if config.keep_rate is None else [config.keep_rate])
+    own: list[float | None] = (
+        [0.7, 0.5] if config.keep_rate is None and config.rule is None else [config.keep_rate]
+    )
+    rates = options.keep_rate or own
     return config.model, rates, {"reduction": reduction, **arguments}
 
 

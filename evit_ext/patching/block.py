@@ -81,9 +81,11 @@ class AdoptedBlock(nn.Module):
         self.token_sizes = token_sizes
         self.last = last
 
-    def carried(self, x: Tensor, first: bool = False) -> Carried:
+    def carried(self, x: Tensor) -> Carried:
         """Return the sizes of the tokens `x` [B, N, C] that enter; see :meth:`TokenSizes.enter`."""
-        return Carried() if self.token_sizes is None else self.token_sizes.enter(x, first, self.last)
+        if self.token_sizes is None:  # and the number of the stage, which each would compile for, is not read
+            return Carried()
+        return self.token_sizes.enter(x, isinstance(self, Stage) and self.stage == 0, self.last)
 
     def original(self) -> nn.Module:
         """Return the replaced block with this block's present state and mode."""
@@ -197,7 +199,7 @@ class ReorganizingBlock(Stage, AdoptedBlock):
         # Without a trail nobody hands it on, and by its own number each block would be a graph of its own.
         num_image_patches = None if trail is None else trail.num_image_patches(num_patches)
         keeps_all = rule.num_kept(num_patches, num_image_patches) == num_patches
-        carried = self.carried(x, self.stage == 0)
+        carried = self.carried(x)
         if masked and not (keeps_all and carried.bias is None):
             raise NotImplementedError(
                 "a block that reorganises tokens takes no attention mask (attn_mask, is_causal): the mask of "

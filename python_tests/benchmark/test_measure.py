@@ -33,6 +33,18 @@ def test_contestants_share_their_weights() -> None:
             assert torch.equal(model.model.state_dict()[key], value), key
 
 
+def test_rules_without_a_keep_rate() -> None:
+    """They are run as they are set, and by a keep rate where they take one in the place of a setting."""
+    size = {"img_size": 32, "patch_size": 8, "depth": 4}
+    reduction = {"rule": "tome", "rule_args": {"r": 3, "proportional": False}}
+    dense, tome, other = contestants("deit_tiny", (None, 0.5), reduction=reduction, **size)
+    assert (tome.name, tome.keep_rate) == ("ToMe r 3 proportional False", None)
+    assert (other.name, other.keep_rate) == ("ToMe 0.5", 0.5)
+    assert other.gmacs < tome.gmacs < dense.gmacs
+    (evit,) = contestants("deit_tiny", (None,), **size)[1:]
+    assert (evit.name, evit.keep_rate) == ("EViT 0.7", 0.7)
+
+
 @pytest.mark.parametrize("task", ["inference", "training"])
 @pytest.mark.parametrize("precision", [None, BFLOAT16], ids=["float32", "bfloat16"])
 def test_rows(task: str, precision: Precision | None) -> None:
