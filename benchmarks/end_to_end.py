@@ -38,7 +38,6 @@ from evit_ext.cli.benchmark import table
 from evit_ext.cli.grammar.benchmark import LATENCY_CALLS
 from evit_ext.cpu import replacing
 from evit_ext.patching.families import family_of
-from evit_ext.tokens.rule import named_rules
 from evit_ext.training.precision import choose_precision
 
 KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -89,10 +88,9 @@ def field(model: str, keep_rates: tuple[float, ...], device: torch.device) -> li
         _assert_same(written, evit.model, _images(dense, SAME_IMAGES, device))
         plain.append(Contestant(f"plain EViT {evit.keep_rate:g}", written, evit.keep_rate, evit.gmacs))
     rivals = contestants(f"dynamicvit_{model}", keep_rates, device)[1:]
-    if "tome" in named_rules():
-        # At the same blocks, to as many tokens as an EViT. Its rule merges no more than half of them.
-        some = [rate for rate in keep_rates if rate in SOME]
-        rivals += contestants(f"deit_{model}", some, device, {"rule": "tome"})[1:]
+    # ToMe at the same blocks, to as many tokens as an EViT. Its rule merges no more than half of them.
+    some = [rate for rate in keep_rates if rate in SOME]
+    rivals += contestants(f"deit_{model}", some, device, {"rule": "tome"})[1:]
     if device.type != "cpu":
         return [dense, *evits, *plain, *rivals]
     packed = [

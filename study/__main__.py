@@ -118,7 +118,8 @@ def _run_in_processes(plan: Plan, options: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "study", *before, "run", *after, "--seeds", *own]
         processes.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}))
     try:
-        return max((process.wait() for process in processes), default=0)
+        codes = [process.wait() for process in processes]
+        return int(any(codes))
     finally:
         for process in processes:
             process.kill()

@@ -20,6 +20,7 @@ def write_page(plan: Plan, results: Results, path: Path) -> None:
     pictures = path.parent / "study"
     pictures.mkdir(parents=True, exist_ok=True)
     for key, question in plan.questions.items():
+        results.check_precision({*question.arms, *(c.arm for c in question.comparisons)})
         draw_question(plan, results, question, pictures / f"{key}.svg")
     with replacing(path) as file:
         file.write("\n".join(_page(plan, results)) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,15 @@ class Results:
         self._folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.path(result["arm"], result["seed"])) as file:
             file.write(json.dumps(result, indent=1, sort_keys=True) + "\n")
+
+    def check_precision(self, names: Iterable[str]) -> None:
+        """Raise ValueError where runs of these arms computed in different precisions."""
+        found = {result["machine"]["precision"] for name in names for result in self.of(name).values()}
+        if len(found) > 1:
+            raise ValueError(
+                f"runs in {' and '.join(sorted(found))} cannot be compared: run those of one again, in the "
+                "other precision (--precision)"
+            )
 
     def of(self, name: str) -> dict[int, dict[str, Any]]:
         """Return the results of an arm by seed."""

@@ -35,6 +35,8 @@ def capture(call: Callable[[], Result], device: torch.device) -> tuple[torch.cud
             # Other threads, such as those that load data, may go on allocating.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 result = call()
+        except torch.cuda.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(
                 "the call cannot be captured in a CUDA graph: something in it waits for the GPU, or copies "

@@ -31,4 +31,8 @@ def lazily(package: str, public: str) -> Callable[[str], Any]:
 def is_command() -> bool:
     """Return whether this process is the command ``evit``, which checks what it is asked before it imports
     torch. (Python sets the program's name to -m while it looks for the module of ``python -m evit_ext``.)"""
-    return bool(sys.argv) and Path(sys.argv[0]).name in ("evit", "-m")
+    name = Path(sys.argv[0]).name if sys.argv else ""
+    if name == "-m":
+        module = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv[:-1] else ""
+        return module.partition(".")[0] == "evit_ext"
+    return name == "evit"

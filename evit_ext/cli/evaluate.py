@@ -44,7 +44,7 @@ class _Row:
     def cells(self) -> list[str]:
         found = self.found
         return [
-            " ".join(f"{rate:g}" for rate in self.keep_rate),
+            " ".join(f"{rate:g}" for rate in self.keep_rate) or "–",
             f"{found.top1:.2f}",
             # Of five classes or fewer, every image is right among five.
             f"{found.top5:.2f}" if self.classes > 5 else "–",

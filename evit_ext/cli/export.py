@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
         return
     metadata = exported.metadata
     batches = " and ".join(map(str, exported.batches))
-    print(f"model: {config.model}, keep rate {' '.join(f'{rate:g}' for rate in metadata.keep_rate)}")
+    print(f"model: {config.model}, keep rate {_said(metadata.keep_rate)}")
     print(f"weights: {source}")
     print(f"images: {' x '.join(map(str, metadata.input_size))}")
     print(f"written: {file}, {options.format}, {file.stat().st_size / 2**20:.1f} MiB")
@@ -71,6 +72,10 @@ def run(options: argparse.Namespace) -> None:
     print(f"classes: {named or 'without names; to give them: --classes FILE'}")
     words = words_for(options, config.model)
     say_next(["evit", "benchmark", words[0]], ["evit", "export", *words, "--format", "hf"])
+
+
+def _said(rates: Sequence[float]) -> str:
+    return " ".join(f"{rate:g}" for rate in rates) or "none, as its rule has none"
 
 
 def _write_folder(
@@ -89,7 +94,7 @@ def _write_folder(
         print(json.dumps(facts, indent=2))
         return
     print(f"weights: {source}")
-    print(f"written: {folder}, keep rate {' '.join(f'{rate:g}' for rate in rates)}")
+    print(f"written: {folder}, keep rate {_said(rates)}")
     print(f"to load it: evit_ext.from_pretrained({str(folder)!r})")
     say_next(["hf", "upload", "OWNER/NAME", folder])
 

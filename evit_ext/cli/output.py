@@ -34,6 +34,10 @@ def words_for(options: argparse.Namespace, model: str) -> list[str]:
     for name in ("random_weights", "pretrained"):
         if options.run_folder is None and getattr(options, name, False):
             words.append(f"--{name.replace('_', '-')}")
+    if getattr(options, "last", False):
+        words.append("--last")
+    if getattr(options, "ema", None) is not None:
+        words.append("--ema" if options.ema else "--no-ema")
     return words
 
 

@@ -140,7 +140,8 @@ def choose(
         return "module"
     if not cpu_forward.has_written_forward(attention) or not kind.is_sdpa(attention):
         return "module"
-    plain = kind.dropout(attention) == 0 and (bias is None or is_key_bias(bias))
+    of_each = bias is None or (is_key_bias(bias) and (len(bias), bias.shape[3]) == tuple(x.shape[:2]))
+    plain = kind.dropout(attention) == 0 and of_each
     on_kernel = plain and cpu_forward.attends(x)
     return "kernel" if on_kernel and cpu_forward.may_replace(attention, x, with_gradient=True) else "sdpa"
 

@@ -114,7 +114,8 @@ class FullGridHiddenStates(Override):
     @staticmethod
     def fits(vit: nn.Module) -> bool:
         """Return whether `vit` is such a Backbone."""
-        return type(vit).__name__.endswith("Backbone") and hasattr(getattr(vit, "encoder", None), "layer")
+        named = any(cls.__name__.endswith("Backbone") for cls in type(vit).__mro__)
+        return named and hasattr(getattr(vit, "encoder", None), "layer")
 
     def __call__(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Any:
         """Return the encoder's output for tokens [B, N, C]; see transformers'."""

@@ -47,8 +47,10 @@ def set_keep_rate(vit: Model, keep_rate: float | Sequence[float]) -> Model:
 def keep_rates(model: nn.Module) -> list[float]:
     """Return the keep rate of each stage; a single one if all are the same.
 
-    [1] if there is no stage, and nothing for a rule without a keep rate.
+    [1] if there is no stage, and nothing where a stage has a rule without a keep rate.
     """
     rates = [stage.keep_rate for stage in find_stages(model)] or [1.0]
     known = [rate for rate in rates if rate is not None]
+    if len(known) < len(rates):
+        return []
     return known[:1] if len(set(known)) == 1 else known

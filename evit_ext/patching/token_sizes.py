@@ -86,13 +86,16 @@ class TokenSizes:
             if not first:
                 raise RuntimeError(
                     "gradient checkpointing runs a block again on tokens whose sizes are not known: "
-                    "something between the blocks, such as torch.autograd.graph.saved_tensors_hooks or "
-                    "FullyShardedDataParallel, replaced its input; leave that or the checkpointing away"
+                    "checkpoint each block by itself, not several together; or something between the "
+                    "blocks, such as torch.autograd.graph.saved_tensors_hooks or "
+                    "FullyShardedDataParallel, replaced its input"
                 )
         if first:
             self._now.carried, self._now.graph_task = Carried(), task
             self._last, self._is_of_graph = Carried(), False
-            self._entered = {kept: value for kept, value in self._entered.items() if not kept.expired()}
+            for kept in list(self._entered):  # other threads may add to it meanwhile
+                if kept.expired():
+                    self._entered.pop(kept, None)
         carried = self._last if self._is_of_graph else self._now.carried
         if carried.sizes is not None and carried.sizes.shape[0] != x.shape[0]:
             raise RuntimeError(

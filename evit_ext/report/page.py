@@ -73,9 +73,11 @@ def _facts(records: RunRecords) -> list[str]:
         best = max(
             filter(None, (summary.get("best"), summary.get("best_ema"))), key=lambda score: score["top1"]
         )
+        rate = summary["keep_rate"]
+        at = "" if rate is None else f" at keep rate {rate:g}"
         lines.append(
-            f"Best top-1 {best['top1']:.2f} % (epoch {best['epoch']}), {summary['gmacs']:.3g} GMACs at keep "
-            f"rate {summary['keep_rate']:g}, {summary['gmacs_dense']:.3g} dense; "
+            f"Best top-1 {best['top1']:.2f} % (epoch {best['epoch']}), {summary['gmacs']:.3g} "
+            f"GMACs{at}, {summary['gmacs_dense']:.3g} dense; "
             f"{summary['images_per_second']:.4g} images/s in training"
         )
     return [f"<p>{html.escape(line)}</p>" for line in lines]

@@ -97,10 +97,10 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     return model.train()
 
 
-def gmacs_of_run(config: TrainConfig, num_classes: int, keep_rate: float | None = None) -> float:
-    """Return the multiply-accumulates of an image, in 10^9, at the configuration's keep rate or another."""
-    if keep_rate is not None:
-        config = replace(config, keep_rate=keep_rate)
+def gmacs_of_run(config: TrainConfig, num_classes: int, dense: bool = False) -> float:
+    """Return the multiply-accumulates of an image, in 10^9, as it is configured or with all tokens."""
+    if dense:
+        config = replace(config, keep_rate=1.0, rule=None, rule_args={})
     with torch.device("meta"):
         model = build_model(replace(config, pretrained=False), num_classes)
     return count_macs(model.eval(), config.img_size) / 1e9

@@ -16,7 +16,7 @@ class EpochResult(NamedTuple):
 
     loss: float
     accuracy: float
-    keep_rate: float
+    keep_rate: float | None
     images_per_second: float
 
 
@@ -56,7 +56,7 @@ class EpochSums:
         self._correct.fill_(int(share["correct"]))
         self.images = int(share["images"])
 
-    def result(self, ranks: Ranks, keep_rate: float, images_per_second: float) -> EpochResult:
+    def result(self, ranks: Ranks, keep_rate: float | None, images_per_second: float) -> EpochResult:
         """Return the means over all processes; every process must call it."""
         sums = self.state_dict(ranks)
         loss, accuracy = sums["loss"] / sums["images"], 100 * sums["correct"] / sums["images"]

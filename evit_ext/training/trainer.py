@@ -51,13 +51,14 @@ _MODEL_STREAM = 1  # of the random numbers that mixup, drop path and dropout dra
 class StepResult(NamedTuple):
     """An optimizer step: of this process' images the mean `loss`, and the norm of the whole gradient.
 
-    Both are scalars on the device; `grad_norm` is that before clipping.
+    Both are scalars on the device; `grad_norm` is that before clipping. `keep_rate` is None where the model's
+    rule has none.
     """
 
     loss: Tensor
     grad_norm: Tensor
     lr: float
-    keep_rate: float
+    keep_rate: float | None
 
 
 class Trainer:
@@ -231,10 +232,11 @@ class Trainer:
                 assert self.last is not None
                 if self._reads_figures(done):
                     self._check_finite()
+                    rate = self.last.keep_rate
                     bar.step(
                         loss=f"{sums.mean_loss:.3f}",
                         top1=f"{sums.accuracy:.1f}%",
-                        keep=f"{self.last.keep_rate:.2f}",
+                        **({} if rate is None else {"keep": f"{rate:.2f}"}),
                         speed=f"{images_per_second():.0f}/s",
                     )
                 else:
@@ -301,10 +303,10 @@ class Trainer:
         self._set_keep_rate()
         set_random_state(state["random"])
 
-    def _set_keep_rate(self) -> float:
+    def _set_keep_rate(self) -> float | None:
         recipe = self.recipe
         if not self._has_schedule or recipe.keep_rate is None:
-            return min(keep_rates(self._unwrapped), default=1.0)
+            return min(keep_rates(self._unwrapped), default=None)
         keep_rate = keep_rate_schedule(
             self._step,
             steps_per_epoch=self.steps_per_epoch,

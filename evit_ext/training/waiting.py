@@ -75,6 +75,7 @@ class Watch:
         """Yield the items, each waited for."""
         iterator = iter(items)
         while True:
+            self.begin("")  # a wait is no part of the work
             with self.waiting(what, interruptible):
                 try:
                     item = next(iterator)

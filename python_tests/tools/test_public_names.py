@@ -11,7 +11,7 @@ import pytest
 
 import evit_ext
 
-LAZY = ("benchmark", "data", "export", "training", "visualize")
+LAZY = ("benchmark", "data", "export", "towers", "training", "visualize")
 
 
 def run(program: str) -> str:

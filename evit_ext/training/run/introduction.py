@@ -53,7 +53,9 @@ def in_short(found: Evaluation, num_classes: int) -> str:
 
 def _keep_rate(config: TrainConfig, model: Any) -> str:
     if config.keep_rate is None:
-        return " ".join(f"{rate:g}" for rate in keep_rates(model))
+        given = " ".join(f"{name}={value}" for name, value in config.rule_args.items())
+        rates = " ".join(f"{rate:g}" for rate in keep_rates(model))
+        return rates or f"none, as rule {config.rule} has {given or 'none'}"
     if config.keep_rate_end_epoch <= 0:
         return f"{config.keep_rate:g}"
     return (

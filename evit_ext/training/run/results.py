@@ -44,7 +44,11 @@ class Results:
         return any(entry["epoch"] == epoch for entry in self._entries)
 
     def add(
-        self, epoch: int, keep_rate: float, found: Mapping[str, Evaluation], models: Mapping[str, nn.Module]
+        self,
+        epoch: int,
+        keep_rate: float | None,
+        found: Mapping[str, Evaluation],
+        models: Mapping[str, nn.Module],
     ) -> None:
         """Add the evaluations after an epoch, of the model and perhaps of its moving average.
 

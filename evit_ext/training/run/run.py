@@ -333,6 +333,7 @@ class Run:
             f"epoch {epochs_done}: "
             + "; ".join(f"{name} {in_short(one, self._loaders.num_classes)}" for name, one in found.items())
         )
+        self._watch.begin("")  # large files take as long as they take
         self._results.add(epochs_done, self._keep_rate(), found, models)
 
     def _interruptible(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -351,8 +352,8 @@ class Run:
             model=config.model,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             keep_rate=self._keep_rate(),
-            gmacs=gmacs_of_run(config, self._loaders.num_classes, None),
-            gmacs_dense=gmacs_of_run(config, self._loaders.num_classes, 1.0),
+            gmacs=gmacs_of_run(config, self._loaders.num_classes),
+            gmacs_dense=gmacs_of_run(config, self._loaders.num_classes, dense=True),
             best=self._results.best("model"),
             last=self._results.last("model"),
             best_ema=self._results.best("ema"),
@@ -374,9 +375,9 @@ class Run:
         self._lock.release()
         return summary
 
-    def _keep_rate(self) -> float:
-        """Return the lowest of the model's stages, now."""
-        return min(keep_rates(unwrap_model(self.trainer.model)))
+    def _keep_rate(self) -> float | None:
+        """Return the lowest of the model's stages, now; None where its rule has none."""
+        return min(keep_rates(unwrap_model(self.trainer.model)), default=None)
 
     def _log(self) -> None:
         """Write what the step showed; over several processes, the mean of their losses."""
@@ -385,7 +386,7 @@ class Run:
         (loss,) = self.ranks.sum([last.loss.item() / self.ranks.world_size])
         self._write("train", loss=loss, grad_norm=last.grad_norm.item(), lr=last.lr, keep_rate=last.keep_rate)
 
-    def _write(self, kind: str, **figures: float) -> None:
+    def _write(self, kind: str, **figures: float | None) -> None:
         epoch = (self.trainer.step - 1) // self.trainer.steps_per_epoch + 1
         self._metrics.write(self.trainer.step, epoch, kind, **figures)
 

@@ -60,7 +60,7 @@ class RunSummary:
 
     model: str
     parameters: int
-    keep_rate: float
+    keep_rate: float | None
     gmacs: float
     gmacs_dense: float
     best: Score | None
@@ -82,7 +82,7 @@ class RunSummary:
         """Return the table, a line for each figure."""
         lines = {
             "model": f"{self.model}, {self.parameters / 1e6:.2f} M parameters",
-            "cost": f"{self.gmacs:.3g} GMACs at keep rate {self.keep_rate:g}, {self.gmacs_dense:.3g} dense",
+            "cost": f"{self.gmacs:.3g} GMACs{_at_keep_rate(self.keep_rate)}, {self.gmacs_dense:.3g} dense",
             "best": _score(self.best, self.classes),
             "last": _score(self.last, self.classes),
             "best, moving average": _score(self.best_ema, self.classes),
@@ -111,6 +111,11 @@ class RunSummary:
         """
         with replacing(path) as file:
             file.write(json.dumps(_finite(asdict(self)), indent=2, allow_nan=False) + "\n")
+
+
+def _at_keep_rate(keep_rate: float | None) -> str:
+    """Return words for a keep rate; none where the model's rule has none."""
+    return "" if keep_rate is None else f" at keep rate {keep_rate:g}"
 
 
 def better(best: Score | None, new: Score) -> Score:

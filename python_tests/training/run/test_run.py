@@ -221,6 +221,10 @@ KINDS: dict[str, Any] = {
         *("--compile", "--keep-rate-token-step", "8", "--keep-rate-end-epoch", "1", "--epochs", "1"),
         *("--model-args", *DENSE[1:3], "depth=2", "num_heads=2", "--drop-loc", "1"),
     ],
+    "tome": ["--rule", "tome"],
+    "tome by r": [
+        *("--rule", "tome", "--rule-args", "r=3", "--keep-rate", "none", "--keep-rate-end-epoch", "0"),
+    ],
     "oracle": ["--oracle", DENSE[0], "--oracle-args", *DENSE[1:], "--oracle-checkpoint", "WEIGHTS"],
     "distillation": [
         *("--distillation", "soft", "--teacher", DENSE[0], "--teacher-args", *DENSE[1:]),
@@ -250,6 +254,10 @@ def test_kinds_of_runs(images: Path, alone: Path, tmp_path: Path, name: str, opt
     else:
         if name == "dynamicvit":
             assert set(numbers(tmp_path / "run", "keep_rate").values()) == {0.7}
+        elif name == "tome by r":
+            assert "keep rate none, as rule tome has r=3" in text and " GMACs, " in text
+            summary = json.loads((tmp_path / "run/summary.json").read_text())
+            assert summary["keep_rate"] is None and summary["gmacs"] < summary["gmacs_dense"]
         assert losses != pytest.approx(numbers(alone, "loss"), rel=1e-5)
 
 
