@@ -140,8 +140,7 @@ def choose(
         return "module"
     if not cpu_forward.has_written_forward(attention) or not kind.is_sdpa(attention):
         return "module"
-    of_each = bias is None or (is_key_bias(bias) and (len(bias), bias.shape[3]) == tuple(x.shape[:2]))
-    plain = kind.dropout(attention) == 0 and of_each
+    plain = kind.dropout(attention) == 0 and (bias is None or (is_key_bias(bias) and _is_of_each(bias, x)))
     on_kernel = plain and cpu_forward.attends(x)
     return "kernel" if on_kernel and cpu_forward.may_replace(attention, x, with_gradient=True) else "sdpa"
 
@@ -149,6 +148,11 @@ def choose(
 def is_key_bias(bias: Tensor | None) -> bool:
     """Return whether a bias, or a mask that is added, is one for each key: floating, [B, 1, 1, N]."""
     return bias is not None and bias.dim() == 4 and bias.shape[1:3] == (1, 1) and bias.is_floating_point()
+
+
+def _is_of_each(bias: Tensor, x: Tensor) -> bool:
+    """Return whether a bias of the keys has a row for each image of `x` [B, N, C], and is not broadcast."""
+    return bias.shape[0] == x.shape[0] and bias.shape[3] == x.shape[1]
 
 
 def attend(

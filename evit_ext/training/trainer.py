@@ -233,12 +233,9 @@ class Trainer:
                 if self._reads_figures(done):
                     self._check_finite()
                     rate = self.last.keep_rate
-                    bar.step(
-                        loss=f"{sums.mean_loss:.3f}",
-                        top1=f"{sums.accuracy:.1f}%",
-                        **({} if rate is None else {"keep": f"{rate:.2f}"}),
-                        speed=f"{images_per_second():.0f}/s",
-                    )
+                    said = {"loss": f"{sums.mean_loss:.3f}", "top1": f"{sums.accuracy:.1f}%"}
+                    said |= {} if rate is None else {"keep": f"{rate:.2f}"}
+                    bar.step(**said, speed=f"{images_per_second():.0f}/s")
                 else:
                     bar.step()
                 if after_step is not None:

@@ -339,3 +339,14 @@ def test_beit_refuses_what_its_bias_cannot_follow() -> None:
         model(images())
     evit_ext.set_keep_rate(model, 1.0)
     model(images())
+
+
+def test_a_mask_of_keys_for_all_images() -> None:
+    """It is broadcast, as timm's own forward has it, whether the kernel would take one for each image or not."""
+    model, x = evit_ext.apply(vit(), RATE, DROP_LOC), torch.randn(2, 65, 48)
+    mask = torch.randn(1, 1, 1, 65)
+    attention = model.blocks[0].attn
+    with torch.no_grad():
+        expected = Attention.forward(attention, x, attn_mask=mask)
+        for given in (mask, mask.expand(2, -1, -1, -1)):
+            torch.testing.assert_close(attention(x, attn_mask=given), expected)
