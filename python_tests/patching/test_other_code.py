@@ -342,7 +342,7 @@ def test_beit_refuses_what_its_bias_cannot_follow() -> None:
 
 
 def test_a_mask_of_keys_for_all_images() -> None:
-    """It is broadcast, as timm's own forward has it, whether the kernel would take one for each image or not."""
+    """It is broadcast, as in timm's own forward, though the kernel takes one for each image."""
     model, x = evit_ext.apply(vit(), RATE, DROP_LOC), torch.randn(2, 65, 48)
     mask = torch.randn(1, 1, 1, 65)
     attention = model.blocks[0].attn
