@@ -18,7 +18,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help:
 	@echo "make demo               train a DeiT and EViTs on real digits, compare them (about 10 minutes)"
 	@echo "make study              the paper's questions: runs that have no result yet (hours; ARGS=\"--minutes 60\")"
-	@echo "make test               the tests, C++ and Python (about 10 minutes on two cores)"
+	@echo "make test               the tests, C++ and Python (about 12 minutes on two cores)"
 	@echo "make test-quick         those of the operators and the method (about 2 minutes)"
 	@echo "make test-all           what takes longer, too: builds, compilers, processes, CUDA kernels on the CPU"
 	@echo "make test-faults        kill a hundred training runs at random moments; none must be lost"

@@ -1,1 +1,1 @@
-"""The questions of the EViT paper, answered by runs on this machine; docs/study.md shows the answers."""
+"""The questions of the EViT paper, answered by runs on this machine; `make study-page` writes the answers."""

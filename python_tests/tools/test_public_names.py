@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +74,16 @@ def test_a_missing_compiled_module_says_what_to_do() -> None:
     assert done.returncode == 1
     assert "ImportError: the compiled module evit_ext._C cannot be imported (" in done.stderr
     assert done.stderr.rstrip().endswith("pip install --no-build-isolation --editable .")
+
+
+def test_another_packages_module_finds_the_models(tmp_path: Path) -> None:
+    """``python -m`` calls any program -m while it looks for the module, not this command alone."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/__init__.py").write_text("import evit_ext\n")
+    (tmp_path / "other/main.py").write_text(
+        "import timm\nprint(timm.is_model('evit_deit_small_patch16_224'))\n"
+    )
+    command = [sys.executable, "-m", "other.main"]
+    assert (
+        subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout == "True\n"
+    )
