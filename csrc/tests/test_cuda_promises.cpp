@@ -7,6 +7,7 @@
 #include "../evit/class_attention.h"
 #include "../evit/fuse_tokens.h"
 #include "../evit/gather_tokens.h"
+#include "../evit/merge_tokens.h"
 #include "../evit/reorganize_tokens.h"
 #include "../evit/restore_tokens.h"
 #include "../evit/scatter_tokens.h"
@@ -167,16 +168,22 @@ TEST(cuda_restore_stops_at_wrong_kept_tokens) {
 
 TEST(cuda_index_out_of_range_stops_the_kernel) {
   const GatherSizes sizes = {1, 4, 2, 8};
+  const MergeSizes merging = {1, 4, 2, 4, 8};
   const auto x = random_values<float>(32, 1);
   for (const int64_t wrong : {int64_t{4}, int64_t{-1}, int64_t{1} << 40}) {
     const int64_t index[] = {3, wrong};
     const TokenIndex view = {index, 2, 1};
-    float out[64], grad_weights[4];
+    float out[64], grad_weights[4], totals[4];
     const Tokens<float> tokens = {x.data.get(), 32, 8};
     for (const auto& launch : std::vector<std::function<void()>>{
              [&] { cuda::gather_tokens<float>(sizes, tokens, view, out, test_stream()); },
              [&] { cuda::scatter_tokens<float>(sizes, tokens, view, out, test_stream()); },
              [&] { cuda::fuse_tokens<float>(sizes, tokens, tokens, view, out, test_stream()); },
+             [&] { cuda::merge_tokens<float>(merging, tokens, view, tokens, out, totals, test_stream()); },
+             [&] {
+               cuda::merge_tokens_backward<float>(merging, tokens, tokens, tokens, view, tokens, out,
+                                                  grad_weights, test_stream());
+             },
              [&] {
                cuda::fuse_tokens_backward<float>(sizes, x.data.get(), 8, tokens, tokens, view, out,
                                                  grad_weights, test_stream());

@@ -14,6 +14,13 @@ STABLE_TORCH_LIBRARY(evit, m) {
   m.def("mean_attention_backward(Tensor grad_scores, Tensor q, Tensor k, float scale) -> (Tensor, Tensor)");
   m.def("gather_tokens(Tensor x, Tensor index) -> Tensor");
   m.def("scatter_tokens(Tensor x, Tensor index, SymInt num_tokens) -> Tensor");
+  m.def(
+      "merge_tokens(Tensor x, Tensor owner, Tensor weights, SymInt num_out, SymInt num_prefix_tokens)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "merge_tokens_backward(Tensor grad_out, Tensor grad_totals, Tensor x, Tensor owner, Tensor weights,"
+      " SymInt num_prefix_tokens) -> (Tensor, Tensor)");
+  m.def("bipartite_matching(Tensor keys, SymInt num_out) -> (Tensor, Tensor)");
   m.def("fuse_tokens(Tensor x, Tensor weights, Tensor index) -> Tensor");
   m.def("fuse_tokens_backward(Tensor grad, Tensor x, Tensor weights, Tensor index) -> (Tensor, Tensor)");
   m.def(

@@ -92,7 +92,8 @@ def run(options: argparse.Namespace) -> None:
         for rate in options.keep_rates or [None]:
             if rate is not None:
                 set_keep_rate(model, rate)
-            found = evaluate(model, loaders.val(), precision, ranks, not options.json, loaders.val_batches)
+            progress = options.progress and not options.json
+            found = evaluate(model, loaders.val(), precision, ranks, progress, loaders.val_batches)
             gmacs = count_macs(model, tuple(shape[2:])) / 1e9
             alone = _speed(model, shape, options.repeats, precision, ranks)
             rows.append(_Row(keep_rates(model), gmacs, alone, found, loaders.num_classes))

@@ -58,6 +58,13 @@ def add_output(parser: Any, metavar: str, text: str) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar=metavar, help=text)
 
 
+def add_progress(parser: Any) -> None:
+    """Add ``--progress`` and ``--no-progress``."""
+    parser.add_argument(
+        "--progress", action=argparse.BooleanOptionalAction, default=True, help="show progress"
+    )
+
+
 def add_classes(parser: Any) -> None:
     """Add ``--classes``, a file with the names of the model's classes."""
     parser.add_argument(

@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evit_ext.cli.options import add_options, add_output, overrides
+from evit_ext.cli.options import add_options, add_output, add_progress, overrides
 from evit_ext.cli.output import going_on_unread, say_next
 from evit_ext.cli.train_checks import Checked, check, with_weights
 from evit_ext.training.config import TrainConfig, load_config, recipe_names
@@ -84,9 +84,7 @@ def add_parser(commands: Any) -> None:
         metavar="PROJECT",
         help="write the figures to this project of Weights & Biases, too, whose package must be installed",
     )
-    parser.add_argument(
-        "--progress", action=argparse.BooleanOptionalAction, default=True, help="show progress"
-    )
+    add_progress(parser)
     parser.add_argument("--print-config", action="store_true", help="print all fields as YAML, and stop")
     group = parser
     for entry in fields(TrainConfig):

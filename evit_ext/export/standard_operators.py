@@ -55,6 +55,40 @@ def scatter_tokens(x: Tensor, index: Tensor, num_tokens: int) -> Tensor:
     return (index.unsqueeze(1) == places).to(x.dtype) @ x
 
 
+def merge_tokens(
+    x: Tensor, owner: Tensor, weights: Tensor, num_out: int, num_prefix_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Return the averages [B, P + M, C] and their total weights [B, M]."""
+    places = torch.arange(num_out, device=x.device).view(1, -1, 1)
+    shares = (owner.unsqueeze(1) == places).to(weights.dtype) * weights.unsqueeze(1)
+    totals = shares.sum(dim=2, keepdim=True)
+    patches = x[:, num_prefix_tokens:].to(weights.dtype)
+    merged = (shares / torch.where(totals == 0, 1.0, totals)) @ patches
+    return torch.cat([x[:, :num_prefix_tokens], merged.to(x.dtype)], dim=1), totals.squeeze(2)
+
+
+def bipartite_matching(keys: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
+    """Return kept [B, M] and owner [B, N]. NaN is ordered as the runtime likes."""
+    num_tokens = keys.shape[2]
+    metric = F.normalize(keys.mean(dim=1), dim=-1)
+    similarity, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=-1)
+    order = similarity.sort(dim=1, descending=True, stable=True).indices
+    rank = order.sort(dim=1).indices  # of each of A: a permutation's inverse
+    in_b = num_tokens // 2
+    # Interleaved again: of B none goes.
+    goes = _interleaved(rank < num_tokens - num_out, torch.zeros_like(rank[:, :in_b], dtype=torch.bool))
+    places = (~goes).to(torch.int64).cumsum(dim=1) - 1
+    of_partner = places.gather(1, 2 * partner + 1)
+    owner = torch.where(goes, _interleaved(of_partner, of_partner[:, :in_b]), places)
+    return goes.to(torch.int64).sort(dim=1, stable=True).indices[:, :num_out], owner
+
+
+def _interleaved(a: Tensor, b: Tensor) -> Tensor:
+    """Return the columns of `a` [B, K] and `b` [B, K or K − 1] in turn."""
+    even = torch.stack([a[:, : b.shape[1]], b], dim=2).flatten(1)
+    return torch.cat([even, a[:, b.shape[1] :]], dim=1)
+
+
 def reorganize_tokens(
     x: Tensor, scores: Tensor, num_keep: int, num_prefix_tokens: int = 1, fuse: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -97,6 +131,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         mean_attention,
         gather_tokens,
         scatter_tokens,
+        merge_tokens,
+        bipartite_matching,
         reorganize_tokens,
         add_reorganize_norm,
     )

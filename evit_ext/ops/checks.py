@@ -52,6 +52,11 @@ def _tensor(name: str, value: object, dim: int, shape: str) -> None:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
 
 
+def _sizes(name: str, value: Tensor, shape: str, *sizes: int) -> None:
+    if any(size != expected for size, expected in zip(value.shape, sizes, strict=True)):
+        raise ValueError(f"{name} must have shape {shape} = {sizes}, got {tuple(value.shape)}")
+
+
 def _floating(name: str, value: Tensor) -> None:
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {value.dtype}")
@@ -76,16 +81,16 @@ def _readable(numbers: Tensor) -> bool:
     return type(numbers) in (Tensor, torch.nn.Parameter) and not in_function_transform()
 
 
-def _index(index: Tensor, batch: int, num_tokens: int, x: Tensor) -> None:
+def _index(index: Tensor, batch: int, num_tokens: int, x: Tensor, name: str = "index") -> None:
     if index.dtype != torch.int64:
-        raise TypeError(f"index must be int64, got {index.dtype}")
-    same_device("index", index, "x", x)
+        raise TypeError(f"{name} must be int64, got {index.dtype}")
+    same_device(name, index, "x", x)
     if index.shape[0] != batch:
-        raise ValueError(f"index must have the batch size of x, {batch}, got shape {tuple(index.shape)}")
+        raise ValueError(f"{name} must have the batch size of x, {batch}, got shape {tuple(index.shape)}")
     if _readable(index):
         low, high = (int(bound) for bound in index.aminmax())
         if low < 0 or high >= num_tokens:
-            raise IndexError(f"index must be in [0, {num_tokens}), got {low if low < 0 else high}")
+            raise IndexError(f"{name} must be in [0, {num_tokens}), got {low if low < 0 else high}")
 
 
 # Asked while the compiler traces, which applies the transforms then, and again where others are around what
@@ -139,10 +144,7 @@ def class_attention(q: Tensor, k: Tensor, scale: float | None, logsumexp: Tensor
                 f"logsumexp must be {accumulation_dtype(k.dtype)} for {k.dtype} keys, got {logsumexp.dtype}"
             )
         same_device("logsumexp", logsumexp, "k", k)
-        if logsumexp.shape[0] != k.shape[0] or logsumexp.shape[1] != k.shape[1]:
-            raise ValueError(
-                f"logsumexp must have shape [B, H] = {tuple(k.shape[:2])}, got {tuple(logsumexp.shape)}"
-            )
+        _sizes("logsumexp", logsumexp, "[B, H]", *k.shape[:2])
     return float(q.shape[2]) ** -0.5 if scale is None else _number("scale", scale, "a float or None")
 
 
@@ -233,6 +235,46 @@ def fuse_tokens(x: Tensor, weights: Tensor, index: Tensor) -> None:
             f"weights must have shape [B, N] = {tuple(x.shape[:2])}, as x has, got {tuple(weights.shape)}"
         )
     _index(index, x.shape[0], x.shape[1], x)
+
+
+def merge_tokens(
+    x: Tensor, owner: Tensor, num_out: int, weights: Tensor | None, num_prefix_tokens: int
+) -> None:
+    """Check `x` [B, N, C], `owner` [B, N − P] with values in [0, num_out), and `weights` [B, N − P]."""
+    _tensor("x", x, 3, "[B, N, C]")
+    _tensor("owner", owner, 2, "[B, N − num_prefix_tokens]")
+    _floating("x", x)
+    _integer("num_out", num_out)
+    _integer("num_prefix_tokens", num_prefix_tokens)
+    if num_out < 0:
+        raise ValueError(f"num_out must not be negative, got {num_out}")
+    if not 0 <= num_prefix_tokens <= x.shape[1]:
+        raise ValueError(f"num_prefix_tokens must be in [0, {x.shape[1]}], got {num_prefix_tokens}")
+    shape = (x.shape[0], x.shape[1] - num_prefix_tokens)
+    _sizes("owner", owner, "[B, N − num_prefix_tokens]", *shape)
+    _index(owner, x.shape[0], num_out, x, "owner")
+    if weights is None:
+        return
+    _tensor("weights", weights, 2, "[B, N − num_prefix_tokens]")
+    _floating("weights", weights)
+    same_device("weights", weights, "x", x)
+    _sizes("weights", weights, "[B, N − num_prefix_tokens]", *shape)
+
+
+def bipartite_matching(keys: Tensor, num_out: int) -> None:
+    """Check `keys` [B, H, N, D] and N − floor(N / 2) ≤ num_out ≤ N."""
+    _tensor("keys", keys, 4, "[B, H, N, D]")
+    _floating("keys", keys)
+    _integer("num_out", num_out)
+    if keys.shape[1] < 1 or keys.shape[3] < 1:
+        raise ValueError(f"keys must have at least one head and channel, got shape {tuple(keys.shape)}")
+    num_tokens = keys.shape[2]
+    least = num_tokens - num_tokens // 2
+    if not least <= num_out <= num_tokens:
+        raise ValueError(
+            f"num_out must be in [{least}, {num_tokens}] for {num_tokens} tokens, of which at most half are "
+            f"merged, got {num_out}"
+        )
 
 
 def reorganize_tokens(x: Tensor, scores: Tensor, num_keep: int, num_prefix_tokens: int, fuse: bool) -> None:

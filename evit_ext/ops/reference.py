@@ -99,6 +99,46 @@ def fuse_tokens(x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
     return (rows * weights.gather(1, index).to(accumulate).unsqueeze(-1)).sum(dim=1).to(x.dtype)
 
 
+def merge_tokens(
+    x: Tensor, owner: Tensor, num_out: int, weights: Tensor | None = None, num_prefix_tokens: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Averages of the tokens with one owner. See :func:`evit_ext.ops.merge_tokens`."""
+    checks.merge_tokens(x, owner, num_out, weights, num_prefix_tokens)
+    accumulate = accumulation_dtype(x.dtype)
+    patches = x[:, num_prefix_tokens:].to(accumulate)
+    weights = patches.new_ones(owner.shape) if weights is None else weights.to(accumulate)
+    nothing = weights.new_zeros(owner.shape[0], num_out)
+    totals = nothing.scatter_add(1, owner, weights)
+    is_alone = nothing.scatter_add(1, owner, torch.ones_like(weights)).gather(1, owner) == 1
+    # Divided by 1 where one is alone, as its total may be 0, of which a gradient would be NaN.
+    shares = torch.where(is_alone, 1.0, weights / torch.where(is_alone, 1.0, totals.gather(1, owner)))
+    places = owner.unsqueeze(-1).expand_as(patches)
+    merged = patches.new_zeros(x.shape[0], num_out, x.shape[2])
+    merged = merged.scatter_add(1, places, patches * shares.unsqueeze(-1))
+    return torch.cat([x[:, :num_prefix_tokens], merged.to(x.dtype)], dim=1), totals
+
+
+def bipartite_matching(keys: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
+    """ToMe's matching. See :func:`evit_ext.ops.bipartite_matching`."""
+    checks.bipartite_matching(keys, num_out)
+    batch, _, num_tokens, _ = keys.shape
+    if num_out == num_tokens:
+        every = torch.arange(num_tokens, device=keys.device).repeat(batch, 1)
+        return every, every.clone()
+    with torch.no_grad(), checks.without_autocast(keys.device.type):
+        metric = F.normalize(keys.to(accumulation_dtype(keys.dtype)).mean(dim=1), dim=-1)
+        similarity, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=-1)
+        order = similarity.sort(dim=1, descending=True, stable=True).indices
+    merged = order[:, : num_tokens - num_out]
+    goes = torch.zeros(batch, num_tokens, dtype=torch.bool, device=keys.device).scatter(1, 2 * merged, True)
+    places = (~goes).to(torch.int64).cumsum(dim=1) - 1
+    of_partner = places.gather(1, 2 * partner + 1)
+    # Of a partner's place as often as of a token's: those of B stay, and their own place is not read.
+    owner = torch.where(goes, of_partner.repeat_interleave(2, dim=1)[:, :num_tokens], places)
+    kept = goes.to(torch.int64).sort(dim=1, stable=True).indices[:, :num_out]
+    return kept, owner
+
+
 def reorganize_tokens(
     x: Tensor, scores: Tensor, num_keep: int, num_prefix_tokens: int = 1, fuse: bool = True
 ) -> tuple[Tensor, Tensor]:

@@ -36,30 +36,21 @@ class MergePlan(Plan):
         super().__init__(kept, owner.shape[1], owner=owner, scores=scores, complete=True)
         self._sizes = sizes
         self._weights = weights
-        self._merged: Tensor | None = None
+        self._totals: Tensor | None = None
 
     def merged_sizes(self, sizes: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """See `Plan.merged_sizes`; computed once."""
-        if self._merged is None:
-            self._merged = super().merged_sizes(sizes, dtype, device)
-        return self._merged
+        """See `Plan.merged_sizes`; those that :meth:`apply` summed, where it did."""
+        if self._totals is not None and sizes is self._sizes and self._totals.dtype == dtype:
+            return self._totals
+        return super().merged_sizes(sizes, dtype, device)
 
     def apply(self, x: Tensor, num_prefix_tokens: int) -> Tensor:
         """Return the tokens that leave, [B, P + M, C]: weighted averages."""
-        dtype = checks.accumulation_dtype(x.dtype)
+        weights = self._sizes if self._weights is None else self._weights
+        merged, totals = ops.merge_tokens(x, self.owner, self.num_out, weights, num_prefix_tokens)
         if self._weights is None:
-            sizes = torch.ones_like(self.owner, dtype=dtype) if self._sizes is None else self._sizes
-            weights, totals = sizes.to(dtype), self.merged_sizes(self._sizes, dtype, x.device)
-        else:
-            weights = self._weights.to(dtype)
-            totals = ops.scatter_tokens(weights.unsqueeze(2), self.owner, self.num_out).squeeze(2)
-        of_owner = ops.gather_tokens(totals.unsqueeze(2), self.owner).squeeze(2)
-        # A token that is merged with no other has exactly the weight 1, and stays as it is.
-        shares = F.pad(weights / of_owner, (num_prefix_tokens, 0), value=1.0)
-        first = torch.arange(num_prefix_tokens, device=x.device).expand(x.shape[0], -1)
-        owner = torch.cat([first, self.owner + num_prefix_tokens], dim=1)
-        weighted = x * shares.to(x.dtype).unsqueeze(2)
-        return ops.scatter_tokens(weighted, owner, num_prefix_tokens + self.num_out)
+            self._totals = totals
+        return merged
 
     def settled(self) -> Plan:
         """See `Plan.settled`."""

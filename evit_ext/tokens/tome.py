@@ -3,7 +3,7 @@
 Bolya et al., "Token Merging: Your ViT But Faster" (ICLR 2023, arXiv 2210.09461), sections 3.1 and 3.2;
 written from the paper alone.
 
-Notation: B batch, N tokens, P prefix tokens, M patch tokens that leave, C channels, D channels per head.
+Notation: N tokens, P prefix tokens, M patch tokens that leave.
 """
 
 from __future__ import annotations
@@ -13,12 +13,8 @@ import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from evit_ext import ops
 from evit_ext._util.messages import shown
-from evit_ext.ops import checks
 from evit_ext.tokens.merging import MergePlan
 from evit_ext.tokens.plan import Plan
 from evit_ext.tokens.rule import KeepRateRule, Seen
@@ -107,7 +103,7 @@ class ToMe(KeepRateRule, name="tome"):
         """See `Rule.plan`."""
         num_out = self.num_out(seen.num_patches, seen.num_image_patches)
         assert seen.keys is not None
-        kept, owner = bipartite_matching(seen.keys[:, :, seen.num_prefix_tokens :], num_out)
+        kept, owner = ops.bipartite_matching(seen.keys[:, :, seen.num_prefix_tokens :], num_out)
         return MergePlan(kept, owner, seen.sizes)
 
     def settings(self) -> dict[str, Any]:
@@ -118,41 +114,3 @@ class ToMe(KeepRateRule, name="tome"):
     def describe(self) -> str:
         """See `Rule.describe`."""
         return "merged into the most similar of the others"
-
-
-@torch.no_grad()
-def bipartite_matching(keys: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
-    """Return which tokens stay and which each token becomes part of; see :class:`ToMe`.
-
-    Args:
-        keys: of the patch tokens, [B, H, N, D].
-        num_out: M, at least N − floor(N / 2).
-
-    Returns:
-        kept, int64 [B, M], ascending; and owner, int64 [B, N], the number among those that stay.
-    """
-    batch, _, num_tokens, _ = keys.shape
-    if num_out == num_tokens:
-        every = torch.arange(num_tokens, device=keys.device).expand(batch, -1)
-        return every, every
-    dtype = checks.accumulation_dtype(keys.dtype)
-    with checks.without_autocast(keys.device.type):
-        metric = F.normalize(keys.to(dtype).mean(dim=1), dim=-1)
-        similarity, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=-1)
-    num_merged = num_tokens - num_out
-    order = similarity.sort(dim=1, descending=True, stable=True).indices
-    rank = order.sort(dim=1).indices  # of each of A: a permutation's inverse
-    in_b = num_tokens // 2
-    # Interleaved again: of B none goes.
-    goes = _interleaved(rank < num_merged, torch.zeros_like(rank[:, :in_b], dtype=torch.bool))
-    places = (~goes).to(torch.int64).cumsum(dim=1) - 1
-    of_partner = places.gather(1, 2 * partner + 1)
-    owner = torch.where(goes, _interleaved(of_partner, of_partner[:, :in_b]), places)
-    kept = goes.to(torch.int64).sort(dim=1, stable=True).indices[:, :num_out]
-    return kept, owner
-
-
-def _interleaved(a: Tensor, b: Tensor) -> Tensor:
-    """Return the columns of `a` [B, K] and `b` [B, K or K − 1] in turn."""
-    even = torch.stack([a[:, : b.shape[1]], b], dim=2).flatten(1)
-    return torch.cat([even, a[:, b.shape[1] :]], dim=1)

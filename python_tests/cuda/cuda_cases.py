@@ -44,6 +44,11 @@ def make_sum(batch: int) -> tuple[Tensor, ...]:
     return x, torch.rand(batch, TOKENS), index
 
 
+def make_groups(batch: int) -> tuple[Tensor, ...]:
+    owner = torch.randint(0, KEEP, (batch, TOKENS - 1))
+    return torch.randn(batch, TOKENS, WIDTH), owner, torch.randint(1, 6, (batch, TOKENS - 1)).float()
+
+
 def make_tokens(batch: int) -> tuple[Tensor, ...]:
     return torch.randn(batch, TOKENS, WIDTH), torch.randn(batch, TOKENS - 1).softmax(dim=1)
 
@@ -119,6 +124,22 @@ OPERATORS = [
         (0,),
     ),
     Operator("fuse_tokens", make_sum, ops.fuse_tokens, reference.fuse_tokens, (0,), (0, 1)),
+    Operator(
+        "merge_tokens",
+        make_groups,
+        lambda x, owner, weights: ops.merge_tokens(x, owner, KEEP, weights),
+        lambda x, owner, weights: reference.merge_tokens(x, owner, KEEP, weights),
+        (0,),
+        (0, 2),
+    ),
+    Operator(
+        "bipartite_matching",
+        lambda batch: make_attention(batch)[1:],
+        lambda keys: ops.bipartite_matching(keys, TOKENS - KEEP),
+        lambda keys: reference.bipartite_matching(keys, TOKENS - KEEP),
+        (0,),
+        (),
+    ),
     Operator(
         "reorganize_tokens",
         make_tokens,

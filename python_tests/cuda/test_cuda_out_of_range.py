@@ -43,6 +43,10 @@ CALLS = {
     "gather_tokens": "ops.gather_tokens(x, index({wrong}))",
     "scatter_tokens": "ops.scatter_tokens(x[:, :3], index({wrong}), 5)",
     "fuse_tokens": "ops.fuse_tokens(x, weights, index({wrong}))",
+    "merge_tokens": "ops.merge_tokens(x, index({wrong}), 5, None, 2)",
+    "merge_tokens_backward": (
+        "torch.ops.evit.merge_tokens_backward(x[:, :4], weights[:, :2], x, index({wrong}), weights[:, 2:], 2)"
+    ),
     "restore_tokens": "ops.restore_tokens(x, kept({wrong}), 5, 1, 'zero')",
     "restore_tokens_backward": "backward(torch.ones(2, 6, 8, device='cuda'), kept({wrong}), 5, 1, False)",
     "restore_tokens_backward, sum": "backward(torch.ones(2, 6, 8, device='cuda'), kept({wrong}), 6, 1, True)",

@@ -43,6 +43,8 @@ def test_operators_run_their_reference(device: torch.device, no_kernels: None) -
         "gather_tokens": (x, index),
         "scatter_tokens": (x[:, :2], index, 9),
         "fuse_tokens": (x, scores, index),
+        "merge_tokens": (x, index, 9, None, 7),
+        "bipartite_matching": (k, 6),
         "reorganize_tokens": (x, scores, 3),
         "restore_tokens": (x[:, :4], torch.tensor([[0, 8], [3, 4]], device=device), 9),
         "add_reorganize_norm": (x, x, scores, 3),
@@ -104,6 +106,11 @@ def functions(
         "gather_tokens": (lambda o, t: o.gather_tokens(t, index), x),
         "scatter_tokens": (lambda o, t: o.scatter_tokens(t, index, 6), x[:, :3]),
         "fuse_tokens": (lambda o, t: o.fuse_tokens(t, t[:, :, 0], index), x),
+        "merge_tokens": (
+            lambda o, t: o.merge_tokens(t, index, 5, t[:, 2:, 0].exp(), 2)[0],
+            x,
+        ),
+        "merge_tokens, totals": (lambda o, t: o.merge_tokens(x, index, 5, t[:, 2:, 0] ** 2, 2)[1], x),
         "reorganize_tokens": (lambda o, t: o.reorganize_tokens(t, scores, 2)[0] * t.sum(), x),
         "restore_tokens": (lambda o, t: o.restore_tokens(t, kept, 6) * t.sum(), x),
         "restore_tokens, tensor": (lambda o, t: o.restore_tokens(x, kept, 4, 1, t), x),
@@ -159,7 +166,7 @@ def test_function_transforms_that_are_compiled(name: str, device: torch.device) 
         torch.testing.assert_close(torch.vmap(compiled)(batch), torch.stack([reference(v) for v in batch]))
 
 
-@pytest.mark.parametrize("name", ["class_attention", "fuse_tokens", "reorganize_tokens"])
+@pytest.mark.parametrize("name", ["class_attention", "fuse_tokens", "merge_tokens", "reorganize_tokens"])
 def test_second_derivative_is_refused(name: str, device: torch.device) -> None:
     if device.type not in library.KERNEL_DEVICES:
         pytest.skip("no kernels, and the reference is differentiable any number of times")

@@ -9,17 +9,16 @@ import pytest
 import timm
 import torch
 from family_lines import DROP_LOC, LINES, Line, drops_patches, forward, named, tensors
-from slow_tome import Groups, merge, slow_tome
-from torch import Tensor
+from slow_tome import Groups, slow_tome
 
 import evit_ext
+from evit_ext import ops
 from evit_ext.benchmark.contestants import contestants
 from evit_ext.cost.tokens import count_tokens
 from evit_ext.models.by_name import create_evit
 from evit_ext.tokens import EViT, RandomSelection, ToMe, make_rule
 from evit_ext.tokens.merging import MergePlan
 from evit_ext.tokens.stage import find_stages
-from evit_ext.tokens.tome import bipartite_matching
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -94,43 +93,10 @@ def test_without_merging_it_is_the_original_to_the_last_bit(line: Line, training
 # The matching.
 
 
-def slow_matching(keys: Tensor, num_out: int) -> tuple[list[int], list[int]]:
-    """Of one image: which tokens stay, and the number of each token's among them."""
-    groups = [[i] for i in range(len(keys))]
-    _, left = merge(torch.zeros(len(keys), 1), keys, groups, 0, len(keys) - num_out)
-    return [group[0] for group in left], owners_of(left, len(keys))
-
-
-@pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 16, 33])
-def test_matching(num_tokens: int) -> None:
-    keys = torch.randn(4, 3, num_tokens, 5, dtype=torch.float64)
-    for num_out in range(num_tokens - num_tokens // 2, num_tokens + 1):
-        kept, owner = bipartite_matching(keys, num_out)
-        for b in range(4):
-            assert (kept[b].tolist(), owner[b].tolist()) == slow_matching(keys[b].mean(dim=0), num_out)
-        # A token that stays stands for itself.
-        assert torch.equal(owner.gather(1, kept), torch.arange(num_out).expand(4, -1))
-
-
-def test_equal_similarities_go_to_the_lower_index() -> None:
-    keys = torch.ones(1, 2, 9, 4)
-    kept, owner = bipartite_matching(keys, 6)
-    assert owner.tolist() == [[0, 0, 0, 1, 0, 2, 3, 4, 5]]  # 0, 2 and 4 become part of 1
-    assert kept.tolist() == [[1, 3, 5, 6, 7, 8]]
-
-
-def test_matching_of_no_numbers_stays_in_range() -> None:
-    keys = torch.full((2, 2, 8, 4), float("nan"))
-    keys[1] = 0  # no direction at all
-    kept, owner = bipartite_matching(keys, 5)
-    assert (kept.diff() > 0).all() and kept.min() >= 0 and kept.max() < 8
-    assert owner.min() == 0 and owner.max() == 4
-
-
 def test_merge_and_restore_are_a_pair() -> None:
     x = torch.randn(3, 2 + 12, 8, dtype=torch.float64)
     sizes = torch.randint(1, 5, (3, 12)).double()
-    kept, owner = bipartite_matching(torch.randn(3, 2, 12, 4), 7)
+    kept, owner = ops.bipartite_matching(torch.randn(3, 2, 12, 4), 7)
     plan = MergePlan(kept, owner, sizes)
     merged = plan.apply(x, 2)
     restored = plan.restore(merged[:, 2:])
@@ -145,7 +111,7 @@ def test_merge_and_restore_are_a_pair() -> None:
 
 
 def test_gradient_of_the_average() -> None:
-    kept, owner = bipartite_matching(torch.randn(2, 2, 6, 4), 3)
+    kept, owner = ops.bipartite_matching(torch.randn(2, 2, 6, 4), 3)
     sizes = torch.tensor([[1.0, 2, 3, 1, 1, 4]] * 2, dtype=torch.float64)
     x = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: MergePlan(kept, owner, sizes).apply(x, 1), x)
@@ -153,7 +119,7 @@ def test_gradient_of_the_average() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_average_in_narrow_types(dtype: torch.dtype) -> None:
-    kept, owner = bipartite_matching(torch.randn(2, 2, 40, 4), 20)
+    kept, owner = ops.bipartite_matching(torch.randn(2, 2, 40, 4), 20)
     x = torch.randn(2, 41, 8) * 1000
     wide = MergePlan(kept, owner, None).apply(x.to(dtype).float(), 1)
     found = MergePlan(kept, owner, None).apply(x.to(dtype), 1)

@@ -12,6 +12,7 @@ from evit_ext.cli.options import (
     add_model,
     add_options,
     add_output,
+    add_progress,
     add_weights,
 )
 
@@ -80,6 +81,7 @@ def add_parser(commands: Any) -> None:
         help="timed batches a row, for the images/s of the model alone; 0 leaves it out (default: 5)",
     )
     add_device(parser)
+    add_progress(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_options(parser.add_argument_group("model and data, as in a run's configuration"), _FIELDS)
     parser.set_defaults(run="evit_ext.cli.evaluate")

@@ -64,13 +64,15 @@ class Results:
         Raises:
             OSError: a file cannot be written.
         """
-        best = max((score.top1 for name in FILES for score in self._scores(name, keep_rate)), default=-1.0)
+        scores = (score for name in FILES for score in self._scores(name, keep_rate))
+        best = functools.reduce(better, scores, None)
         entry: dict[str, Any] = {"epoch": epoch, "keep_rate": keep_rate}
         for name, evaluation in found.items():
             entry[name] = {"top1": evaluation.top1, "top5": evaluation.top5, "loss": evaluation.loss}
             files = [FILES[name]]
-            if evaluation.top1 > best:
-                best = evaluation.top1
+            score = Score.of(evaluation, epoch)
+            if better(best, score) is score:
+                best = score
                 files.append("best.safetensors")
             self._write(files, models[name], {"weights": name, "top1": f"{evaluation.top1:.3f}", **entry})
         self._entries.append(entry)
@@ -89,7 +91,7 @@ class Results:
                 target.write(content)
 
     def best(self, name: str) -> Score | None:
-        """Return the best evaluation of "model" or "ema", the earliest of equals; None if there is none."""
+        """Return the best evaluation of "model" or "ema", see `better`; None if there is none."""
         if not self._entries:
             return None
         return functools.reduce(better, self._scores(name, self._entries[-1]["keep_rate"]), None)

@@ -119,8 +119,10 @@ def _at_keep_rate(keep_rate: float | None) -> str:
 
 
 def better(best: Score | None, new: Score) -> Score:
-    """Return the score with the higher top-1, the earlier one if they are equal."""
-    return new if best is None or new.top1 > best.top1 else best
+    """Return the score with the higher top-1, of equals that with the lower loss, then the earlier one."""
+    if best is None or new.top1 > best.top1:
+        return new
+    return new if new.top1 == best.top1 and new.loss < best.loss else best
 
 
 def _score(score: Score | None, classes: int) -> str | None:

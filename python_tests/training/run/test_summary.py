@@ -72,7 +72,18 @@ def test_best() -> None:
         tokens_kept_by_stage=(),
         unreadable=(),
     )
-    first, second = Score.of(evaluation, 0), Score.of(replace(evaluation, loss=1.0), 1)
+    first, second = Score.of(evaluation, 0), Score.of(replace(evaluation, loss=2.0), 1)
     assert better(None, first) == better(first, second) == first
     assert first == Score(epoch=0, top1=50.0, top5=75.0, loss=1.5)
     assert better(first, replace(second, top1=51.0)).epoch == 1
+
+
+def test_of_equal_accuracies_the_lower_loss_is_better() -> None:
+    first, second, third = (
+        Score(epoch=epoch, top1=90.0, top5=100.0, loss=loss) for epoch, loss in ((1, 0.5), (2, 0.3), (3, 0.3))
+    )
+    assert better(None, first) is first
+    assert better(first, second) is second
+    assert better(second, third) is second  # the earlier one
+    assert better(second, Score(epoch=4, top1=90.0, top5=100.0, loss=float("nan"))) is second
+    assert better(second, Score(epoch=5, top1=91.0, top5=100.0, loss=9.0)).epoch == 5
