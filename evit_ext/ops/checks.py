@@ -187,11 +187,7 @@ def attention_with_scores(
         _tensor("key_bias", key_bias, 2, "[B, N]")
         _floating("key_bias", key_bias)
         same_device("key_bias", key_bias, "qkv", qkv)
-        if key_bias.shape[0] != qkv.shape[0] or key_bias.shape[1] != qkv.shape[1]:
-            raise ValueError(
-                f"key_bias must have shape [B, N] = {tuple(qkv.shape[:2])}, as qkv has, "
-                f"got {tuple(key_bias.shape)}"
-            )
+        _sizes("key_bias", key_bias, "[B, N] of qkv", *qkv.shape[:2])
     if not isinstance(mean, bool):
         raise TypeError(f"mean must be a bool, got {type(mean).__name__}")
     if scale is None:
@@ -230,10 +226,7 @@ def fuse_tokens(x: Tensor, weights: Tensor, index: Tensor) -> None:
     _floating("x", x)
     _floating("weights", weights)
     same_device("weights", weights, "x", x)
-    if weights.shape[0] != x.shape[0] or weights.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"weights must have shape [B, N] = {tuple(x.shape[:2])}, as x has, got {tuple(weights.shape)}"
-        )
+    _sizes("weights", weights, "[B, N] of x", *x.shape[:2])
     _index(index, x.shape[0], x.shape[1], x)
 
 

@@ -143,7 +143,7 @@ def test_errors_of_the_key_bias(device: torch.device) -> None:
         with pytest.raises(TypeError, match="key_bias must be float32, float16, bfloat16 or float64, got"):
             function(qkv, 3, key_bias=bias.long())
         for wrong in (bias[:1], bias[:, :6]):
-            with pytest.raises(ValueError, match=r"key_bias must have shape \[B, N\] = \(2, 7\), as qkv"):
+            with pytest.raises(ValueError, match=r"key_bias must have shape \[B, N\] of qkv = \(2, 7\), got"):
                 function(qkv, 3, key_bias=wrong)
         with pytest.raises(ValueError, match="key_bias and qkv must be on one device"):
             function(qkv, 3, key_bias=bias.to("meta"))
