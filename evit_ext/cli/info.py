@@ -18,6 +18,7 @@ from evit_ext._util.tables import aligned
 from evit_ext._util.version import VERSION
 from evit_ext.cli.output import check_writable, say_next
 from evit_ext.cost import budget
+from evit_ext.cost.depth import fit_keep_rates
 from evit_ext.cost.layers import LayerCost, layer_costs
 from evit_ext.cost.macs import count_macs
 from evit_ext.models.by_name import create_evit
@@ -31,12 +32,21 @@ KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 def run(options: argparse.Namespace) -> None:
     if options.budget is None and options.tolerance is not None:
         raise ValueError("--tolerance is for a --budget, which is not given")
+    if options.budget is None and options.schedule is not None:
+        raise ValueError("--schedule needs a --budget, which is not given")
+    if options.schedule is None and options.drop_loc is not None:
+        raise ValueError("--drop-loc is for a --schedule, which is not given")
+    if options.schedule is not None and (options.tolerance is not None or options.keep_rates):
+        raise ValueError(
+            "--schedule finds the keep rates that fit the budget: leave out --tolerance and --keep-rate"
+        )
     if options.budget is not None and options.img_size is not None:
         raise ValueError("--budget chooses the sizes of images: leave out --img-size")
     names = options.models or ["deit_small", "dynamicvit_small"]
     if options.output is not None:
         check_writable(options.output)
-    fits = [] if options.budget is None else [_fits(name, options) for name in names]
+    look = _fits if options.schedule is None else _schedule
+    fits = [] if options.budget is None else [look(name, options) for name in names]
     rates = options.keep_rates or KEEP_RATES
     found: list[dict[str, Any]] = []
     if options.budget is None or options.json or options.output is not None:
@@ -49,7 +59,8 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(everything, indent=2))
         return
     if options.budget is not None:
-        print("\n\n".join(_fits_text(fit) for fit in fits))
+        text = _fits_text if options.schedule is None else _schedule_text
+        print("\n\n".join(text(fit) for fit in fits))
     elif len(options.models) == 1:
         print(_text_of_one(found[0]))
     else:
@@ -211,11 +222,8 @@ def _side_by_side(found: Sequence[dict[str, Any]], rates: Sequence[float]) -> st
     return f"Multiply-accumulates of one image in 10^9, by keep rate:\n\n{aligned(lines)}"
 
 
-def _fits(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return which configurations of a model fit the budget."""
-    tolerance = budget.TOLERANCE if options.tolerance is None else options.tolerance / 100
-    if not 0 <= tolerance <= 1:
-        raise ValueError(f"--tolerance must be from 0 to 100 percent, got {options.tolerance:g}")
+def _budget(options: argparse.Namespace) -> float:
+    """Return the budget in multiply-accumulates."""
     try:
         macs = float(options.budget) * 1e9
     except ValueError:
@@ -225,6 +233,40 @@ def _fits(name: str, options: argparse.Namespace) -> dict[str, Any]:
             f"--budget must be GMACs, 10^9 multiply-accumulates, above 0 and at most "
             f"{budget.MOST_MACS / 1e9:g}, or a model's name, got {options.budget}"
         )
+    return macs
+
+
+def _schedule(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return keep rates over the depth of a model that fit the budget."""
+    fit = fit_keep_rates(name, _budget(options), shape=options.schedule, drop_loc=options.drop_loc)
+    return {
+        "model": name,
+        "schedule": options.schedule,
+        "gmacs": fit.macs / 1e9,
+        "drop_loc": fit.drop_loc,
+        "keep_rate": fit.keep_rates,
+        "tokens": fit.tokens,
+    }
+
+
+def _schedule_text(found: dict[str, Any]) -> str:
+    lines = [["block", "keep rate"]]
+    lines += [
+        [str(block), f"{rate:g}"] for block, rate in zip(found["drop_loc"], found["keep_rate"], strict=True)
+    ]
+    return (
+        f"{found['model']}, {found['schedule']} over the depth: {found['gmacs']:.4g} GMACs, "
+        f"{found['tokens']} patch tokens at the end\n\n{aligned(lines)}\n\n"
+        f"evit_ext.apply(vit, {list(found['keep_rate'])}, drop_loc={list(found['drop_loc'])})"
+    )
+
+
+def _fits(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return which configurations of a model fit the budget."""
+    tolerance = budget.TOLERANCE if options.tolerance is None else options.tolerance / 100
+    if not 0 <= tolerance <= 1:
+        raise ValueError(f"--tolerance must be from 0 to 100 percent, got {options.tolerance:g}")
+    macs = _budget(options)
     fits = budget.fit_budget(name, macs, options.keep_rates or budget.KEEP_RATES, tolerance)
     return {
         "model": name,

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from evit_ext._util.choices import SCHEDULES
 from evit_ext._util.messages import shown
 from evit_ext.cost.macs import count_macs, input_size
 from evit_ext.cost.tokens import count_tokens
 from evit_ext.models.by_name import create_evit
 from evit_ext.patching.families import drop_locations
 from evit_ext.patching.keep_rates import set_keep_rate
-
-SHAPES = ("constant", "rising", "falling")
 
 #: Keep rates are tried in steps of so much, for the block that drops most.
 STEP = 0.001
@@ -76,8 +75,8 @@ def fit_keep_rates(
         >>> fit.keep_rates
         (0.8027, 0.6053, 0.408)
     """
-    if shape not in SHAPES:
-        raise ValueError(f"shape must be one of {', '.join(map(repr, SHAPES))}, got {shown(shape)}")
+    if shape not in SCHEDULES:
+        raise ValueError(f"shape must be one of {', '.join(map(repr, SCHEDULES))}, got {shown(shape)}")
     if (macs is None) == (tokens is None):
         raise ValueError(
             f"give one budget, macs or tokens, got macs={shown(macs)} and tokens={shown(tokens)}"

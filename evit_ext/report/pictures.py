@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from evit_ext.visualize.photos import Eye
-from evit_ext.visualize.views import view_images
+from evit_ext.visualize.picture import merged_picture
+from evit_ext.visualize.views import StageView, view_images
 
 _SIDE = 160
 # Dropped patches: little of the image on a grey that is neither the light page's nor the dark one's.
@@ -66,11 +67,17 @@ def kept_patches(
             KeptPatches(
                 name(label),
                 "" if best is None else name(best),
-                [_url(picture), *(_url(_dimmed(picture, stage.kept)) for stage in rate.stages)],
+                [_url(picture), *(_url(_left(picture, stage)) for stage in rate.stages)],
                 [float(stage.kept.float().mean()) for stage in rate.stages],
             )
         )
     return found
+
+
+def _left(picture: Image.Image, stage: StageView) -> Image.Image:
+    if stage.groups is not None:
+        return merged_picture(picture, stage.groups, max(picture.size))
+    return _dimmed(picture, stage.kept)
 
 
 def _dimmed(picture: Image.Image, kept: Tensor) -> Image.Image:

@@ -102,7 +102,7 @@ def _stages(rate: RateView) -> list[dict[str, Any]]:
                 "kept": "".join("1" if kept else "0" for kept in stage.kept.flatten().tolist()),
                 "dropped": stage.dropped,
                 "fused": stage.fused,
-                "merged": stage.groups is not None,
+                "groups": None if stage.groups is None else stage.groups.flatten().tolist(),
                 "levels": found.levels.flatten().tolist(),
                 "low": float(f"{found.low:.3g}"),
                 "high": float(f"{found.high:.3g}"),

@@ -116,9 +116,26 @@ def test_budget_of_another_model_as_json(capsys: pytest.CaptureFixture[str]) -> 
     assert all(fit["gmacs"] <= found["gmacs"] for fit in found["fits"])
 
 
+def test_schedule(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("info", "deit_small", "--budget", "3", "--schedule", "rising", "--drop-loc", "3", "6", "9")
+    fit = evit_ext.fit_keep_rates("deit_small", 3e9, shape="rising")
+    rates = list(fit.keep_rates)
+    out = run(capsys, *arguments)
+    assert [line for line in cells(out) if line and line[0].isdigit()] == [
+        [str(block), f"{rate:g}"] for block, rate in zip((3, 6, 9), rates, strict=True)
+    ]
+    assert f"evit_ext.apply(vit, {rates}, drop_loc=[3, 6, 9])" in out
+    (found,) = json.loads(run(capsys, *arguments, "--json"))["budget"]
+    assert (found["keep_rate"], found["drop_loc"], found["gmacs"]) == (rates, [3, 6, 9], fit.macs / 1e9)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--schedule", "rising"], "--schedule needs a --budget"),
+        (["--budget", "1", "--drop-loc", "3"], "--drop-loc is for a --schedule"),
+        (["--budget", "1", "--schedule", "rising", "--keep-rate", "0.5"], "leave out --tolerance and"),
+        (["--budget", "0.2", "--schedule", "rising"], "the budget is too small for deit_tiny"),
         (["--budget", "nothing"], "there is no model 'nothing'"),
         (["--budget", "-1"], "--budget must be GMACs, 10^9 multiply-accumulates, above 0"),
         (["--budget", "nan"], "--budget must be GMACs, 10^9 multiply-accumulates, above 0"),

@@ -94,7 +94,9 @@ def test_only_named_tokens_count(device: torch.device) -> None:
 def test_errors(device: torch.device) -> None:
     x, weights, index = (t.to(device) for t in make(2, 7, 5, 3))
     for function in (ops.fuse_tokens, ops.reference.fuse_tokens):
-        with pytest.raises(ValueError, match=r"weights must have shape \[B, N\] of x = \(2, 7\).*got \(2, 3\)"):
+        with pytest.raises(
+            ValueError, match=r"weights must have shape \[B, N\] of x = \(2, 7\).*got \(2, 3\)"
+        ):
             function(x, weights[:, :3], index)
         with pytest.raises(TypeError, match="weights must be float32.*got torch.int64"):
             function(x, weights.long(), index)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import runs
+import torch
 from browser import Browser, find_browser
 from image_data import damage, write_folder
+from PIL import Image
 
 from evit_ext.cli import main
 from evit_ext.report.curves import _ticks, chart
+from evit_ext.report.pictures import _left
 from evit_ext.report.records import read_run
+from evit_ext.visualize.views import StageView
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,3 +115,14 @@ def test_in_a_browser(run: Path, tmp_path: Path, width: int, dark: bool) -> None
         )
         assert (ink - paper > 400) if dark else (paper - ink > 400)
         assert browser.problems == []
+
+
+def test_merged_patches_have_the_mean_colour_of_their_group() -> None:
+    image = Image.effect_noise((32, 32), 90).convert("RGB")
+    groups, every = torch.tensor([[0, 0], [1, 2]]), torch.ones(2, 2, dtype=torch.bool)
+    stage = StageView(every, torch.full((2, 2), float("nan")), 1, False, groups)
+    shown = np.asarray(_left(image, stage))
+    assert (shown[:16] == shown[0, 0]).all()
+    assert np.array_equal(shown[16:], np.asarray(image)[16:])
+    kept = StageView(torch.tensor([[False, True], [True, True]]), stage.scores, 1, True)
+    assert np.array_equal(np.asarray(_left(image, kept))[16:], np.asarray(image)[16:])

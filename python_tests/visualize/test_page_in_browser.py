@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from browser import Browser, find_browser
 from galleries import make_gallery, make_view
 
-from evit_ext.visualize import page
+from evit_ext.visualize import page, picture
+from evit_ext.visualize.views import StageView
 
 if find_browser() is None:
     pytest.skip("no Chromium or Chrome is installed", allow_module_level=True)
@@ -153,3 +158,25 @@ def test_what_names_hold_is_not_run(file: Path) -> None:
             "s.textContent = 'document.title = \"broken in\"'; document.body.append(s); })()"
         )
         assert browser.js("document.title") != "broken in"
+
+
+def test_merged_patches_have_the_mean_colour_of_their_group(tmp_path: Path) -> None:
+    groups = torch.tensor([[0, 1, 1, 2], [0, 3, 1, 4]])
+    stage = StageView(torch.ones(2, 4, dtype=torch.bool), torch.full((2, 4), math.nan), 3, False, groups)
+    gallery = make_gallery()
+    (photo,) = gallery.photos
+    view = replace(photo.view, rates=(replace(photo.view.rates[0], stages=(stage,)),))
+    path = tmp_path / "page.html"
+    path.write_text(page.write(replace(gallery, photos=[replace(photo, view=view)])), encoding="utf-8")
+    with Browser(path) as browser:
+        *pixels, width, height = browser.js(
+            "(() => { const c = document.getElementById('kept');"
+            "const p = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+            "return [...p, c.width, c.height]; })()"
+        )
+        assert "merged into others in it" in text(browser, "kept-text")
+        assert browser.problems == []
+    shown = np.array(pixels).reshape(height, width, 4)[..., :3]
+    scale = width // photo.image.width
+    expected = np.asarray(picture.merged_picture(photo.image, groups, max(photo.image.size)), dtype=int)
+    assert np.abs(shown[::scale, ::scale] - expected).max() <= 1  # both are rounded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from evit_ext._util.choices import SCHEDULES
 from evit_ext.cli.options import add_keep_rates, add_output
 
 _EXAMPLES = """examples:
@@ -13,6 +14,7 @@ _EXAMPLES = """examples:
   evit info vit_base_patch16_224 --keep-rate 0.5 --img-size 384
   evit info deit_small dynamicvit_small lvvit_small      # side by side
   evit info deit_small --budget 4.6                      # sizes of images and keep rates for 4.6 GMACs
+  evit info deit_small --budget 3 --schedule rising --drop-loc 3 5 7 9
   evit info deit_small --budget deit_small               # … for what DeiT-S costs with all patches
 """
 
@@ -25,7 +27,7 @@ def add_parser(commands: Any) -> None:
         description="Print of one model its layers, tokens, parameters and multiply-accumulates (MACs), of\n"
         "several what they cost side by side, and of none how evit_ext was built. Nothing is\n"
         "computed or downloaded: the models are built on the meta device, without memory.",
-        usage="evit info [MODEL ...] [--keep-rate RATE ...] [--img-size N | --budget GMACS|MODEL] [--json]",
+        usage="evit info [MODEL ...] [--keep-rate RATE ...] [--budget GMACS|MODEL] [OPTION ...]",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -53,6 +55,19 @@ def add_parser(commands: Any) -> None:
         type=float,
         metavar="PERCENT",
         help="by how much a cost may be above the budget (default: 1)",
+    )
+    parser.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        help="instead, find keep rates that fit the budget: the same share dropped in each block, or more in "
+        "later (rising) or in earlier ones (falling)",
+    )
+    parser.add_argument(
+        "--drop-loc",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="numbers of the blocks of the schedule (default: those at the quarters of the depth)",
     )
     add_output(parser, "FILE", "write all of it there, too, as JSON")
     parser.add_argument("--json", action="store_true", help="print all of it as JSON")
