@@ -1,9 +1,9 @@
 """Attention and MLPs on the CPU, computed in fewer passes over memory.
 
 Attention runs through :func:`evit_ext.ops.attention_with_scores`, in training as well, directly on the packed
-projection if nothing changes queries and keys in between. Without gradients, linear layers run through
-oneDNN, which adds the bias and applies GELU in the product's last pass; ``F.linear`` would first copy the
-bias into the result, and GELU would be a separate pass. Results differ by rounding, so
+projection if nothing changes queries and keys in between, unless PyTorch's runs on tiles (AMX). Without
+gradients, linear layers run through oneDNN, which adds the bias and applies GELU in the product's last pass;
+``F.linear`` would first copy the bias into the result, and GELU would be a separate pass. Results differ by rounding, so
 :func:`evit_ext.apply` switches this on only if a keep rate is below 1. Whatever is not known to compute the
 same runs its original code: under ``torch.export``, the transforms of ``torch.func`` and forward-mode
 differentiation, with hooks or an overridden forward, and with dropout, masks or position biases.
@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 
 from evit_ext._util.compiled import build_info
 from evit_ext.cpu import packed_weights
-from evit_ext.ops import checks
+from evit_ext.ops import checks, library
 
 #: Whether the processor has kernels that were measured to be faster than PyTorch's: not the portable ones.
 SUPPORTED = build_info()["cpu_capability"] != "baseline"
@@ -167,6 +167,13 @@ def attends(*tensors: Tensor) -> bool:
     if checks.autocast_enabled("cpu"):
         return torch.get_autocast_dtype("cpu") in _ATTENTION_DTYPES
     return tensors[0].dtype in _ATTENTION_DTYPES and len({t.dtype for t in tensors}) == 1
+
+
+def has_tiles(x: Tensor) -> bool:
+    """Return whether PyTorch's attention is faster than our kernel on `x`; see `evit_ext.ops.library`."""
+    if checks.autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") in library.TILED
+    return x.dtype in library.TILED
 
 
 def is_identity(module: nn.Module) -> bool:

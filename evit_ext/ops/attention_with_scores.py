@@ -34,7 +34,9 @@ def attention_with_scores(
     (Bolya et al., ICLR 2023, equation 1); with -Inf, a key is masked.
 
     The CPU has forward and backward kernels that read the projection in place and never store an N × N map:
-    the backward pass computes the probabilities again. On other devices these steps run instead. There is
+    the backward pass computes the probabilities again. On other devices these steps run instead, and so they
+    do in the dtypes that PyTorch's attention computes on tiles (``evit_ext.ops.library.TILED``: bfloat16 on
+    processors with AMX), which is faster than the kernel, unless `mean` is asked for. There is
     also a CUDA kernel without gradient, for float16 and bfloat16 with 32, 64 or 128 channels per head, but it
     has not been measured and is used only if ``evit_ext.ops.library.CUDA_ATTENTION`` is set. Models that
     change queries or keys between the projection and the attention (norms, rotary embeddings) cannot use this
@@ -80,8 +82,11 @@ def attention_with_scores(
 
 
 def _kernel_takes(qkv: Tensor, num_heads: int, key_bias: Tensor | None, mean: bool) -> bool:
-    if qkv.device.type in ("cpu", "meta"):
+    if qkv.device.type == "meta":
         return True
+    if qkv.device.type == "cpu":
+        # Mean scores would take PyTorch's attention a second pass.
+        return mean or qkv.dtype not in library.TILED
     if mean or not library.CUDA_ATTENTION or library.needs_gradient(qkv, key_bias):
         return False
     narrow = qkv.dtype in (torch.float16, torch.bfloat16)

@@ -184,9 +184,11 @@ def attend(
     q, k, v, qkv = projected
     scale = kind.scale(attention)
     scores: Tensor | None
-    if backend == "kernel" and cpu_forward.attends(q, k, v):
+    # On tiles PyTorch's attention is faster, and needs no packed projection.
+    mean = wants.scores and wants.mean
+    if backend == "kernel" and cpu_forward.attends(q, k, v) and (mean or not cpu_forward.has_tiles(q)):
         packed = cpu_forward.pack(q, k, v) if qkv is None else qkv
-        named = {**_unusual(scale, q), "mean": wants.scores and wants.mean}
+        named = {**_unusual(scale, q), "mean": mean}
         if bias is not None:
             named["key_bias"] = bias[:, 0, 0]
         out, scores = ops.attention_with_scores(packed, q.shape[1], **named)
