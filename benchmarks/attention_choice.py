@@ -53,7 +53,7 @@ def main() -> int:
     ]
     slower = [row for row in rows if is_slower(row, options.noise / 100)]
     table = aligned([list(rows[0]), *([str(value) for value in row.values()] for row in rows)])
-    verdict = f"slower by default than the other choice by over {options.noise:g} %: {len(slower)} of {len(rows)} lines"
+    verdict = f"slower than the other choice by over {options.noise:g} %: {len(slower)} of {len(rows)} lines"
     print(f"{table}\n\n{verdict}")
     for row in slower:
         print("  " + ", ".join(f"{name} {value}" for name, value in row.items()))
