@@ -13,6 +13,9 @@ THOROUGH = (
     "export/test_cmake_package.py",
     "export/test_cpp_example.py",
     "export/test_export_model.py::test_aoti_runs_with_the_operators_alone",
+    "export/test_engines.py::test_in_engine",
+    "export/test_engines.py::test_in_torch_compile",
+    "export/test_int8.py::test_files",
     "models/test_deit.py::test_compile_at_two_sizes",
     "models/test_deit_distilled.py::test_compile_at_two_sizes",
     "models/test_lvvit.py::test_compile_at_two_sizes",
@@ -28,6 +31,7 @@ THOROUGH = (
     # Trainings, evaluations and servers of their own, some of them killed.
     "benchmark/test_apart.py",
     "benchmark/test_measure.py::test_memory_that_a_call_adds",
+    "cli/test_export.py::test_int8",
     "cli/test_output.py",
     "study/test_study.py",
     "training/run/test_run.py::test_kinds_of_runs",
