@@ -30,7 +30,11 @@ THOROUGH = (
     "tools/test_ptx.py",
     # Trainings, evaluations and servers of their own, some of them killed.
     "benchmark/test_apart.py",
+    "benchmark/test_engines.py::test_rows",
     "benchmark/test_measure.py::test_memory_that_a_call_adds",
+    "cli/test_benchmark.py::test_engines",
+    "cli/test_evaluate.py::test_an_exported_file",
+    "cli/test_evaluate.py::test_engines",
     "cli/test_export.py::test_int8",
     "cli/test_output.py",
     "study/test_study.py",

@@ -54,7 +54,9 @@ def why_not(engine: str, precision: str) -> str | None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {shown(precision)}")
     if engine not in FILE_ENGINES:
-        return "of int8, files for onnxruntime and openvino are made" if precision == "int8" else None
+        return (
+            "int8 is for exported files, which onnxruntime and openvino run" if precision == "int8" else None
+        )
     if engine == "onnxruntime":
         if precision in ("float32", "int8"):
             return None
