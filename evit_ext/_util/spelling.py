@@ -24,6 +24,8 @@ _MEANINGS = {
     "base_keep_rate": "keep_rate", "model_kwargs": "model_args", "ema": "ema_decay", "model_ema": "ema_decay",
     "patience": "epochs", "from_pretrained": "pretrained", "finetune": "initial_checkpoint",
     "init": "initial_checkpoint", "gradient_accumulation": "micro_batch", "accum_iter": "micro_batch",
+    "ort": "onnxruntime", "onnx": "onnxruntime", "onnx_runtime": "onnxruntime", "ov": "openvino",
+    "eager": "torch", "pytorch": "torch", "compile": "torch_compile", "inductor": "torch_compile",
     "flip": "hflip", "fliplr": "hflip", "best": "last", "untrained": "random_weights",
 }  # fmt: skip
 

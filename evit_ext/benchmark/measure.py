@@ -22,6 +22,9 @@ from evit_ext.benchmark.contestants import Contestant
 from evit_ext.training.compiling import allow_recompiles
 from evit_ext.training.precision import Precision, attention_for_training, autocast
 
+#: What keeps its memory between calls, so that what a call adds is not what it needs.
+_KEEP_MEMORY = ("cudagraph", "onnxruntime", "openvino")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -33,12 +36,14 @@ class Row:
         task, mode, precision, batch: what was run.
         images_per_second: batch / median time.
         speedup: over the first model with the same task, mode, precision and batch.
+        over_fastest: over the first model in the fastest of the modes that were measured together.
         milliseconds: median time of a call.
         milliseconds_90, milliseconds_99: percentiles of the time; None if fewer than 10 or 100 calls were
             timed, because the percentile would then be the slowest call.
         calls: number of calls that were timed.
         peak_memory: peak bytes in use during a call, beyond those before it, see :func:`memory_added`; None
-            if not measured, as for CUDA graphs, which reserve their memory when they are captured.
+            if not measured, as for CUDA graphs, which reserve their memory when they are captured, and for
+            ONNX Runtime and OpenVINO, which keep theirs.
     """
 
     model: str
@@ -50,6 +55,7 @@ class Row:
     batch: int
     images_per_second: float
     speedup: float
+    over_fastest: float
     milliseconds: float
     milliseconds_90: float | None
     milliseconds_99: float | None
@@ -115,14 +121,35 @@ def measure(
         else:
             stack.enter_context(allow_recompiles(len(cases)))
             calls = {name: Here(make(*given), images.device) for name, (make, given) in makes.items()}
-        times = time_in_turns(calls, seconds, least)
-        memory = {
-            name: None if cases[name][0] == "cudagraph" else call.memory() for name, call in calls.items()
-        }
+        return measured(cases, calls, task, precision_name(precision), len(images), seconds, least)
+
+
+def measured(
+    cases: Mapping[str, tuple[str, Contestant]],
+    calls: Mapping[str, Timed],
+    task: str,
+    precision: str,
+    batch: int,
+    seconds: float,
+    least: int,
+) -> list[Row]:
+    """Time calls in turns and return a row for each.
+
+    Args:
+        cases: mode and model of each call, by its name; those of the first model are what others are compared
+            with.
+        calls: by the same names.
+        task, precision, batch: for the rows.
+        seconds, least: of :func:`time_in_turns`.
+    """
+    times = time_in_turns(calls, seconds, least)
+    memory = {name: None if cases[name][0] in _KEEP_MEMORY else call.memory() for name, call in calls.items()}
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    (_, first), *_ = cases.values()
+    firsts = {mode: medians[name] for name, (mode, model) in cases.items() if model.name == first.name}
     rows = []
     for name, (mode, model) in cases.items():
-        taken = sorted(times[name])
-        median = statistics.median(taken)
+        taken, median = sorted(times[name]), medians[name]
         rows.append(
             Row(
                 model=model.name,
@@ -130,10 +157,11 @@ def measure(
                 gmacs=model.gmacs,
                 task=task,
                 mode=mode,
-                precision=str(precision.dtype).removeprefix("torch."),
-                batch=len(images),
-                images_per_second=len(images) / median,
-                speedup=statistics.median(times[f"{mode} {models[0].name}"]) / median,
+                precision=precision,
+                batch=batch,
+                images_per_second=batch / median,
+                speedup=firsts[mode] / median,
+                over_fastest=min(firsts.values()) / median,
                 milliseconds=1e3 * median,
                 milliseconds_90=_percentile(taken, 90),
                 milliseconds_99=_percentile(taken, 99),
@@ -142,6 +170,11 @@ def measure(
             )
         )
     return rows
+
+
+def precision_name(precision: Precision) -> str:
+    """Return the name of a precision as rows have it, such as "bfloat16"."""
+    return str(precision.dtype).removeprefix("torch.")
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

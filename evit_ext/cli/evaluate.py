@@ -14,9 +14,8 @@ from torch import nn
 
 from evit_ext._util.files import replacing
 from evit_ext._util.tables import aligned
-from evit_ext.cli.options import (
-    overrides,
-)
+from evit_ext.cli.engines import chosen_engine, set_files_keep_rate
+from evit_ext.cli.options import overrides
 from evit_ext.cli.output import check_writable, say_next, words_for, words_for_visualize
 from evit_ext.cli.runs import run_config
 from evit_ext.cli.trained import check_classes, class_names, configuration, load_weights, name_model
@@ -26,7 +25,7 @@ from evit_ext.models.by_name import create_dense
 from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
 from evit_ext.training.config import TrainConfig
 from evit_ext.training.evaluation import Evaluation, evaluate
-from evit_ext.training.precision import Precision, choose_precision
+from evit_ext.training.precision import Precision
 from evit_ext.training.ranks import Ranks, join
 from evit_ext.training.throughput import measure_throughput
 
@@ -81,27 +80,32 @@ def run(options: argparse.Namespace) -> None:
     if options.output is not None:
         check_writable(options.output)
     name_model(options, options.named)
-    config = _whole(configuration(options), options)
+    engine = chosen_engine(options)
+    config = engine.configured(_whole(configuration(options), options))
     with join(options.device) as ranks:
         model, loaders = _prepare(config, ranks, options)
+        loaders.image = engine.prepared(loaders.image)
         source = load_weights(model, options).words
+        set_files_keep_rate(model, engine)
         model.to(ranks.device)
-        precision = choose_precision(ranks.device, config.precision)
+        name, why, precision = engine.precision(ranks.device, config.precision)
         shape = (options.at_once, *loaders.image["input_size"])
         rows = []
         for rate in options.keep_rates or [None]:
             if rate is not None:
                 set_keep_rate(model, rate)
-            progress = options.progress and not options.json
-            found = evaluate(model, loaders.val(), precision, ranks, progress, loaders.val_batches)
             gmacs = count_macs(model, tuple(shape[2:])) / 1e9
-            alone = _speed(model, shape, options.repeats, precision, ranks)
+            with engine.running(model, name) as served:
+                images, progress = loaders.val(), options.progress and not options.json
+                found = evaluate(served, images, precision, ranks, progress, loaders.val_batches)
+                alone = _speed(served, shape, options.repeats, precision, ranks)
             rows.append(_Row(keep_rates(model), gmacs, alone, found, loaders.num_classes))
     if ranks.is_first:
         facts = {
             "model": config.model,
             "weights": source,
-            "precision": str(precision),
+            "engine": engine.name if engine.file is None else f"{engine.name}, {engine.file}",
+            "precision": f"{name} ({why})",
             "device": ranks.device.type,
             "processes": ranks.world_size,
         }

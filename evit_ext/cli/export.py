@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from evit_ext.cli.output import check_writable, say_next, words_for
+from evit_ext.cli.runs import run_config
 from evit_ext.cli.trained import build, class_names, configuration, load_weights, name_model, preparation
 from evit_ext.patching.keep_rates import keep_rates, set_keep_rate
 from evit_ext.training.config import TrainConfig
@@ -33,6 +34,7 @@ def run(options: argparse.Namespace) -> None:
     if options.output is not None:
         check_writable(options.output)
     name_model(options, options.named)
+    _check_int8(options)
     config, model, source, classes = _trained(options)
     if options.keep_rates is not None:
         rates: Any = options.keep_rates
@@ -40,7 +42,8 @@ def run(options: argparse.Namespace) -> None:
     if classes is None and config.pretrained:
         classes = _imagenet_classes(model)
     endings = {**FORMATS, "aoti": "-aoti.pt2", "hf": "-hf"}  # pt2 has the same ending as aoti
-    file = options.output or Path(config.model.replace("/", "-") + endings[options.format])
+    name = config.model.replace("/", "-") + ("-int8" if options.int8 else "")
+    file = options.output or Path(name + endings[options.format])
     images = preparation(config)
     if options.format == "hf":
         _write_folder(model, file, classes, images, source, options.json)
@@ -55,23 +58,65 @@ def run(options: argparse.Namespace) -> None:
         **images,
         max_batch=options.max_batch,
         opset=20 if options.opset is None else options.opset,
+        calibration=options.calibration,
+        **(
+            {}
+            if options.calibration_images is None
+            else {"max_calibration_images": options.calibration_images}
+        ),
     )
     if options.json:
-        print(json.dumps({**asdict(exported), "file": str(exported.file), "weights": source}, indent=2))
+        files = {"file": str(exported.file), "files": [str(file) for file in exported.files]}
+        print(json.dumps({**asdict(exported), **files, "weights": source}, indent=2))
         return
     metadata = exported.metadata
     batches = " and ".join(map(str, exported.batches))
     print(f"model: {config.model}, keep rate {_said(metadata.keep_rate)}")
     print(f"weights: {source}")
     print(f"images: {' x '.join(map(str, metadata.input_size))}")
-    print(f"written: {file}, {options.format}, {file.stat().st_size / 2**20:.1f} MiB")
-    print(
-        f"compared with the model at batches of {batches}: differs by at most {exported.max_difference:.2g}"
-    )
+    size = sum(written.stat().st_size for written in exported.files) / 2**20
+    print(f"written: {' and '.join(map(str, exported.files))}, {options.format}, {size:.1f} MiB")
+    found = exported.agreement
+    if found is None:
+        print(
+            f"compared with the model at batches of {batches}: differs by at most "
+            f"{exported.max_difference:.2g}"
+        )
+    else:
+        print(
+            f"int8, calibrated on {found.calibrated_on} images and compared with the model on {found.images} "
+            f"others: the same class for {100 * found.same_class:.1f} %, cosine of the logits "
+            f"{found.cosine:.3f} (least {found.least_cosine:.3f})"
+        )
     named = "" if classes is None else f"{len(classes)} names in it"
     print(f"classes: {named or 'without names; to give them: --classes FILE'}")
     words = words_for(options, config.model)
+    if metadata.quantization is not None and not options.random_weights:
+        engine = "openvino" if options.format == "openvino" else "onnxruntime"
+        say_next(["evit", "eval", *words, "--engine", engine, "--exported", file])
+        return
     say_next(["evit", "benchmark", words[0]], ["evit", "export", *words, "--format", "hf"])
+
+
+def _check_int8(options: argparse.Namespace) -> None:
+    """Raise ValueError unless there is what a file of int8 needs, and nothing that only such a file needs."""
+    if not options.int8:
+        if options.calibration is not None or options.calibration_images is not None:
+            raise ValueError("--calibration and --calibration-images are for --int8")
+        return
+    if options.format not in ("onnx", "openvino"):
+        raise ValueError(f"--int8 is for --format onnx and openvino, got --format {options.format}")
+    if options.calibration is None:
+        data = None if options.run_folder is None else run_config(options.run_folder, {}).data
+        own = (
+            "" if data is None else f", for instance those that the run was trained on: --calibration {data}"
+        )
+        raise ValueError(
+            "--int8 needs images like those that the model will see: give a folder of them with "
+            f"--calibration{own}"
+        )
+    if options.calibration_images is not None and options.calibration_images < 4:
+        raise ValueError(f"--calibration-images must be at least 4, got {options.calibration_images}")
 
 
 def _said(rates: Sequence[float]) -> str:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from evit_ext._util.choices import ENGINES
 from evit_ext._util.messages import shown
+from evit_ext._util.spelling import nearest
 from evit_ext.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -108,6 +110,15 @@ def chosen_device(options: argparse.Namespace) -> torch.device:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("there is no GPU that PyTorch can use, for --device cuda")
     return torch.device(options.device)
+
+
+def engine(text: str) -> str:
+    """Return the name of an engine, if it is one."""
+    if text not in ENGINES:
+        near = nearest(text, ENGINES)
+        hint = f"the nearest is {near}" if near else f"expected one of {', '.join(ENGINES)}"
+        raise argparse.ArgumentTypeError(f"there is no engine {shown(text)}: {hint}")
+    return text
 
 
 def keep_rate(text: str) -> float:

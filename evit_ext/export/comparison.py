@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -77,3 +78,45 @@ def compare(model: nn.Module, run: Callable[[Tensor], Tensor], batches: Sequence
             )
         largest = max(largest, difference)
     return largest
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a file of int8 compares with the model that it was made of, on images that did not calibrate it.
+
+    Attributes:
+        calibrated_on: number of images that the ranges of the activations come from.
+        images: number of other images, which the two were compared on.
+        cosine: mean over these of the cosine between the two vectors of logits.
+        least_cosine: that of the image with the least.
+        same_class: share of these for which both have the same largest logit.
+    """
+
+    calibrated_on: int
+    images: int
+    cosine: float
+    least_cosine: float
+    same_class: float
+
+
+@torch.no_grad()
+def agreement(
+    model: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, calibrated_on: int
+) -> tuple[Agreement, float]:
+    """Return how what `run` computes of images agrees with the model, and the largest difference of a logit.
+
+    Raises:
+        ValueError: the logits are not finite, or the outputs have another shape.
+    """
+    batches = images.split(_CANDIDATES)
+    expected, found = (torch.cat([each(batch) for batch in batches]) for each in (model, run))
+    if found.shape != expected.shape or not found.isfinite().all():
+        raise ValueError(
+            f"the model in int8 is not right, and was removed: for {len(images)} images it gives "
+            f"{tuple(found.shape)}{'' if found.isfinite().all() else ' with NaN or infinity'}, the model "
+            f"{tuple(expected.shape)}"
+        )
+    cosines = torch.cosine_similarity(expected.double(), found.double(), dim=1)
+    same = (expected.argmax(dim=1) == found.argmax(dim=1)).double().mean()
+    compared = Agreement(calibrated_on, len(images), float(cosines.mean()), float(cosines.min()), float(same))
+    return compared, float((found - expected).abs().max())

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+from xml.parsers import expat
 
 import timm.data
 import torch
@@ -23,11 +24,15 @@ from evit_ext._util.messages import reason, shortened, shown
 from evit_ext._util.version import VERSION
 from evit_ext.patching.keep_rates import keep_rates
 
-#: The name under which the formats hold it: a property of ONNX files, a key of AOTInductor's metadata.
+#: The name under which the formats hold it: a property of ONNX files, run-time information of OpenVINO's, a
+#: key of AOTInductor's metadata.
 KEY = "evit"
 
 #: Bytes that it has at most: names of ImageNet's 21,841 classes have half a million.
 _LARGEST = 2**24
+
+#: Bytes of OpenVINO's file of a graph, at most; that of a ViT of 48 blocks has some 4 million.
+_LARGEST_GRAPH = 2**26
 
 #: The file of it in a torch.export archive.
 FILE = f"{KEY}.json"
@@ -50,6 +55,7 @@ class Metadata:
         dtype: of the images and the logits, e.g. "float32".
         max_batch: the largest batch, or None if there is no limit.
         classes: names of the logits, or None if they are not known.
+        quantization: "int8" if weights are in 8 bits, None if not; images and logits are of `dtype`.
         evit_ext, torch: the versions that wrote the file.
     """
 
@@ -64,6 +70,7 @@ class Metadata:
     dtype: str = "float32"
     max_batch: int | None = None
     classes: tuple[str, ...] | None = None
+    quantization: str | None = None
     evit_ext: str = VERSION
     torch: str = torch.__version__
 
@@ -115,6 +122,7 @@ def describe(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     max_batch: int | None = None,
+    quantization: str | None = None,
 ) -> Metadata:
     """Return what is to be said of `model`.
 
@@ -125,6 +133,7 @@ def describe(
         classes: names of the logits.
         crop_pct, mean, std: None is the model's own, for a module that does not know timm's default.
         max_batch: the most images at once, None for any number.
+        quantization: "int8", or None.
     """
     size: Any = image_size
     if size is None:
@@ -152,6 +161,7 @@ def describe(
         dtype=str(next(model.parameters(), torch.zeros(())).dtype).removeprefix("torch."),
         max_batch=max_batch,
         classes=None if classes is None else tuple(classes),
+        quantization=quantization,
     )
 
 
@@ -169,7 +179,7 @@ def read_metadata(file: str | os.PathLike[str]) -> Metadata:
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}")
     try:
-        text = _of_archive(path) if zipfile.is_zipfile(path) else _of_onnx(path)
+        text = _of_archive(path) if zipfile.is_zipfile(path) else _of_graph(path)
         found = None if text is None else Metadata.from_json(text)
     except _DAMAGED as error:
         raise ValueError(f"{path} is damaged: {reason(error)}") from error
@@ -213,8 +223,42 @@ def _member(archive: zipfile.ZipFile, name: str) -> str:
     return data.decode()
 
 
+def _of_graph(path: Path) -> str | None:
+    with path.open("rb") as file:
+        is_xml = file.read(1) == b"<"
+    return _of_openvino(path) if is_xml else _of_onnx(path)
+
+
+def _of_openvino(path: Path) -> str | None:
+    """Return what OpenVINO's file of a graph has among its run-time information; nothing is built of it."""
+    size = path.stat().st_size
+    if size > _LARGEST_GRAPH:
+        raise ValueError(f"it has {size} bytes, and a graph without weights no more than {_LARGEST_GRAPH}")
+    found: list[str] = []
+    inside: list[str] = []
+
+    def start(name: str, attributes: dict[str, str]) -> None:
+        inside.append(name)
+        if inside == ["net", "rt_info", KEY]:
+            found.append(attributes.get("value", ""))
+
+    def refuse(name: str, *_: Any) -> None:
+        raise ValueError(f"it declares an entity, {shown(name)}, which OpenVINO's files do not")
+
+    parser = expat.ParserCreate()
+    parser.StartElementHandler = start
+    parser.EndElementHandler = lambda name: inside.pop()
+    parser.EntityDeclHandler = refuse
+    try:
+        with path.open("rb") as file:
+            parser.ParseFile(file)
+    except expat.ExpatError as error:
+        raise ValueError(f"not XML: {reason(error)}") from error
+    return found[0] if found else None
+
+
 def _of_onnx(path: Path) -> str | None:
-    from evit_ext.export.standard_operators import require
+    from evit_ext.export.packages import require
 
     require("onnx")
     import onnx

@@ -15,48 +15,46 @@ from torch import Tensor
 
 from evit_ext.export.metadata import KEY, Metadata
 from evit_ext.export.program import refusing
-from evit_ext.export.standard_operators import decompositions, require
+from evit_ext.export.standard_operators import decompositions
+
+#: The version of the operators where none is asked for.
+OPSET = 20
 
 #: A file of the format holds no more.
 _LARGEST = 2**31 - 2**20
 
 
-def onnx_writer(opset: int) -> Any:
-    """Return the writer of ONNX files.
-
-    Raises:
-        ValueError: `opset` is out of range.
-        RuntimeError: a package that it needs is missing.
-    """
+def check_opset(opset: int) -> None:
+    """Raise ValueError if there is no form of this version of ONNX's operators."""
     if opset < 18:
         raise ValueError(f"opset must be at least 18, got {opset}")
-    require("onnx", "onnxscript", "onnxruntime")
-
-    def write(
-        program: torch.export.ExportedProgram, path: Path, metadata: Metadata
-    ) -> Callable[[Tensor], Tensor]:
-        return _write(program, path, metadata, opset)
-
-    return write
 
 
-def _write(
-    program: torch.export.ExportedProgram, path: Path, metadata: Metadata, opset: int
-) -> Callable[[Tensor], Tensor]:
+def write_onnx(model: Any, path: Path, metadata: Metadata) -> None:
+    """Write an ONNX model with what is to be said of it, in the place of what it says of itself."""
     import onnx
 
+    del model.metadata_props[:]
+    entry = model.metadata_props.add()
+    entry.key, entry.value = KEY, metadata.to_json()
+    with refusing("onnx.checker"):
+        onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, str(path))
+
+
+def onnx_model(program: torch.export.ExportedProgram, opset: int = OPSET) -> Any:
+    """Return a program as an ONNX model of standard operators, with images [B, …] and logits [B, …].
+
+    Raises:
+        ValueError: there is no such form, or it is too large; the message is the reason.
+    """
     size = sum(value.numel() * value.element_size() for value in program.state_dict.values())
     if size > _LARGEST:
         raise ValueError(f"the model's weights take {size / 2**30:.1f} GiB; a file of ONNX holds less than 2")
     model = _converted(program, opset)
     _check_operators(model)
     _tidy(model)
-    entry = model.metadata_props.add()
-    entry.key, entry.value = KEY, metadata.to_json()
-    with refusing("onnx.checker"):
-        onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, str(path))
-    return runner(path)
+    return model
 
 
 def _converted(program: torch.export.ExportedProgram, opset: int) -> Any:
@@ -121,7 +119,7 @@ def _tidy(model: Any) -> None:
         del part.metadata_props[:]
 
 
-def runner(file: Path | bytes, threads: int = 0) -> Callable[[Tensor], Tensor]:
+def runner(file: Path | bytes, threads: int = 0, batch: int | None = None) -> Callable[[Tensor], Tensor]:
     """Return what runs an ONNX file, or its contents, in ONNX Runtime on the CPU.
 
     Its threads spin while they wait for each other, which is fast, and stop when a call ends: otherwise they
@@ -130,6 +128,7 @@ def runner(file: Path | bytes, threads: int = 0) -> Callable[[Tensor], Tensor]:
     Args:
         file: as of :func:`evit_ext.export.export_model`, with one input and one output.
         threads: 0 is ONNX Runtime's own choice.
+        batch: the number of images in each call, for which it prepares itself; None for any.
     """
     import onnxruntime
 
@@ -138,8 +137,10 @@ def runner(file: Path | bytes, threads: int = 0) -> Callable[[Tensor], Tensor]:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if batch is not None:
+        options.add_free_dimension_override_by_name("batch", batch)
     contents = str(file) if isinstance(file, Path) else file
-    with refusing("ONNX Runtime"):
+    with refusing("ONNX Runtime", "the file cannot be loaded"):
         session = onnxruntime.InferenceSession(contents, options, providers=["CPUExecutionProvider"])
     (name,) = (value.name for value in session.get_inputs())
 

@@ -78,7 +78,7 @@ def without_traces(program: torch.export.ExportedProgram) -> None:
 
 
 @contextmanager
-def refusing(exporter: str) -> Iterator[None]:
+def refusing(exporter: str, what: str = "the model cannot be exported") -> Iterator[None]:
     """Raise a ValueError of one line where an exporter fails; each has errors of its own, of many lines."""
     try:
         yield
@@ -90,7 +90,7 @@ def refusing(exporter: str) -> Iterator[None]:
             reason = reason.__cause__
         lines = [line.strip() for line in str(reason).splitlines() if line.strip()]
         said = lines[0] if lines else type(reason).__name__
-        raise ValueError(f"the model cannot be exported: {exporter} says: {said}") from error
+        raise ValueError(f"{what}: {exporter} says: {said}") from error
 
 
 @contextmanager

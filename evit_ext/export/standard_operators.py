@@ -11,22 +11,12 @@ Notation: B batch, H heads, N tokens, P prefix tokens, K kept patches, C channel
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def require(*packages: str) -> None:
-    """Raise RuntimeError where one of the packages that ONNX needs is not installed."""
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise RuntimeError(
-            f"ONNX needs the package {missing[0]}, which is not installed: pip install 'evit_ext[export]'"
-        )
 
 
 def class_attention(q: Tensor, k: Tensor, scale: float, logsumexp: Tensor | None = None) -> Tensor:

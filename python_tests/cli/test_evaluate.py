@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import evit_ext
 from evit_ext.cli import main
+from evit_ext.export import export_model
 from evit_ext.training import RunCheckpoints, TrainConfig
 
 
@@ -141,6 +143,72 @@ def test_pretrained(capsys: pytest.CaptureFixture[str], stand_ins: list[TrainCon
     assert stand_ins[-1].pretrained
     assert main(["eval", "--pretrained", "--repeats", "0"]) == 0
     assert "–" in capsys.readouterr().out.partition("next:")[0].splitlines()[-4].split()
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_engines(engine: str, capsys: pytest.CaptureFixture[str], run_folder: Path) -> None:
+    """The same answers, as the same file is run; each keep rate has one of its own."""
+    for package in ("onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'evit_ext[openvino]'")
+    rates = ["--keep-rate", "0.7", "0.4"]
+    out = evaluated(capsys, str(run_folder), "--last", "--engine", engine, *rates)
+    expected = evaluated(capsys, str(run_folder), "--last", *rates)
+    assert out["engine"] == engine and expected["engine"] == "torch"
+    assert out["precision"] == "float32 (as asked)"
+    for row, wanted in zip(out["rows"], expected["rows"], strict=True):
+        assert row["top1"] == wanted["top1"] and row["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+        assert row["tokens_kept"] == wanted["tokens_kept"] and row["gmacs"] == wanted["gmacs"]
+    assert out["rows"][0]["top1"] == 75.0 and abs(out["rows"][0]["loss"] - out["rows"][1]["loss"]) > 1e-3
+
+
+def test_an_exported_file(capsys: pytest.CaptureFixture[str], run_folder: Path) -> None:
+    """It is the file that is evaluated, at its keep rate, whatever the weights of the run."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'evit_ext[export]'")
+    file = run_folder / "a.onnx"
+    images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    exported = export_model(draw(1), file, "onnx", calibration=images)
+    given = ("--engine", "onnxruntime", "--exported", str(file), "--precision", "auto")
+    out = evaluated(capsys, str(run_folder), "--last", "--no-ema", *given)
+    assert out["engine"] == f"onnxruntime, {file}"
+    assert out["precision"] == "float32 (and int8 where the file has it)"
+    (row,) = out["rows"]
+    assert row["keep_rate"] == [0.7]
+    assert exported.agreement is not None and row["top1"] >= 75.0 - 100 / 12 * 2
+    assert main(["eval", str(run_folder), *given, "--keep-rate", "0.5"]) == 2
+    assert "--keep-rate is for a model, and a file of --exported has its own" in capsys.readouterr().err
+    import onnx
+
+    from evit_ext.export.onnx_file import write_onnx
+
+    other = replace(exported.metadata, input_size=(3, 64, 64))
+    write_onnx(onnx.load(str(file)), file, other)
+    assert main(["eval", str(run_folder), "--last", *given]) == 2
+    assert "takes images of 3 x 64 x 64, and the model 3 x 32 x 32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pretrained", "--engine", "ort"], "there is no engine 'ort': the nearest is onnxruntime"),
+        (["--pretrained", "--exported", "a.xml"], "--exported is for --engine onnxruntime or openvino, got"),
+        (["--pretrained", "--engine", "openvino", "--exported", "a.xml"], "there is no a.xml"),
+        (
+            ["--pretrained", "--engine", "openvino", "--device", "cuda"],
+            "on the CPU here, got --device cuda",
+        ),
+        (
+            ["--pretrained", "--engine", "onnxruntime", "--precision", "bfloat16"],
+            "onnxruntime does not compute in bfloat16 here: its CPU provider",
+        ),
+    ],
+)
+def test_bad_engines(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed: pip install 'evit_ext[openvino]'")
+    try:
+        status = main(["eval", *arguments])
+    except SystemExit as end:
+        status = end.code
+    assert status == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

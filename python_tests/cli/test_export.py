@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from image_data import crop
 from torch import Tensor
 
 import evit_ext
@@ -101,6 +102,24 @@ def test_unequal_keep_rates_of_random_weights(capsys: pytest.CaptureFixture[str]
         torch.export.load("dynamicvit_tiny.pt2").module()(torch.zeros(5, 3, 32, 32))
 
 
+def test_int8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Calibrated on images of a folder; what it says of the result is what Python gets."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'evit_ext[export]'")
+    for number in range(8):
+        path = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        crop(number % 2, number).save(path)
+    torch.save(small(1).state_dict(), "weights.pth")
+    of_weights = ["--checkpoint", "weights.pth", "--keep-rate", "0.5", *SMALL]
+    arguments = [*of_weights, "--format", "onnx", "--int8", "--calibration", "photos"]
+    assert main(["export", "deit_tiny", *arguments, "--calibration-images", "6"]) == 0
+    out = capsys.readouterr().out
+    assert "written: deit_tiny-int8.onnx, onnx, " in out
+    assert "int8, calibrated on 5 images and compared with the model on 1 others: the same class for " in out
+    assert "evit eval deit_tiny --checkpoint weights.pth --engine onnxruntime --exported deit_tiny" in out
+    assert read_metadata("deit_tiny-int8.onnx").quantization == "int8"
+
+
 def test_names_of_imagenet(monkeypatch: pytest.MonkeyPatch) -> None:
     from evit_ext.cli.export import _imagenet_classes
 
@@ -121,6 +140,20 @@ def test_names_of_imagenet(monkeypatch: pytest.MonkeyPatch) -> None:
         (["deit_tiny", "--random-weights", "--keep-rate", "0", *SMALL], "keep_rate must be in (0, 1]"),
         (["deit_tiny", "--random-weights", "--output", "no/a.pt2", *SMALL], "there is no folder no"),
         (["deit_tiny", "--random-weights", "--max-batch", "1", *SMALL], "max_batch must be at least 2"),
+        (
+            ["deit_tiny", "--random-weights", "--format", "onnx", "--int8"],
+            "--int8 needs images like those that the model will see: give a folder of them with --calib",
+        ),
+        (
+            ["deit_tiny", "--random-weights", "--format", "onnx", "--int8", "--calibration", "no", *SMALL],
+            "there is no folder no of images to calibrate on",
+        ),
+        (["deit_tiny", "--random-weights", "--int8"], "--int8 is for --format onnx and openvino"),
+        (["deit_tiny", "--random-weights", "--calibration", "."], "are for --int8"),
+        (
+            ["deit_tiny", "--random-weights", "--format", "openvino", "-o", "a.onnx", *SMALL],
+            "OpenVINO's file of the graph must have a name that ends in .xml, got a.onnx",
+        ),
     ],
 )
 def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,9 +165,7 @@ def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixtur
 
 
 def test_missing_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(
-        "evit_ext.export.standard_operators.importlib.util.find_spec", lambda name: None, raising=True
-    )
+    monkeypatch.setattr("evit_ext.export.packages.importlib.util.find_spec", lambda name: None, raising=True)
     assert main(["export", "deit_tiny", "--random-weights", "--format", "onnx", *SMALL]) == 2
     assert capsys.readouterr().err == (
         "evit: error: ONNX needs the package onnx, which is not installed: pip install 'evit_ext[export]'\n"

@@ -71,8 +71,9 @@ def _visualize() -> dict[str, Any]:
 
 
 def _export() -> dict[str, Any]:
-    export.export_model(_small_deit(), "small.pt2", "pt2")
-    return {"model": _small_deit()}
+    for format, ending in (("pt2", "pt2"), ("onnx", "onnx"), ("openvino", "xml")):
+        export.export_model(_small_deit(), f"small.{ending}", format)
+    return {"model": _small_deit(), "images": torch.randn(2, 3, 64, 64)}
 
 
 def _hub() -> dict[str, Any]:

@@ -23,6 +23,7 @@ from evit_ext.cli import main
 #: Commands that are not run, by a pattern, and why. The first that fits counts.
 NOT_RUN = {
     r"evit .*--format aoti": "AOTInductor compiles for a minute; python_tests/export does for a small model",
+    r"evit eval .*--exported": "evaluates a file that another command writes; python_tests/cli does, too",
     r"torchrun ": "several processes or machines; python_tests/training runs two processes",
     r"make (demo|bench|env|docs|wheels)\b": "minutes, and an environment of its own; its parts have tests",
     r"make (test|lint|format|gpu-check)": "runs the tests, or what checks the sources beside them",

@@ -22,6 +22,16 @@ def onnx() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def openvino(onnx: ModuleType) -> ModuleType:
+    """The package openvino; skips, with the reason, where something that it needs is missing."""
+    if importlib.util.find_spec("openvino") is None:
+        pytest.skip("openvino is not installed: pip install 'evit_ext[openvino]'")
+    import openvino
+
+    return openvino
+
+
+@pytest.fixture(scope="session")
 def cmake_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which CMake has installed what it builds, and that was moved since."""
     build = ROOT / "build" / "cmake"

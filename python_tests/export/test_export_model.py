@@ -203,7 +203,7 @@ def test_refused_states(evit: Any, small_vit: Any, tmp_path: Path) -> None:
         export_model(evit, file, classes=["a", "b"])
     with pytest.raises(ValueError, match="max_batch must be at least 2"):
         export_model(evit, file, max_batch=1)
-    with pytest.raises(ValueError, match="format must be one of pt2, onnx, aoti"):
+    with pytest.raises(ValueError, match="format must be one of pt2, onnx, openvino, aoti"):
         export_model(evit, file, "torchscript")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         export_model(evit, tmp_path / "b" / "a.pt2")

@@ -78,6 +78,25 @@ def test_scatter_tokens() -> None:
     torch.testing.assert_close(standard_operators.scatter_tokens(x, index, 6), expected)
 
 
+def test_merge_tokens() -> None:
+    # One owner has a token alone, one has none.
+    x, owner = drawn(2, 7, 4), torch.tensor([[0, 2, 2, 1, 2], [3, 3, 0, 0, 0]])
+    weights = torch.tensor([[1.0, 2, 3, 4, 5], [5, 4, 3, 2, 1]])
+    found = standard_operators.merge_tokens(x, owner, weights, 4, 2)
+    for actual, expected in zip(found, reference.merge_tokens(x, owner, 4, weights, 2), strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert torch.equal(found[0][0, 2], x[0, 2])
+
+
+@pytest.mark.parametrize("num_tokens", [2, 3, 16, 33])
+def test_bipartite_matching(num_tokens: int) -> None:
+    keys = drawn(3, 2, num_tokens, 5)
+    for num_out in range(num_tokens - num_tokens // 2, num_tokens):
+        found = standard_operators.bipartite_matching(keys, num_out)
+        for actual, expected in zip(found, reference.bipartite_matching(keys, num_out), strict=True):
+            assert torch.equal(actual, expected)
+
+
 def test_every_operator_has_the_names_of_its_arguments() -> None:
     """A program calls them by position or by name, as the operator's schema has them."""
     for operator, function in standard_operators.decompositions().items():
@@ -97,7 +116,7 @@ class Reorganize(torch.nn.Module):
 
 def test_ties_in_onnx_runtime(tmp_path: Path, onnx: Any) -> None:
     from evit_ext.export.metadata import Metadata
-    from evit_ext.export.onnx_file import onnx_writer
+    from evit_ext.export.onnx_file import onnx_model, runner, write_onnx
     from evit_ext.export.program import capture
 
     both = drawn(5, 11, 4)
@@ -106,6 +125,7 @@ def test_ties_in_onnx_runtime(tmp_path: Path, onnx: Any) -> None:
     both[0, :, -1], both[1, :, -1] = 0.0, -torch.arange(11.0) // 3
     program = capture(Reorganize(), both, None)
     metadata = Metadata("reorganize", (), (1,), (), (), "", 1.0)
-    run = onnx_writer(20)(program, tmp_path / "ties.onnx", metadata)
+    write_onnx(onnx_model(program), tmp_path / "ties.onnx", metadata)
+    run = runner(tmp_path / "ties.onnx")
     assert torch.equal(run(both), Reorganize()(both))
     assert torch.equal(run(both[:1]), Reorganize()(both[:1]))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from evit_ext._util.choices import MODES, TASKS
-from evit_ext.cli.options import add_device, add_output, keep_rate
+from evit_ext._util.choices import ENGINES, MODES, TASKS
+from evit_ext.cli.options import add_device, add_output, engine, keep_rate
 from evit_ext.training.config import PRECISIONS
 
 #: Calls at batch 1, where latency matters: the fewest that have a 99th percentile.
@@ -15,6 +15,7 @@ LATENCY_CALLS = 100
 _EXAMPLES = """examples:
   evit benchmark deit_small
   evit benchmark vit_base_patch16_224 --batch-size 1 16 --precision bfloat16 --mode eager compile
+  evit benchmark deit_small --engine torch torch-compile onnxruntime openvino --precision float32 int8
   evit benchmark deit_small --task training --batch-size 16 --output results/deit-small
 """
 
@@ -51,11 +52,20 @@ def add_parser(commands: Any) -> None:
         "--batch-size", nargs="+", type=int, metavar="N", help="(default: 1 4 16; on a GPU 1 8 64 256)"
     )
     parser.add_argument(
+        "--engine",
+        nargs="+",
+        type=engine,
+        metavar="NAME",
+        help=f"what runs the models on the CPU, side by side: {', '.join(ENGINES)}; what one does not "
+        "compute in is said to be not available (default: torch)",
+    )
+    parser.add_argument(
         "--precision",
         nargs="+",
-        choices=PRECISIONS,
+        choices=(*PRECISIONS, "int8"),
         default=["float32", "bfloat16"],
-        help="of weights and images, in training of autocast (default: float32 bfloat16)",
+        help="of weights and images, in training of autocast; int8 with --engine onnxruntime and openvino "
+        "(default: float32 bfloat16)",
     )
     parser.add_argument(
         "--mode",

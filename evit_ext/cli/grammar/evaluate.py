@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from evit_ext._util.choices import ENGINES
 from evit_ext.cli.options import (
     add_classes,
     add_device,
@@ -14,6 +15,7 @@ from evit_ext.cli.options import (
     add_output,
     add_progress,
     add_weights,
+    engine,
 )
 
 #: The fields of a configuration that matter for an evaluation; the keep rate has its own option.
@@ -44,6 +46,7 @@ _EXAMPLES = """examples:
   evit eval runs/small --last --data other-photos
   evit eval deit_small --checkpoint evit.pth --data imagenet
   evit eval vit_small_patch16_224 --pretrained --keep-rate 1 0.7 --data imagenet
+  evit eval runs/small --engine openvino --exported small-int8.xml
   torchrun --nproc-per-node 8 --no-python evit eval runs/imagenet-300
 """
 
@@ -79,6 +82,19 @@ def add_parser(commands: Any) -> None:
         default=5,
         metavar="N",
         help="timed batches a row, for the images/s of the model alone; 0 leaves it out (default: 5)",
+    )
+    parser.add_argument(
+        "--engine",
+        type=engine,
+        default="torch",
+        metavar="NAME",
+        help=f"what computes the logits: {', '.join(ENGINES)} (default: torch)",
+    )
+    parser.add_argument(
+        "--exported",
+        metavar="FILE",
+        help="of evit export, to be evaluated with --engine onnxruntime or openvino, at its own keep rate "
+        "(default: a file made for the evaluation)",
     )
     add_device(parser)
     add_progress(parser)
