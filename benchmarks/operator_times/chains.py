@@ -59,3 +59,17 @@ def restore_tokens(x: Tensor, index: Tensor, num_patches: int, prefix: int, fill
 def fuse_tokens(x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
     rows = x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
     return (rows * weights.gather(1, index).unsqueeze(-1).to(x.dtype)).sum(dim=1)
+
+
+def bipartite_matching(keys: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
+    """The map of cosines and sorts: no operator of PyTorch does with less."""
+    return ops.reference.bipartite_matching(keys, num_out)
+
+
+def merge_tokens(x: Tensor, owner: Tensor, num_out: int, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of what is weighted by sizes, divided by the sums of these."""
+    totals = sizes.new_zeros(x.shape[0], num_out).scatter_add(1, owner, sizes)
+    weighted = x[:, 1:] * sizes.unsqueeze(-1).to(x.dtype)
+    sums = x.new_zeros(x.shape[0], num_out, x.shape[2])
+    sums = sums.scatter_add(1, owner.unsqueeze(-1).expand_as(weighted), weighted)
+    return torch.cat([x[:, :1], sums / totals.unsqueeze(-1).to(x.dtype)], dim=1), totals

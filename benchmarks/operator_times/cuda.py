@@ -25,6 +25,8 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 BACKEND = "inductor"
 #: What only moves rows, or is a part of another operator, is timed at this batch size alone.
 PARTS_BATCH = 256
+#: Patches that a block of ToMe merges away, as in its paper for DeiT-S.
+MERGED = 13
 #: Runs something on the inputs of a number.
 Call = Callable[[int], Any]
 
@@ -42,6 +44,8 @@ class Inputs(NamedTuple):
     rows: Tensor  # these tokens
     weight: Tensor
     bias: Tensor
+    owner: Tensor  # of each patch, as ToMe merges a few of them away
+    sizes: Tensor  # of each patch, float32
 
 
 class Operation(NamedTuple):
@@ -59,6 +63,7 @@ def operations(model: tuple[int, int, int]) -> list[Operation]:
     """Return all that is timed, for heads, tokens and channels of a head."""
     heads, tokens, _ = model
     keep = math.ceil(KEEP_RATE * (tokens - 1))
+    merged = min(MERGED, (tokens - 1) // 2)
 
     def remaining(t: Inputs) -> int:
         return nbytes(t.x[:, : keep + 2])  # class token, kept patches, fused token
@@ -118,6 +123,19 @@ def operations(model: tuple[int, int, int]) -> list[Operation]:
             lambda lib, t: lib.fuse_tokens(t.x, t.scores, t.kept),
             lambda t: nbytes(t.rows, t.x[:, :1], t.scores[:, :keep], t.kept),
         ),
+        Operation(
+            "bipartite_matching",
+            lambda lib, t: lib.bipartite_matching(t.k[:, :, 1:], tokens - 1 - merged),
+            lambda t: nbytes(t.k[:, :, 1:], t.owner, t.owner[:, merged:]),
+        ),
+        Operation(
+            "merge_tokens",
+            lambda lib, t: lib.merge_tokens(t.x, t.owner, tokens - 1 - merged, t.sizes),
+            lambda t: nbytes(t.x, t.x[:, merged:], t.owner, t.sizes, t.sizes[:, merged:]),
+            # Of x, only the tokens that were merged are read again.
+            lambda t: nbytes(t.x, t.x[:, : 2 * merged], t.x[:, merged:], t.owner, t.sizes, t.sizes),
+            ("x",),
+        ),
     ]
 
 
@@ -147,7 +165,12 @@ def make_inputs(
     keep = math.ceil(KEEP_RATE * (tokens - 1))
     kept = ops.reference.reorganize_tokens(x[:, :, :1], scores, keep)[1] + 1
     rows = chains.gather_tokens(x, kept)
-    return Inputs(qkv, q[:, :, 0], k, x, branch, scores, kept, rows, random(width), random(width))
+    merged = min(MERGED, (tokens - 1) // 2)
+    owner = ops.reference.bipartite_matching(k[:, :, 1:], tokens - 1 - merged)[1]
+    sizes = torch.ones(owner.shape, device=device)
+    return Inputs(
+        qkv, q[:, :, 0], k, x, branch, scores, kept, rows, random(width), random(width), owner, sizes
+    )
 
 
 def outputs(result: Any) -> list[Tensor]:

@@ -66,6 +66,10 @@ def test_rows_are_checked_and_timed(dtype: torch.dtype) -> None:
         "scatter_tokens forward": (8 + 12) * row_bytes + kept,
         "restore_tokens forward": 2 * 12 * row_bytes + kept,
         "fuse_tokens forward": (8 + 1) * row_bytes + batch * 8 * 4 + kept,
+        # Of 11 patches 5 are merged away.
+        "bipartite_matching forward": 11 * row_bytes + batch * (11 + 6) * 8,
+        "merge_tokens forward": (12 + 7) * row_bytes + batch * (11 * 8 + 11 * 4 + 6 * 4),
+        "merge_tokens backward": (12 + 10 + 7) * row_bytes + batch * (11 * 8 + 2 * 11 * 4),
     }
     assert len({line.count("|") for line in cuda.table(list(rows.values())).splitlines()}) == 1
 

@@ -22,6 +22,8 @@ HOT = {
     "backward_kernel",
     "reorganize_kernel",
     "layer_norm_kernel",
+    "merge_kernel",
+    "partner_kernel",
     "gather_kernel",
     "restore_backward_kernel",
     "restore_backward_sum_kernel",
@@ -150,7 +152,8 @@ def test_rows_move_16_bytes_at_a_time(machine_code: list[str]) -> None:
         n
         for n in accesses
         if re.search(
-            r"(reorganize|gather|restore|restore_backward|restore_backward_sum)_kernelI\S*BFloat16ELb1E", n
+            r"(reorganize|gather|merge|merge_backward|restore|restore_backward|restore_backward_sum)_kernelI\S*BFloat16ELb1E",
+            n,
         )
     ]
     assert moving

@@ -34,7 +34,7 @@ struct Matched {
 
 // A warp averages the keys of a token.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     mean_key_kernel(MatchingSizes sizes, Keys<T> keys, accumulate_t<T>* means) {
   using A = accumulate_t<T>;
   const int64_t token = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarp;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // A block finds the partners of kTile tokens of A: a lane looks at one token of B in each tile of these.
 template <typename A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     partner_kernel(MatchingSizes sizes, Matched<A> matched, int chunks) {
   using Key = typename Matched<A>::Key;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // A block selects the tokens of A that go, and counts those that stay.
 template <typename A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     owner_kernel(MatchingSizes sizes, Matched<A> matched, int64_t* kept, int64_t* owner) {
   using Key = typename Matched<A>::Key;
   const int64_t b = blockIdx.x;

@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kWriteThreads, sizeof(T) == 8 ? 2 : 4)
 
 // A warp writes what comes of one row of the gradient: the rows of all patches that it owns.
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kWriteThreads, sizeof(T) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kWriteThreads, 2)
     merge_backward_kernel(MergeSizes sizes, Tokens<T> grad_out, Tokens<accumulate_t<T>> grad_totals,
                           Tokens<T> x, TokenIndex owner, Tokens<accumulate_t<T>> weights, T* grad_x,
                           accumulate_t<T>* grad_weights, int chunks) {
