@@ -47,6 +47,7 @@ SANITIZED = (
     "cuda_class_attention_agrees",
     "cuda_class_attention_gradients",
     "cuda_attention_with_scores_agrees",
+    "cuda_mean_attention_agrees",
     "cuda_reorganize_agrees",
     "cuda_norms_agree",
     "cuda_gather_and_scatter",

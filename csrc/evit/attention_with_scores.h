@@ -18,8 +18,8 @@
 // In bfloat16, if the processor has bfloat16 products (SimdLevel::avx512_bf16), and always on CUDA,
 // probabilities are rounded to the element type before they are multiplied with the values; so are
 // probabilities and gradients of the logits before the backward products. Otherwise all intermediate results
-// are in the accumulation type. Scores are not rounded either, except those of the mean over all queries,
-// which are those of the probabilities that weigh the values.
+// are in the accumulation type. Scores are not rounded either, except on the CPU those of the mean over all
+// queries, which are those of the probabilities that weigh the values.
 #pragma once
 
 #include "executor.h"
@@ -60,8 +60,7 @@ namespace cuda {
 // For Half and BFloat16 only, on tensor cores. Not measured yet: it is not known whether this is faster than
 // PyTorch's attention plus class_attention.
 
-// Whether the kernel supports this: 32, 64 or 128 channels per head, the first query's scores, data and
-// strides aligned to 16 bytes.
+// Whether the kernel supports this: 32, 64 or 128 channels per head, data and strides aligned to 16 bytes.
 template <typename T>
 bool attention_with_scores_available(const AttentionWithScoresSizes& sizes, const Tokens<T>& qkv);
 
@@ -69,7 +68,8 @@ bool attention_with_scores_available(const AttentionWithScoresSizes& sizes, cons
 int64_t attention_with_scores_workspace(const AttentionWithScoresSizes& sizes);
 
 // Like the CPU version, except that scores agree with class_attention's only up to float32 rounding, and that
-// out must be aligned to 16 bytes. Two launches.
+// out must be aligned to 16 bytes. Two launches; three for the mean over all queries, whose products with the
+// keys are computed a second time, as each probability needs the sum of its query's.
 template <typename T>
 void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T>& qkv,
                            const Tokens<float>& key_bias, T* out, float* scores, void* workspace,

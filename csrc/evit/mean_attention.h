@@ -6,12 +6,13 @@
 // maximum is +Inf, or if all of it is -Inf, and with it the scores of its entry of the batch. Deterministic:
 // every sum has one fixed order for any number of threads. Memory besides the results is linear in N.
 //
-// In bfloat16, if the processor has bfloat16 products (SimdLevel::avx512_bf16), the gradients of the logits
-// are rounded to the element type before they are multiplied. Otherwise all intermediate results are in the
-// accumulation type.
+// In bfloat16, if the processor has bfloat16 products (SimdLevel::avx512_bf16), and in 16 bits on CUDA, the
+// gradients of the logits are rounded to the element type before they are multiplied. Otherwise all
+// intermediate results are in the accumulation type.
 #pragma once
 
 #include "executor.h"
+#include "stream.h"
 #include "types.h"
 
 namespace evit {
@@ -50,4 +51,28 @@ void mean_attention_backward(const MeanAttentionSizes& sizes, const MeanAttentio
                              const Executor& executor);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// The bytes of device memory that the kernels need as `workspace`, aligned to 16.
+template <typename T>
+int64_t mean_attention_workspace(const MeanAttentionSizes& sizes);
+template <typename T>
+int64_t mean_attention_backward_workspace(const MeanAttentionSizes& sizes);
+
+// Like the CPU version. Three launches: of every query, the logarithm of its sum of exponentials; of every
+// key and head, the sum of its probabilities; their means. In 16 bits tensor cores multiply, which may round
+// differently in another generation of devices.
+template <typename T>
+void mean_attention(const MeanAttentionSizes& sizes, const MeanAttentionInput<T>& input,
+                    accumulate_t<T>* scores, void* workspace, const Stream& stream);
+
+// Like the CPU version. Three launches: of every query, what the gradients of its logits need; the gradients
+// of queries; those of keys.
+template <typename T>
+void mean_attention_backward(const MeanAttentionSizes& sizes, const MeanAttentionInput<T>& input,
+                             const Tokens<accumulate_t<T>>& grad_scores, T* grad_q, T* grad_k,
+                             void* workspace, const Stream& stream);
+
+}  // namespace cuda
 }  // namespace evit

@@ -7,6 +7,7 @@
 #include "../evit/class_attention.h"
 #include "../evit/fuse_tokens.h"
 #include "../evit/gather_tokens.h"
+#include "../evit/mean_attention.h"
 #include "../evit/merge_tokens.h"
 #include "../evit/reorganize_tokens.h"
 #include "../evit/restore_tokens.h"
@@ -67,6 +68,44 @@ void class_attention_is_the_same(int64_t heads, int64_t tokens, int64_t channels
 TEST(cuda_class_attention_is_the_same_in_every_batch) {
   class_attention_is_the_same<BFloat16>(4, 512, 128);
   class_attention_is_the_same<float>(3, 171, 256);
+}
+
+// From 32 to 128 rows a block, of queries and of keys.
+template <typename T>
+void mean_attention_is_the_same() {
+  using A = accumulate_t<T>;
+  const int64_t heads = 2, tokens = 150, channels = 40, width = heads * channels, row = 2 * width;
+  const auto qk = random_values<T>(3 * tokens * row, 1);
+  const auto grads = random_values<A>(3 * tokens, 2);
+  const auto run = [&](int64_t batch, int multiprocessors) {
+    cuda_on_host::device().multiprocessors = multiprocessors;
+    const MeanAttentionSizes sizes = {batch, heads, tokens, tokens, channels, 0.2};
+    const T* q = qk.data.get();
+    const MeanAttentionInput<T> input = {q,         tokens * row, channels, row,
+                                         q + width, tokens * row, channels, row};
+    const DeviceBuffer<A> scores(batch * tokens);
+    const DeviceBuffer<T> grad_q(batch * tokens * width), grad_k(batch * tokens * width);
+    const DeviceBuffer<char> workspace(cuda::mean_attention_workspace<T>(sizes)),
+        backward_workspace(cuda::mean_attention_backward_workspace<T>(sizes));
+    cuda::mean_attention<T>(sizes, input, scores.data(), workspace.data(), test_stream());
+    cuda::mean_attention_backward<T>(sizes, input, {grads.data.get(), tokens, 1}, grad_q.data(),
+                                     grad_k.data(), backward_workspace.data(), test_stream());
+    return std::tuple(scores.read(), grad_q.read(), grad_k.read());
+  };
+  const auto few = run(3, 1), many = run(3, 1000), one = run(1, 1);
+  CHECK(all_same_bits(few, many));
+  const auto begins_with = [](const auto& all, const auto& some) {
+    return std::memcmp(all.data.get(), some.data.get(), static_cast<size_t>(some.size) * sizeof(some[0])) ==
+           0;
+  };
+  CHECK(begins_with(std::get<0>(few), std::get<0>(one)) && begins_with(std::get<1>(few), std::get<1>(one)) &&
+        begins_with(std::get<2>(few), std::get<2>(one)));
+  cuda_on_host::device() = {};
+}
+
+TEST(cuda_mean_attention_is_the_same_on_every_device_and_in_every_batch) {
+  mean_attention_is_the_same<BFloat16>();
+  mean_attention_is_the_same<float>();
 }
 
 // Partial sums, too.
@@ -217,6 +256,11 @@ TEST(cuda_sizes_beyond_32_bits_are_refused) {
     cuda::attention_with_scores<Half>({1, large, 1, 64, 1.0}, {nullptr, 8, 8}, {}, nullptr, nullptr, nullptr,
                                       stream);
   }));
+  for (const MeanAttentionSizes& sizes :
+       {MeanAttentionSizes{1, 1, large, 1, 1, 1.0}, {1, 1, 1, large, 1, 1.0}})
+    CHECK(throws<std::length_error>([&] {
+      cuda::mean_attention<float>(sizes, {nullptr, 1, 1, 1, nullptr, 1, 1, 1}, nullptr, nullptr, stream);
+    }));
   CHECK(throws<std::length_error>([&] {  // blocks
     cuda::attention_with_scores<Half>({large / 8, 100, 8, 64, 1.0}, {nullptr, 8, 8}, {}, nullptr, nullptr,
                                       nullptr, stream);

@@ -67,9 +67,8 @@ std::tuple<Tensor, Tensor> attention_with_scores(const Tensor& qkv_any, int64_t 
       if (on_cuda(qkv) && run_on_cuda<T>(sizes, qkv, biases<float>(key_bias), out, scores)) return;
     STD_TORCH_CHECK(qkv.is_cpu(),
                     "attention_with_scores on CUDA takes float16 and bfloat16 with 32, 64 or 128 channels a "
-                    "head, and gives the scores of the first token, got ",
-                    torch::headeronly::toString(dtype), " with ", sizes.channels,
-                    mean ? " and the mean over all tokens" : "");
+                    "head, got ",
+                    torch::headeronly::toString(dtype), " with ", sizes.channels);
     using A = accumulate_t<T>;
     cpu::attention_with_scores<T>(sizes, tokens<T>(qkv), biases<A>(key_bias), mutable_data<T>(out),
                                   mutable_data<A>(scores), executor());

@@ -18,9 +18,6 @@ MeanAttentionSizes check(const Tensor& q, const Tensor& k, double scale) {
   STD_TORCH_CHECK(q.size(1) > 0 && q.size(2) > 0 && k.size(2) > 0 && k.size(3) > 0,
                   "q and k must have at least one head, token and channel, got ", shape_str(q), " and ",
                   shape_str(k));
-  STD_TORCH_CHECK(k.is_cpu(),
-                  "mean_attention has kernels for the CPU alone: elsewhere evit_ext.ops.mean_attention is "
-                  "computed and differentiated as the operators that it runs");
   return {k.size(0), k.size(1), q.size(2), k.size(2), k.size(3), scale};
 }
 
@@ -36,6 +33,12 @@ Tensor mean_attention(const Tensor& q_any, const Tensor& k_any, double scale) {
   Tensor scores = empty(k, {sizes.batch, sizes.tokens}, accumulate_dtype(k.scalar_type()));
   dispatch(k.scalar_type(), "mean_attention", [&](auto zero) {
     using T = decltype(zero);
+    if constexpr (kHasCuda)
+      if (on_cuda(k)) {
+        const Workspace workspace(k, cuda::mean_attention_workspace<T>(sizes));
+        return cuda::mean_attention<T>(sizes, input<T>(q, k), mutable_data<accumulate_t<T>>(scores),
+                                       workspace.data(), current_stream(k));
+      }
     cpu::mean_attention<T>(sizes, input<T>(q, k), mutable_data<accumulate_t<T>>(scores), executor());
   });
   return scores;
@@ -56,8 +59,15 @@ std::tuple<Tensor, Tensor> mean_attention_backward(const Tensor& grad_any, const
   Tensor grad_k = empty(k, {sizes.batch, sizes.heads, sizes.tokens, sizes.channels}, dtype);
   dispatch(dtype, "mean_attention_backward", [&](auto zero) {
     using T = decltype(zero);
-    cpu::mean_attention_backward<T>(sizes, input<T>(q, k), tokens<accumulate_t<T>>(grad),
-                                    mutable_data<T>(grad_q), mutable_data<T>(grad_k), executor());
+    const auto grads = tokens<accumulate_t<T>>(grad);
+    if constexpr (kHasCuda)
+      if (on_cuda(k)) {
+        const Workspace workspace(k, cuda::mean_attention_backward_workspace<T>(sizes));
+        return cuda::mean_attention_backward<T>(sizes, input<T>(q, k), grads, mutable_data<T>(grad_q),
+                                                mutable_data<T>(grad_k), workspace.data(), current_stream(k));
+      }
+    cpu::mean_attention_backward<T>(sizes, input<T>(q, k), grads, mutable_data<T>(grad_q),
+                                    mutable_data<T>(grad_k), executor());
   });
   return {grad_q, grad_k};
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -32,6 +33,15 @@ class Override:
         if self.replaced is not None:
             return self.replaced
         return partial(getattr(type(self.module), self.name), self.module)
+
+    def named(self, *arguments: Any, **others: Any) -> dict[str, Any]:
+        """Return the arguments of a call by their names, as the class's method has them, without defaults.
+
+        Raises:
+            TypeError: they are none that it takes.
+        """
+        method = inspect.signature(getattr(type(self.module), self.name))
+        return dict(method.bind(self.module, *arguments, **others).arguments)
 
     def install(self) -> None:
         """Override the method."""

@@ -51,7 +51,7 @@ def attention_with_scores(
         key_bias: added to the scaled products with each key, [B, N], float32, float16, bfloat16 or float64,
             any strides. It is used in float32 (float64 for float64 `qkv`).
         mean: return the scores of :func:`mean_attention`, those of all tokens on average, for models without
-            a class token. They take no second pass over the map.
+            a class token. On the CPU they take no second pass over the map.
 
     Returns:
         out [B, N, C], dtype of `qkv`, heads one after the other; and scores [B, N], float32 (float64 for
@@ -62,7 +62,8 @@ def attention_with_scores(
     (``avx512_bf16``), the probabilities are rounded to bfloat16 before they are multiplied with the values,
     as in PyTorch's scaled_dot_product_attention, and so are the gradients of the logits; `scores` are not
     rounded, except that those with `mean` are the mean of rounded probabilities. The CUDA kernel always
-    rounds, and its `scores` agree with those of `class_attention` up to float32 rounding. Where PyTorch's
+    rounds probabilities but no `scores`, which agree with those of `class_attention` or `mean_attention` up
+    to float32 rounding. Where PyTorch's
     attention runs instead of a kernel, it takes the bias in the dtype of `qkv`; the scores do not. Under
     autocast `qkv` is cast as scaled_dot_product_attention casts its inputs, the bias is not. Differentiable
     once, in `qkv` and `key_bias`. The kernels are deterministic for any number of threads.
@@ -76,7 +77,7 @@ def attention_with_scores(
     scale = checks.attention_with_scores(qkv, num_heads, scale, key_bias, mean)
     if not (library.runs_kernel(qkv) if key_bias is None else library.runs_kernel(qkv, key_bias)):
         return reference.attention_with_scores(qkv, num_heads, scale, key_bias, mean)
-    if not _kernel_takes(qkv, num_heads, key_bias, mean):
+    if not _kernel_takes(qkv, num_heads, key_bias):
         return _composed(qkv, num_heads, scale, key_bias, mean)
     return torch.ops.evit.attention_with_scores(qkv, num_heads, scale, key_bias, mean)
 
@@ -87,7 +88,7 @@ def _kernel_takes(qkv: Tensor, num_heads: int, key_bias: Tensor | None, mean: bo
     if qkv.device.type == "cpu":
         # Mean scores would take PyTorch's attention a second pass.
         return mean or qkv.dtype not in library.TILED
-    if mean or not library.CUDA_ATTENTION or library.needs_gradient(qkv, key_bias):
+    if not library.CUDA_ATTENTION or library.needs_gradient(qkv, key_bias):
         return False
     narrow = qkv.dtype in (torch.float16, torch.bfloat16)
     return narrow and qkv.shape[2] // (3 * num_heads) in (32, 64, 128)

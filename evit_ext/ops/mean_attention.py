@@ -21,9 +21,10 @@ def mean_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     models without a class token, instead of :func:`class_attention`.
 
     Unlike with :func:`class_attention`, the whole map is computed, in addition to the attention itself;
-    :func:`attention_with_scores` with ``mean=True`` computes it once for both. The CPU has forward and
-    backward kernels that read slices of a packed projection in place. On other devices PyTorch's operators
-    compute it for blocks of 128 queries. The M × N map is never in memory, in the backward pass neither.
+    :func:`attention_with_scores` with ``mean=True`` computes it once for both on the CPU. CPU and CUDA have
+    forward and backward kernels that read slices of a packed projection in place. On other devices PyTorch's
+    operators compute it for blocks of 128 queries. The M × N map is never in memory, in the backward pass
+    neither.
 
     Args:
         q: the queries of all tokens or of some, [B, H, M, D], float32, float16, bfloat16 or float64, any
@@ -34,9 +35,12 @@ def mean_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     Returns:
         scores [B, N], float32 (float64 for float64 inputs). They sum to 1 over N.
 
-    Under autocast `q` and `k` are cast to the autocast dtype, as scaled_dot_product_attention casts them.
-    Differentiable once, in `q` and `k` (the reference any number of times). The kernels are deterministic for
-    any number of threads.
+    Products are summed in float32 (float64 for float64). On CUDA in 16 bits, and on processors with
+    bfloat16 products (``avx512_bf16``) in bfloat16, the gradients of the logits are rounded to the dtype of
+    the inputs before they are multiplied; on CUDA in such a scale that float16 loses none. Under autocast
+    `q` and `k` are cast to the autocast dtype, as scaled_dot_product_attention casts them. Differentiable
+    once, in `q` and `k` (the reference any number of times). The kernels are deterministic for any number
+    of threads.
 
     Raises:
         TypeError: a dtype is not supported, or `q` and `k` differ in dtype.
@@ -46,7 +50,7 @@ def mean_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     scale = checks.mean_attention(q, k, scale)
     if library.wants_reference(q, k):
         return reference.mean_attention(q, k, scale)
-    if k.device.type in ("cpu", "meta") and k.device.type in library.KERNEL_DEVICES:
+    if k.device.type in library.KERNEL_DEVICES:
         return torch.ops.evit.mean_attention(q, k, scale)
     # So does torch.compile get the plain formula, an export not.
     if torch.compiler.is_dynamo_compiling():

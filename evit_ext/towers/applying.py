@@ -43,9 +43,11 @@ def apply(
 
     Args:
         model: a ``LlavaForConditionalGeneration``, ``LlavaNextForConditionalGeneration``,
+            ``LlavaNextVideoForConditionalGeneration`` (for images),
             ``LlavaOnevisionForConditionalGeneration`` or ``PaliGemmaForConditionalGeneration`` of
-            transformers, or the model inside it, with a tower that :func:`evit_ext.apply` supports. Towers
-            without a class token (SigLIP) rank patches by the mean attention of all tokens.
+            transformers, or the model inside it, with a tower that :func:`evit_ext.apply` supports. Videos
+            need all patches. Towers without a class token (SigLIP) rank patches by the mean attention of
+            all tokens.
         keep_rate: share of the patches to keep, in (0, 1]; 0.7 by default. 1/3 is 192 of 576.
         fuse_token: hand one more token on, the sum of the others weighted by their scores. By default so
             inside the tower, and not in mode "select": the projector never saw the like in its training.

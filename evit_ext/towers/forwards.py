@@ -19,21 +19,22 @@ class CheckPlaceholders(Override):
         ValueError: the text has not as many placeholders as there are tokens of images.
     """
 
-    def __call__(
-        self, input_ids: Any = None, inputs_embeds: Any = None, image_features: Any = None, **others: Any
-    ) -> Any:
+    def __call__(self, *arguments: Any, **others: Any) -> Any:
         """Return the mask of the placeholders; see transformers'."""
-        countable = input_ids is not None and image_features is not None
         # A graph has no numbers to compare; transformers' own check is part of it.
-        if countable and not torch.compiler.is_compiling():
-            located = locate_tower(self.module)
-            written = int((input_ids == located.module.config.image_token_id).sum())
-            made = image_features.numel() // image_features.shape[-1]
-            if written != made:
-                raise ValueError(_mismatch(located, written, made))
-        return self.original()(
-            input_ids, inputs_embeds=inputs_embeds, image_features=image_features, **others
-        )
+        if not torch.compiler.is_compiling():
+            named = self.named(*arguments, **others)
+            self._check(named.get("input_ids"), named.get("image_features"))
+        return self.original()(*arguments, **others)
+
+    def _check(self, input_ids: Tensor | None, image_features: Tensor | None) -> None:
+        if input_ids is None or image_features is None:
+            return
+        located = locate_tower(self.module)
+        written = int((input_ids == located.module.config.image_token_id).sum())
+        made = image_features.numel() // image_features.shape[-1]
+        if written != made:
+            raise ValueError(_mismatch(located, written, made))
 
 
 def _mismatch(located: Located, written: int, made: int) -> str:
@@ -57,25 +58,23 @@ class PackTiles(Override):
     transformers' own method runs.
     """
 
-    def __call__(
-        self, image_features: Any, image_sizes: Any, *arguments: Any, image_newline: Any = None, **others: Any
-    ) -> tuple[list[Tensor], Tensor]:
+    def __call__(self, *arguments: Any, **others: Any) -> tuple[list[Tensor], Tensor]:
         """Return the tokens of each image [L, C], and L of each; see transformers'.
 
         Args:
-            image_features: for each image, [1 + tiles, M, C], or [1, M, C] if it has no tiles.
-            image_sizes: height and width of each image in pixels.
-            arguments: of transformers' method.
-            image_newline: the token for a new line, [C].
-            others: of transformers' method.
+            arguments: of transformers' method, by place or by name. ``image_features`` are, for each image,
+                [1 + tiles, M, C], or [1, M, C] if it has no tiles; ``image_sizes`` height and width of each
+                image in pixels; ``image_newline``, if there is one, is the token for a new line, [C].
+            others: as well.
         """
         located = locate_tower(self.module)
         counter, config = counter_of(located), located.module.config
         if counter.keeps_all(located.num_patches):
-            packed: tuple[list[Tensor], Tensor] = self.original()(
-                image_features, image_sizes, *arguments, image_newline=image_newline, **others
-            )
+            packed: tuple[list[Tensor], Tensor] = self.original()(*arguments, **others)
             return packed
+        named = self.named(*arguments, **others)
+        image_features, image_sizes = named["image_features"], named["image_sizes"]
+        image_newline = named.get("image_newline")
         images = []
         for features, size in zip(image_features, image_sizes, strict=True):
             whole, tiles = features[0], features[1:]

@@ -29,6 +29,7 @@ class Kind:
 KINDS = {
     "LlavaModel": Kind("LlavaProcessor"),
     "LlavaNextModel": Kind("LlavaNextProcessor", tiles=True),
+    "LlavaNextVideoModel": Kind("LlavaNextVideoProcessor", tiles=True),
     "LlavaOnevisionModel": Kind("LlavaOnevisionProcessor", tiles=True),
     "PaliGemmaModel": Kind("PaliGemmaProcessor", takes_last=True),
 }
@@ -51,7 +52,6 @@ REASONS = {
     "InstructBlipModel": _RESAMPLER,
     "InternVLModel": _SHUFFLE,
     "Llama4ForConditionalGeneration": _SHUFFLE,
-    "LlavaNextVideoModel": _POOLING,
     "Mistral3Model": _MERGER,
     "Qwen2VLModel": _MERGER,
     "Qwen2_5_VLModel": _MERGER,

@@ -59,12 +59,14 @@ class _Placeholders(Override):
 class WritePlaceholders(_Placeholders):
     """Overrides ``replace_image_token`` of a processor, which writes the placeholders of an image."""
 
-    def __call__(self, image_inputs: Any, image_idx: int, **named: Any) -> str:
-        """Return the placeholders of image number `image_idx`."""
+    def __call__(self, *arguments: Any, **others: Any) -> str:
+        """Return the placeholders of image number ``image_idx``; see transformers'."""
         if self.counter.keeps_all(self.num_patches):
-            written: str = self.original()(image_inputs, image_idx=image_idx, **named)
+            written: str = self.original()(*arguments, **others)
             return written
         processor: Any = self.module
+        named = self.named(*arguments, **others)
+        image_inputs, image_idx = named["image_inputs"], named.get("image_idx", 0)
         size = image_inputs["image_sizes"][image_idx] if self.tiles else None
         text: str = processor.image_token * self.count(size, _is_alone(image_inputs, image_idx))
         return text
@@ -73,9 +75,10 @@ class WritePlaceholders(_Placeholders):
 class CountPlaceholders(_Placeholders):
     """Overrides ``_get_num_multimodal_tokens``, by which serving engines know the number of placeholders."""
 
-    def __call__(self, image_sizes: Any = None, **named: Any) -> Any:
+    def __call__(self, *arguments: Any, **others: Any) -> Any:
         """Return transformers' counts, with those of images of (height, width) replaced."""
-        counts = self.original()(image_sizes=image_sizes, **named)
+        counts = self.original()(*arguments, **others)
+        image_sizes = self.named(*arguments, **others).get("image_sizes")
         if image_sizes is not None and not self.counter.keeps_all(self.num_patches):
             counts.num_image_tokens = [self.count(size) for size in image_sizes]
         return counts

@@ -20,6 +20,9 @@ HOT = {
     "attention_with_scores_kernel",
     "class_scores_kernel",
     "backward_kernel",
+    "query_statistics_kernel",
+    "sum_probabilities_kernel",
+    "mean_attention_backward_kernel",
     "reorganize_kernel",
     "layer_norm_kernel",
     "merge_kernel",
@@ -136,6 +139,25 @@ def test_class_attention_runs_on_tensor_cores(machine_code: list[str]) -> None:
     for kernel, count in products.items():
         in_16_bits = re.search(r"_kernelI\S*?(BFloat16|Half)E", kernel) is not None
         assert count == (2 * 8 if in_16_bits else 0), kernel
+
+
+def test_mean_attention_runs_on_tensor_cores(machine_code: list[str]) -> None:
+    """In 16 bits: of a tile, 2 x 4 matrices by two steps of 32 channels; as many again for gradients."""
+    name = ""
+    products: Counter[str] = Counter()
+    copies: Counter[str] = Counter()
+    for line in machine_code:
+        if match := re.search(r"Function : (\S+)", line):
+            name = match[1]
+        elif re.search(r"(query_statistics|sum_probabilities|mean_attention_backward)_kernelI", name):
+            products[name] += "HMMA.16816.F32" in line
+            copies[name] += bool(re.search(r"LDGSTS\S*\.128", line))
+    assert len(products) == 4 * (2 + 1 + 2)  # with gradients and without; of queries and of keys
+    for kernel, count in products.items():
+        in_16_bits = re.search(r"_kernelI\S*?(BFloat16|Half)E", kernel) is not None
+        of_tile = 2 * 4 * 4
+        assert count == in_16_bits * of_tile * (2 if "backward" in kernel else 1), kernel
+        assert copies[kernel] >= 1, kernel
 
 
 def test_rows_move_16_bytes_at_a_time(machine_code: list[str]) -> None:

@@ -129,17 +129,19 @@ class Line:
                 vision_feature_select_strategy=self.arguments["vision_feature_select_strategy"],
                 num_additional_image_tokens=self.prefix,
             )
-        if self.name == "LlavaNext":
+        if self.name in ("LlavaNext", "LlavaNextVideo"):
             images = transformers.LlavaNextImageProcessor(
                 size={"shortest_edge": 32}, crop_size=side, image_grid_pinpoints=PINPOINTS
             )
-            return transformers.LlavaNextProcessor(
-                images,
-                fast,
-                patch_size=8,
-                vision_feature_select_strategy="default",
-                num_additional_image_tokens=1,
-            )
+            settings: dict[str, Any] = {
+                "patch_size": 8,
+                "vision_feature_select_strategy": "default",
+                "num_additional_image_tokens": 1,
+            }
+            if self.name == "LlavaNext":
+                return transformers.LlavaNextProcessor(images, fast, **settings)
+            videos = transformers.LlavaNextVideoVideoProcessor(size={"shortest_edge": 32}, crop_size=side)
+            return transformers.LlavaNextVideoProcessor(videos, images, fast, **settings)
         images = transformers.LlavaOnevisionImageProcessor(size=side, image_grid_pinpoints=PINPOINTS)
         videos = transformers.LlavaOnevisionVideoProcessor(size=side)
         return transformers.LlavaOnevisionProcessor(
@@ -159,6 +161,13 @@ LINES = {
         "Llava", "siglip", {"vision_feature_layer": 4, "vision_feature_select_strategy": "full"}, 3
     ),
     "LLaVA-NeXT": Line("LlavaNext", "clip", {"vision_feature_layer": -2, **_TILES}, 2, tiles=True),
+    "LLaVA-NeXT-Video": Line(
+        "LlavaNextVideo",
+        "clip",
+        {"vision_feature_layer": -2, "video_token_id": WORDS.index("<video>"), **_TILES},
+        2,
+        tiles=True,
+    ),
     "LLaVA-OneVision": Line(
         "LlavaOnevision", "siglip", {"video_token_id": WORDS.index("<video>"), **_TILES}, 3, tiles=True
     ),

@@ -22,7 +22,6 @@ REFUSED = {
     "Idefics3": "pixel shuffle joins neighbouring patches",
     "InternVL": "pixel shuffle joins neighbouring patches",
     "Llama4": "pixel shuffle joins neighbouring patches",
-    "LlavaNextVideo": "pooling averages neighbouring patches",
     "Mistral3": "merger joins neighbouring patches",
     "Qwen2VL": "merger joins neighbouring patches",
     "Qwen2_5_VL": "merger joins neighbouring patches",

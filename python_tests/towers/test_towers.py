@@ -161,7 +161,7 @@ def test_placeholders_of_several_images_and_texts(line: Line) -> None:
     texts = ["<image> and <image> what ?", "<image> ?"]
     images = [[photo(30, 64), photo(60, 60, 1)], [photo(90, 28, 2)]]
     batch = inputs(processor, texts, images)
-    if line.name == "LlavaNext":
+    if line.name in ("LlavaNext", "LlavaNextVideo"):
         expected = [each * 3 + 1 + each * 5 + 2, each * 4 + 3]
     elif line.name == "LlavaOnevision":  # several images of a text are not cut into tiles
         expected = [2 * (each + 1), each * 4 + 3]
@@ -263,8 +263,9 @@ def test_saved_models_are_transformers_own(tmp_path: Any) -> None:
     towers.apply(loaded, rule=EViT(0.5))
 
 
-def test_videos_need_all_patches() -> None:
-    line = LINES["LLaVA-OneVision"]
+@pytest.mark.parametrize("name", ["LLaVA-OneVision", "LLaVA-NeXT-Video"])
+def test_videos_need_all_patches(name: str) -> None:
+    line = LINES[name]
     model = towers.apply(line.build(), 0.5)
     video = torch.randn(1, 2, 3, 32, 32)
     with pytest.raises(ValueError, match="videos are not supported while patches are dropped"):
@@ -273,3 +274,39 @@ def test_videos_need_all_patches() -> None:
     with torch.no_grad():
         found = model.get_video_features(video).pooler_output
         assert torch.equal(found, line.build().get_video_features(video).pooler_output)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "LLaVA-NeXT-Video", "LLaVA-OneVision"])
+def test_arguments_by_place_are_those_by_name(name: str, rate: float) -> None:
+    line = LINES[name]
+    model, processor = line.build(), line.processor()
+    towers.apply(model, rate, processor=processor)
+    inner, sizes = model.model, torch.tensor([[30, 64], [28, 28]])
+    features = [torch.randn(1 + tiles, round(16 * rate), 32) for tiles in (2, 0)]
+    middle = () if line.name == "LlavaOnevision" else ("default",)
+    newline = inner.image_newline.detach()
+    names = {} if line.name == "LlavaOnevision" else {"vision_feature_select_strategy": "default"}
+    by_place, lengths = inner.pack_image_features(features, sizes, *middle, newline)
+    by_name, _ = inner.pack_image_features(
+        image_features=features, image_sizes=sizes, image_newline=newline, **names
+    )
+    without, fewer = inner.pack_image_features(features, sizes, *middle)
+    assert all(map(torch.equal, by_place, by_name)) and (fewer < lengths).all()
+    assert any(torch.equal(token, newline) for token in by_place[0])
+    assert not any(torch.equal(token, newline) for token in without[0])
+    with pytest.raises(TypeError, match="newlines"):
+        inner.pack_image_features(features, sizes, *middle, newlines=newline)
+    if line.name == "LlavaNext":
+        return
+    # The fourth argument of the mask are the features of videos.
+    ids = torch.tensor([[5, 6, 5, 5]])
+    embeddings = inner.get_input_embeddings()(ids)
+    _, mask = inner.get_placeholder_mask(ids, embeddings, None, torch.zeros(3, 32))
+    assert mask[0, :, 0].tolist() == [True, False, True, True]
+    sizes_of_images = [(30, 64)]
+    counts = [
+        processor._get_num_multimodal_tokens(sizes_of_images),
+        processor._get_num_multimodal_tokens(image_sizes=sizes_of_images),
+    ]
+    assert counts[0].num_image_tokens == counts[1].num_image_tokens

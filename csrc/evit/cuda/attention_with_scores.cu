@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "tensor_cores.cuh"
+#include "mean_attention.cuh"
 
 namespace evit::cuda {
 namespace {
@@ -11,13 +11,6 @@ namespace {
 constexpr char kOperator[] = "attention_with_scores";
 constexpr int kQueries = 16;  // of a warp
 constexpr int kMaxWarps = 8;
-constexpr double kLog2E = 1.4426950408889634;
-
-// Of the class token, for each head: what turns a dot product into a probability.
-struct ClassRow {
-  float shift;    // of the exponent
-  float inverse;  // of the sum of exponentials
-};
 
 // e^(dot * scale) = 2^(dot * factor). With a bias of the keys, what is called a dot product here becomes the
 // exponent, and the factor 1, as soon as it is computed. A negative scale changes the sign of the queries, so
@@ -27,8 +20,9 @@ struct Job {
   Tokens<T> qkv;
   Tokens<float> key_bias;  // if there is one
   T* out;
-  float* dots;           // [B, H, N], of the class token
-  ClassRow* class_rows;  // [B, H]
+  float* dots;              // [B, H, N], of the class token alone
+  SoftmaxRow<float>* rows;  // [B, H, scored]
+  int scored;               // queries whose scores are wanted: the class token alone, or all
   int heads, tokens;
   int blocks;  // that share the queries of a head
   float factor;
@@ -262,15 +256,22 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D > 64 ? 1 : 2) attention_wi
     __syncthreads();  // this tile is there, and nobody needs the one before
     if (t + 1 < tiles) Tile::copy(job, keys, width, (t + 1) * Tile::kKeys, rows_of(t + 1), tile(t + 1));
     if (!takes_part) continue;
-    if (first == 0)  // for the whole warp
+    if (first == 0 && job.scored == 1)  // for the whole warp
       attend_tile(std::true_type{}, t);
     else
       attend_tile(std::false_type{}, t);
   }
   float inverse[2];
   rows.finish(inverse);
-  if (first == 0 && lane == 0)
-    job.class_rows[head] = {rows.shift_of(rows.largest[0], kBias ? 1 : job.factor), inverse[0]};
+  // What depends on the lane alone is computed here, where registers are free again.
+  const unsigned at = computed_here(static_cast<unsigned>(lane));
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int m = first + static_cast<int>(at / 4) + 8 * r;
+    if (at % 4 == 0 && m < job.scored)
+      job.rows[int64_t{head} * job.scored + m] = {rows.shift_of(rows.largest[r], kBias ? 1 : job.factor),
+                                                  inverse[r]};
+  }
 
   // Through shared memory, so that 16 bytes can be written at a time.
   __syncthreads();  // nobody needs the last tile
@@ -295,14 +296,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D > 64 ? 1 : 2) attention_wi
 
 // The mean of the class token's probabilities over the heads, a thread for each token.
 __global__ void __launch_bounds__(256)
-    class_scores_kernel(const float* dots, const ClassRow* class_rows, int heads, int tokens, int chunks,
-                        float factor, float* scores) {
+    class_scores_kernel(const float* dots, const SoftmaxRow<float>* class_rows, int heads, int tokens,
+                        int chunks, float factor, float* scores) {
   const int64_t b = blockIdx.x / chunks;
   const int n = static_cast<int>(blockIdx.x % chunks * blockDim.x + threadIdx.x);
   if (n >= tokens) return;
   float sum = 0;
   for (int64_t head = b * heads; head < (b + 1) * heads; ++head) {
-    const ClassRow row = class_rows[head];
+    const SoftmaxRow<float> row = class_rows[head];
     const float p = fast_exp2(multiply_add(dots[head * tokens + n], factor, -row.shift));
     sum = multiply_add(p, row.inverse, sum);
   }
@@ -314,32 +315,26 @@ void run(const AttentionWithScoresSizes& sizes, Job<T> job, const Stream& stream
   using Tile = Tiles<T, D>;
   constexpr int64_t shared_bytes = 2 * 2 * Tile::kElements * sizeof(T);
   static_assert(shared_bytes <= kSharedMemory && kMaxWarps * kQueries * D * sizeof(T) <= shared_bytes);
-  // Queries are shared out evenly. A batch that leaves multiprocessors idle gets smaller blocks; no row of
-  // the result depends on which others are in its block.
-  const int64_t sixteens = (sizes.tokens + kQueries - 1) / kQueries, heads = sizes.batch * sizes.heads;
-  const int64_t enough = multiprocessors(stream);
-  int64_t most = kMaxWarps;
-  const auto blocks = [&] { return (sixteens + most - 1) / most; };
-  while (most > 1 && heads * blocks() < enough) most /= 2;
-  job.blocks = static_cast<int>(blocks());
-  const int64_t warps = (sixteens + job.blocks - 1) / job.blocks;
+  const int64_t heads = sizes.batch * sizes.heads;
+  const Shares shares = share_out_warps((sizes.tokens + kQueries - 1) / kQueries, kMaxWarps, heads, stream);
+  job.blocks = shares.blocks;
   launch(kOperator,
          job.key_bias.data != nullptr ? attention_with_scores_kernel<T, D, true>
                                       : attention_with_scores_kernel<T, D, false>,
-         heads * job.blocks, static_cast<int>(warps) * kWarp, shared_bytes, stream, job);
+         heads * job.blocks, shares.warps * kWarp, shared_bytes, stream, job);
 }
 
 }  // namespace
 
 template <typename T>
 bool attention_with_scores_available(const AttentionWithScoresSizes& sizes, const Tokens<T>& qkv) {
-  return (sizes.channels == 32 || sizes.channels == 64 || sizes.channels == 128) && !sizes.mean &&
+  return (sizes.channels == 32 || sizes.channels == 64 || sizes.channels == 128) &&
          aligned(qkv.data, qkv.stride_b, qkv.stride_n);
 }
 
 int64_t attention_with_scores_workspace(const AttentionWithScoresSizes& sizes) {
-  const int64_t heads = sizes.batch * sizes.heads;
-  return heads * static_cast<int64_t>(sizeof(ClassRow)) +
+  const int64_t heads = sizes.batch * sizes.heads, scored = sizes.mean ? sizes.tokens : 1;
+  return heads * scored * static_cast<int64_t>(sizeof(SoftmaxRow<float>)) +
          heads * sizes.tokens * static_cast<int64_t>(sizeof(float));
 }
 
@@ -348,30 +343,39 @@ void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T
                            const Tokens<float>& key_bias, T* out, float* scores, void* workspace,
                            const Stream& stream) {
   if (!attention_with_scores_available(sizes, qkv))
-    throw std::invalid_argument(
-        std::string(kOperator) + ": " + std::to_string(sizes.channels) +
-        " channels a head, rows that are not aligned, or the mean over queries are not supported");
+    throw std::invalid_argument(std::string(kOperator) + ": " + std::to_string(sizes.channels) +
+                                " channels a head, or rows that are not aligned, are not supported");
   const DeviceGuard guard(stream.device, kOperator);
   check_count(sizes.tokens, "tokens", kOperator);
   check_count(sizes.heads, "heads", kOperator);
   check_count(sizes.heads * sizes.channels, "channels", kOperator);
   if (sizes.batch == 0 || sizes.tokens == 0) return;
-  auto* class_rows = static_cast<ClassRow*>(workspace);
-  auto* dots = reinterpret_cast<float*>(class_rows + sizes.batch * sizes.heads);
   const int heads = static_cast<int>(sizes.heads), tokens = static_cast<int>(sizes.tokens);
   const float factor = static_cast<float>(std::abs(sizes.scale) * kLog2E);
-  const Job<T> job = {qkv, key_bias, out, dots, class_rows, heads, tokens, 0, factor, sizes.scale < 0};
+  const int scored = sizes.mean ? tokens : 1;
+  auto* rows = static_cast<SoftmaxRow<float>*>(workspace);
+  auto* of_keys = reinterpret_cast<float*>(rows + sizes.batch * sizes.heads * scored);  // [B, H, N]
+  const Job<T> job = {qkv, key_bias, out, of_keys, rows, scored, heads, tokens, 0, factor, sizes.scale < 0};
   if (sizes.channels == 32)
     run<T, 32>(sizes, job, stream);
   else if (sizes.channels == 64)
     run<T, 64>(sizes, job, stream);
   else
     run<T, 128>(sizes, job, stream);
+  if (sizes.mean) {
+    const int64_t channels = sizes.channels;
+    const MeanAttentionInput<T> input = {
+        qkv.data,     qkv.stride_b, channels,    qkv.stride_n, qkv.data + sizes.heads * channels,
+        qkv.stride_b, channels,     qkv.stride_n};
+    mean_from_rows<T>({sizes.batch, sizes.heads, sizes.tokens, sizes.tokens, channels, sizes.scale}, input,
+                      key_bias, rows, of_keys, scores, stream);
+    return;
+  }
   constexpr int threads = 256;
   const int chunks = (tokens + threads - 1) / threads;
   launch(kOperator, class_scores_kernel, sizes.batch * chunks, threads, 0, stream,
-         static_cast<const float*>(dots), static_cast<const ClassRow*>(class_rows), heads, tokens, chunks,
-         key_bias.data != nullptr ? 1 : factor, scores);
+         static_cast<const float*>(of_keys), static_cast<const SoftmaxRow<float>*>(rows), heads, tokens,
+         chunks, key_bias.data != nullptr ? 1 : factor, scores);
 }
 
 #define EVIT_INSTANTIATE(T)                                                                            \

@@ -61,6 +61,19 @@ inline int multiprocessors(const Stream& stream) {
   return count;
 }
 
+// The blocks that share the work of a head, which is for `warps` warps, and the warps of each: as evenly as
+// possible, at most `most`. Where that leaves multiprocessors idle, though there are `heads` heads, blocks
+// are smaller. So no result may depend on which warps are in a block.
+struct Shares {
+  int blocks, warps;
+};
+inline Shares share_out_warps(int64_t warps, int64_t most, int64_t heads, const Stream& stream) {
+  const int64_t enough = multiprocessors(stream);
+  const auto blocks = [&] { return (warps + most - 1) / most; };
+  while (most > 1 && heads * blocks() < enough) most /= 2;
+  return {static_cast<int>(blocks()), static_cast<int>((warps + blocks() - 1) / blocks())};
+}
+
 // Bytes of shared memory that a block may have without asking, on every device.
 constexpr int64_t kSharedMemory = 48 * 1024;
 

@@ -89,6 +89,38 @@ def test_keep_rate_1_and_remove(name: str) -> None:
     assert set(vars(model.encoder)) == before
 
 
+@pytest.mark.parametrize("name", BACKBONES)
+def test_subclasses_have_full_grids_too(name: str) -> None:
+    """Whatever they are called: a Backbone is found by the classes it is made from."""
+    model, other = build(name), build(name)
+    cls = type(model)
+    between = type("Between", (cls,), {"forward": lambda *a, **named: cls.forward(*a, **named)})
+    other.__class__ = type("Features", (between,), {})
+    for one in (model, other):
+        evit_ext.apply(one, keep_rate=0.5)
+    with torch.no_grad():
+        expected = model(images()).feature_maps
+        found = other(images()).feature_maps
+    assert [tuple(one.shape) for one in found] == [(3, 24, 4, 4)] * 5
+    assert all(map(torch.equal, found, expected))
+    evit_ext.remove(other)
+    with torch.no_grad():
+        assert all(map(torch.equal, other(images()).feature_maps, build(name)(images()).feature_maps))
+
+
+def test_other_models_are_no_backbones() -> None:
+    """Not DINOv2 itself, whose hidden states stay those of the remaining tokens, whatever its name."""
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(**SIZES, mlp_ratio=2)
+    model = transformers.Dinov2Model(config).eval()
+    model.__class__ = type("NoBackboneAtAll", (transformers.Dinov2Model,), {})
+    evit_ext.apply(model, keep_rate=0.5)
+    assert "forward" not in vars(model.encoder)
+    with torch.no_grad():
+        states = model(images(), output_hidden_states=True).hidden_states
+    assert states[0].shape[1] == 17 and states[-1].shape[1] < 17
+
+
 def test_flat_feature_maps_of_one_layer() -> None:
     model = build("Dinov2", reshape_hidden_states=False, apply_layernorm=False, out_indices=[4])
     evit_ext.apply(model, keep_rate=0.5)
