@@ -26,21 +26,6 @@ REFERENCE = "EViT"
 
 
 @dataclass(frozen=True)
-class ProportionalEViT(EViT):
-    """EViT whose tokens count for as many patches as they stand for, as ToMe's do.
-
-    The attention of the blocks that follow adds the logarithm of a token's size to its logits. Not one of the
-    package's rules: it is here to see what the size of the fused token does.
-    """
-
-    proportional = True
-
-    def wants(self) -> frozenset[str]:
-        """See `Rule.wants`."""
-        return super().wants() | {"sizes"}
-
-
-@dataclass(frozen=True)
 class Reduction:
     """A way to reduce tokens.
 
@@ -94,9 +79,9 @@ def reductions(keep_rate: float) -> list[Reduction]:
         made("normalized", EViT(keep_rate, fusion="normalized")),
         made("squeezed", EViT(keep_rate, fusion="squeezed")),
         made("dropped", EViT(keep_rate, fuse_token=False)),
-        made("sum, with sizes", ProportionalEViT(keep_rate)),
-        made("normalized, with sizes", ProportionalEViT(keep_rate, fusion="normalized")),
-        made("squeezed, with sizes", ProportionalEViT(keep_rate, fusion="squeezed")),
+        made("sum, with sizes", EViT(keep_rate, proportional=True)),
+        made("normalized, with sizes", EViT(keep_rate, fusion="normalized", proportional=True)),
+        made("squeezed, with sizes", EViT(keep_rate, fusion="squeezed", proportional=True)),
         fitted(f"the same share in blocks 1–{depth - 1}", "constant", range(1, depth)),
         fitted(f"rising over blocks 1–{depth - 1}", "rising", range(1, depth)),
         fitted(f"falling over blocks 1–{depth - 1}", "falling", range(1, depth)),
