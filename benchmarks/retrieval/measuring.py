@@ -11,13 +11,14 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import evit_ext
 from evit_ext.tokens import EViT, RandomSelection, Rule
 
 from . import drift
-from .neighbours import over_splits, predict, split
+from .neighbours import cosine, over_splits, predict, split
 from .pictures import Pictures
 from .reductions import KEEP_RATES, Reduction, reductions
 
@@ -111,6 +112,36 @@ def cosines(draws: Sequence[Embedded], full: Embedded) -> dict[str, Any]:
     return {"by block": blocks.mean(dim=0).tolist(), "embedding": last.mean().item()}
 
 
+def shift(reduced: Tensor, full: Tensor, labels: Tensor, splits: int) -> dict[str, Any]:
+    """Return how much of the drift of embeddings is one vector, the same for all pictures.
+
+    Args:
+        reduced, full: embeddings by the two models, [B, C]; their lengths do not count.
+        labels, splits: as for :func:`by_split`.
+
+    Returns:
+        "share" of the drift's mean square that is that vector's, and what neighbours find in percent in the
+        "full index" if the vector is subtracted from the queries, a value for each split.
+    """
+    reduced, full = (F.normalize(embeddings, dim=1) for embeddings in (reduced, full))
+    drifted = reduced - full
+    common = drifted.mean(dim=0)
+    found = []
+    for index, queries in (split(labels, seed) for seed in range(splits)):
+        predicted = predict((reduced - common)[queries], full[index], labels[index])
+        found.append(round(100 * (predicted == labels[queries]).double().mean().item(), 3))
+    share = common.square().sum() / drifted.square().sum(dim=1).mean()
+    return {"share": share.item(), "full index": found}
+
+
+def between(embeddings: Tensor) -> dict[str, float]:
+    """Return the cosines between embeddings [B, C] of different pictures: mean, 5th and 95th percentile."""
+    one, other = torch.triu_indices(len(embeddings), len(embeddings), offset=1)
+    cosines = cosine(embeddings[one], embeddings[other])
+    low, high = cosines.quantile(cosines.new_tensor([0.05, 0.95])).tolist()
+    return {"mean": cosines.mean().item(), "5 %": low, "95 %": high}
+
+
 def measure(full: nn.Module, pictures: Pictures, splits: int) -> dict[str, Any]:
     """Return the figures of one set of pictures, as JSON can hold them."""
     images, labels, classes, rule = pictures
@@ -127,11 +158,11 @@ def measure(full: nn.Module, pictures: Pictures, splits: int) -> dict[str, Any]:
             draws = embed_reduced(full, reduction, images)
             counted = by_split(draws, expected, labels, splits)
             reference = reference or counted  # the first
-            facts = {"name": reduction.name, "gmacs": reduction.gmacs, "forwards": len(draws)}
-            lines.append(
-                facts
-                | {"percent": with_intervals(counted, reference, share), "cosine": cosines(draws, expected)}
-            )
+            facts: dict[str, Any] = {"name": reduction.name, "gmacs": reduction.gmacs, "forwards": len(draws)}
+            facts["percent"] = with_intervals(counted, reference, share)
+            facts["cosine"] = cosines(draws, expected)
+            facts["shift"] = shift(draws[0].embeddings, expected.embeddings, labels, splits)
+            lines.append(facts)
         budgets.append(
             {"keep rate": keep_rate, "rows": lines, "drift": causes(full, images[::EVERY], keep_rate)}
         )
@@ -142,6 +173,7 @@ def measure(full: nn.Module, pictures: Pictures, splits: int) -> dict[str, Any]:
         "index": len(index),
         "queries": len(queries),
         "splits": splits,
+        "between pictures": between(expected.embeddings),
         "full": {
             "gmacs": evit_ext.count_macs(full) / 1e9,
             "percent": with_intervals(dense, dense, share),

@@ -40,6 +40,11 @@ def text(results: dict[str, Any]) -> str:
             f"{found['rule'].capitalize()}: {len(found['classes'])} classes. Index {found['index']}, queries "
             f"{found['queries']}, {found['splits']} splits."
         )
+        between = found["between pictures"]
+        lines.append(
+            f"Embeddings of different pictures by the full model have a cosine of {between['mean']:.2f} on "
+            f"average; for nine in ten pairs it is between {between['5 %']:.2f} and {between['95 %']:.2f}."
+        )
         for budget in found["budgets"]:
             lines += ["", f"### At the cost of EViT {budget['keep rate']:g}", ""]
             lines += neighbours(found["full"], budget["rows"])
@@ -49,6 +54,7 @@ def text(results: dict[str, Any]) -> str:
                 "",
             ]
             lines += by_block(budget["rows"])
+            lines += ["", *shifts(budget["rows"])]
             lines += ["", *causes(budget["drift"])]
     return "\n".join(lines) + "\n"
 
@@ -79,6 +85,20 @@ def by_block(rows: list[dict[str, Any]]) -> list[str]:
         cosines = [*(row["cosine"]["by block"][block] for block in BLOCKS), row["cosine"]["embedding"]]
         table.append(_row([row["name"], *(f"{value:.3f}" for value in cosines)]))
     return table
+
+
+def shifts(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the table of what the drifts of all pictures have in common, for the rows that have it."""
+    heads = ["", "common share of the drift", "full index", "full index, common drift subtracted"]
+    table = ["How much of an embedding's drift is the same vector for all pictures:", "", _row(heads)]
+    table.append(_row(["---"] * len(heads)))
+    for row in rows:
+        if "shift" in row:
+            values = row["shift"]["full index"]
+            before = row["percent"]["full index"]["mean"]["mean"]
+            share = f"{100 * row['shift']['share']:.0f} %"
+            table.append(_row([row["name"], share, f"{before:.1f}", f"{sum(values) / len(values):.1f}"]))
+    return table if len(table) > 4 else []
 
 
 def causes(drift: dict[str, Any]) -> list[str]:

@@ -35,8 +35,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_neighbours_vote() -> None:
-    """Two of class 1 outvote the nearest, of class 0; lengths do not count."""
-    angles = torch.tensor([0.1, 0.2, 0.3, 3.0])
+    """Two of class 1 outvote the nearest, of class 0, however far they are; lengths do not count."""
+    angles = torch.tensor([0.1, 1.3, 1.4, 3.0])
     index = torch.stack([angles.cos(), angles.sin()], dim=1) * torch.tensor([[9.0], [1.0], [1.0], [1.0]])
     labels = torch.tensor([0, 1, 1, 0])
     query = torch.tensor([[2.0, 0.0]])
@@ -69,6 +69,20 @@ def test_intervals_are_wider_than_those_of_independent_runs() -> None:
     # (1 / 5 + 1 / 2) / (1 / 5) = 3.5
     assert found.high - found.mean == pytest.approx(3.5**0.5 * (independent.high - independent.mean))
     assert found.mean - found.low == pytest.approx(found.high - found.mean)
+
+
+def test_a_common_shift_is_seen() -> None:
+    """Embeddings that all moved the same way: all of the drift is common, and subtracting it mends all."""
+    torch.manual_seed(0)
+    labels = torch.arange(3).repeat_interleave(6)
+    full = torch.nn.functional.normalize(torch.eye(3)[labels] + 0.05 * torch.randn(18, 3), dim=1)
+    found = measuring.shift(full, full.roll(1, 0), labels, 2)
+    assert found["share"] < 0.01
+    moved = full + torch.tensor([5.0, 0, 0])
+    found = measuring.shift(moved, full, labels, 2)
+    assert found["share"] > 0.3 and min(found["full index"]) == 100
+    cosines = measuring.between(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]))
+    assert cosines["mean"] == pytest.approx(1 / 3) and cosines["5 %"] == pytest.approx(0)
 
 
 def test_cut_outs_lie_on_white() -> None:
