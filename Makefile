@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 
 .PHONY: help env demo study study-page bench test test-quick test-all test-python test-faults test-cpp test-cuda-on-host \
-    test-sanitize test-threads fuzz test-oldest-torch lint format docs wheels gpu-check clean
+    test-sanitize test-threads fuzz test-oldest-torch real-weights lint format docs wheels gpu-check clean
 
 help:
 	@echo "make demo               train a DeiT and EViTs on real digits, compare them (about 10 minutes)"
@@ -27,6 +27,7 @@ help:
 	@echo "make fuzz MINUTES=10    images, checkpoints, configurations and operators that nobody means"
 	@echo "make test-oldest-torch  one binary, built on the newest torch, tested on the oldest supported"
 	@echo "make bench              DeiT-S next to what people would use instead; its growth with the image"
+	@echo "make real-weights       rules on weights and pictures that it downloads, by nearest neighbours (half an hour)"
 	@echo "make gpu-check          tests and benchmarks on a GPU, with the installed Python and without a network"
 	@echo "make lint | format      check | mend formatting, style and types"
 	@echo "make wheels             sdist and wheels for the Pythons there are, CPU and CUDA, audited and tried, into dist/"
@@ -123,6 +124,10 @@ RESULTS ?= benchmarks/results
 bench: $(BIN)/.installed-bench
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/end_to_end.py --device $(DEVICE) --output $(RESULTS)/end-to-end-$(DEVICE) $(ARGS)
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/growth.py --device $(DEVICE) --output $(RESULTS)/growth-$(DEVICE) $(ARGS)
+
+# Exit status 77, which make reports as an error, says that something could not be downloaded.
+real-weights: $(BIN)/.installed-retrieval
+	$(BIN)/python benchmarks/real_weights.py --output $(RESULTS)/real-weights-cpu $(ARGS)
 
 lint: env
 	PATH="$(abspath $(BIN)):$$PATH" scripts/lint

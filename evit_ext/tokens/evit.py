@@ -123,11 +123,15 @@ class EViT(KeepRateRule, name="evit"):
             divided by the sum of their scores, which is their weighted average; or "squeezed": no token is
             appended, and each becomes part of the most similar kept one, see
             :func:`evit_ext.tokens.merging.squeezed` (Wei et al., CVPR 2023).
+        proportional: the attention of the blocks that follow adds the logarithm of the number of patches that
+            a token stands for to its logits, as :class:`evit_ext.tokens.ToMe` does; in the paper, a fused
+            token weighs as much as a patch. Not for ``fuse_token=False``, where each token stands for one.
     """
 
     keep_rate: float = 0.7
     fuse_token: bool = True
     fusion: str = "sum"
+    proportional: bool = False
 
     paper = "https://arxiv.org/abs/2202.07800"
 
@@ -141,16 +145,23 @@ class EViT(KeepRateRule, name="evit"):
             )
         if self.fusion != "sum" and not self.fuse_token:
             raise ValueError(f"fusion {self.fusion!r} fuses tokens, and fuse_token=False drops them")
+        if not isinstance(self.proportional, bool):
+            raise TypeError(f"proportional must be True or False, got {shown(self.proportional)}")
+        if self.proportional and not self.fuse_token:
+            raise ValueError(
+                "proportional=True weighs tokens by the patches they stand for, and with fuse_token=False "
+                "each stands for one: leave one of them out"
+            )
 
     def __repr__(self) -> str:
-        """Return what builds it; the fusion only where it is not the paper's."""
-        fusion = "" if self.fusion == "sum" else f", fusion={self.fusion!r}"
-        return f"EViT(keep_rate={self.keep_rate}, fuse_token={self.fuse_token}{fusion})"
+        """Return what builds it; fusion and proportional only where they are not the paper's."""
+        return f"EViT({', '.join(f'{name}={value!r}' for name, value in self.settings().items())})"
 
     def settings(self) -> dict[str, Any]:
-        """See `Rule.settings`; files of models with the paper's fusion are as before there was another."""
-        fusion = {} if self.fusion == "sum" else {"fusion": self.fusion}
-        return {"keep_rate": self.keep_rate, "fuse_token": self.fuse_token, **fusion}
+        """See `Rule.settings`; files of models by the paper's rule are as before there was another."""
+        others = {"fusion": self.fusion, "proportional": self.proportional}
+        other = {name: value for name, value in others.items() if value not in ("sum", False)}
+        return {"keep_rate": self.keep_rate, "fuse_token": self.fuse_token, **other}
 
     @property
     def fuses(self) -> bool:  # type: ignore[override]
@@ -164,7 +175,7 @@ class EViT(KeepRateRule, name="evit"):
 
     def wants(self) -> frozenset[str]:
         """See `Rule.wants`."""
-        return frozenset({"scores"})
+        return frozenset({"scores", "sizes"} if self.proportional else {"scores"})
 
     def num_kept(self, num_patches: int, num_image_patches: int | None) -> int:
         """See `Rule.num_kept`."""

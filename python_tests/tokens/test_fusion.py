@@ -109,6 +109,41 @@ def test_models(fusion: str, small_vit: Any, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("fusion", ["normalized", "squeezed"])
+@torch.no_grad()
+def test_proportional_against_loops(fusion: str) -> None:
+    """The blocks that follow add the logarithm of the sizes to their logits, and the scores heed it too."""
+    torch.manual_seed(0)
+    arguments: dict[str, Any] = {"depth": 4, "embed_dim": 24, "num_heads": 2, "img_size": 64}
+    vit = timm.create_model("deit_tiny_patch16_224", **arguments).double().eval()
+    for parameter in vit.parameters():
+        parameter.mul_(4)  # else no token is much like another, nor any attention unlike
+    images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    x = vit._pos_embed(vit.patch_embed(images))
+    groups = [[[patch] for patch in range(16)] for _ in images]
+    for number, block in enumerate(vit.blocks):
+        logs = [[0.0] + [math.log(len(group)) for group in image] for image in groups]
+        bias = torch.tensor(logs, dtype=torch.float64)[:, None, None]
+        if number not in (1, 2):
+            x = block(x, attn_mask=bias)
+            continue
+        normed = block.norm1(x)
+        q, k, _ = block.attn.qkv(normed).unflatten(2, (3, 2, 12)).permute(2, 0, 3, 1, 4)
+        scores = (q[:, :, :1] @ k.transpose(2, 3) * 12**-0.5 + bias).softmax(3)[:, :, 0].mean(1)
+        x, owners = slow(fusion, x + block.attn(normed, attn_mask=bias), scores, prefix=1)
+        x = x + block.mlp(block.norm2(x))
+        into: list[list[list[int]]] = [[[] for _ in range(max(own) + 1)] for own in owners]
+        for image, own in enumerate(owners):
+            for token, owner in enumerate(own):
+                into[image][owner] += groups[image][token]
+        groups = into
+    expected = vit.forward_head(vit.norm(x))
+    plain = evit_ext.apply(copy.deepcopy(vit), rule=EViT(0.5, fusion=fusion), drop_loc=(1, 2))(images)
+    evit_ext.apply(vit, rule=EViT(0.5, fusion=fusion, proportional=True), drop_loc=(1, 2))
+    torch.testing.assert_close(vit(images), expected, rtol=1e-11, atol=1e-12)
+    assert (plain - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("fusion", ["normalized", "squeezed"])
 def test_saved_and_exported(fusion: str, tmp_path: Any) -> None:
     arguments: dict[str, Any] = {"depth": 3, "embed_dim": 24, "num_heads": 2, "img_size": 64}
     vit = timm.create_model("deit_tiny_patch16_224", **arguments).eval()
@@ -126,6 +161,13 @@ def test_settings() -> None:
     rule = EViT(0.7, fusion="squeezed")
     assert make_rule("evit", rule.settings()) == rule and eval(repr(rule)) == rule
     assert rule.with_keep_rate(0.5) == EViT(0.5, fusion="squeezed")
+    weighed = EViT(0.7, fusion="squeezed", proportional=True)
+    assert make_rule("evit", weighed.settings()) == weighed and eval(repr(weighed)) == weighed
+    assert weighed.wants() == {"scores", "sizes"} and rule.wants() == {"scores"}
+    with pytest.raises(TypeError, match="proportional must be True or False, got 1"):
+        EViT(0.7, proportional=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="with fuse_token=False each stands for one"):
+        EViT(0.7, fuse_token=False, proportional=True)
     with pytest.raises(ValueError, match="fusion must be one of 'sum', 'normalized', 'squeezed', got 'mean'"):
         EViT(0.7, fusion="mean")
     with pytest.raises(ValueError, match="fusion 'squeezed' fuses tokens, and fuse_token=False drops them"):
