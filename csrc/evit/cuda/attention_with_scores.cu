@@ -263,15 +263,16 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D > 64 ? 1 : 2) attention_wi
   }
   float inverse[2];
   rows.finish(inverse);
-  // What depends on the lane alone is computed here, where registers are free again.
-  const unsigned at = computed_here(static_cast<unsigned>(lane));
+  if (job.scored > 1) {
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int m = first + static_cast<int>(at / 4) + 8 * r;
-    if (at % 4 == 0 && m < job.scored)
-      job.rows[int64_t{head} * job.scored + m] = {rows.shift_of(rows.largest[r], kBias ? 1 : job.factor),
-                                                  inverse[r]};
-  }
+    for (int r = 0; r < 2; ++r) {
+      const int m = first + lane / 4 + 8 * r;
+      if (lane % 4 == 0 && m < job.tokens)
+        job.rows[int64_t{head} * job.tokens + m] = {rows.shift_of(rows.largest[r], kBias ? 1 : job.factor),
+                                                    inverse[r]};
+    }
+  } else if (first == 0 && lane == 0)
+    job.rows[head] = {rows.shift_of(rows.largest[0], kBias ? 1 : job.factor), inverse[0]};
 
   // Through shared memory, so that 16 bytes can be written at a time.
   __syncthreads();  // nobody needs the last tile
