@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 
-.PHONY: help env demo study study-page bench test test-quick test-all test-python test-faults test-cpp test-cuda-on-host \
+.PHONY: help env demo study study-page bench bench-engines test test-quick test-all test-python test-faults test-cpp test-cuda-on-host \
     test-sanitize test-threads fuzz test-oldest-torch lint format docs wheels gpu-check clean
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make fuzz MINUTES=10    images, checkpoints, configurations and operators that nobody means"
 	@echo "make test-oldest-torch  one binary, built on the newest torch, tested on the oldest supported"
 	@echo "make bench              DeiT-S next to what people would use instead; its growth with the image"
+	@echo "make bench-engines      DeiT-S in PyTorch, torch.compile, ONNX Runtime and OpenVINO, on the CPU"
 	@echo "make gpu-check          tests and benchmarks on a GPU, with the installed Python and without a network"
 	@echo "make lint | format      check | mend formatting, style and types"
 	@echo "make wheels             sdist and wheels for the Pythons there are, CPU and CUDA, audited and tried, into dist/"
@@ -123,6 +124,10 @@ RESULTS ?= benchmarks/results
 bench: $(BIN)/.installed-bench
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/end_to_end.py --device $(DEVICE) --output $(RESULTS)/end-to-end-$(DEVICE) $(ARGS)
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/growth.py --device $(DEVICE) --output $(RESULTS)/growth-$(DEVICE) $(ARGS)
+
+# ARGS="--precision float32" or "--model deit_tiny", for example; benchmarks/engines.py --help lists them.
+bench-engines: $(BIN)/.installed-bench
+	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/engines.py --output $(RESULTS)/engines-cpu $(ARGS)
 
 lint: env
 	PATH="$(abspath $(BIN)):$$PATH" scripts/lint
