@@ -12,8 +12,9 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 
-.PHONY: help env demo study study-page bench test test-quick test-all test-python test-faults test-cpp test-cuda-on-host \
-    test-sanitize test-threads fuzz test-oldest-torch real-weights lint format docs wheels gpu-check clean
+.PHONY: help env demo study study-page bench bench-engines real-weights test test-quick test-all test-python \
+    test-faults test-cpp test-cuda-on-host test-sanitize test-threads fuzz test-oldest-torch lint format docs wheels \
+    gpu-check clean
 
 help:
 	@echo "make demo               train a DeiT and EViTs on real digits, compare them (about 10 minutes)"
@@ -28,6 +29,7 @@ help:
 	@echo "make test-oldest-torch  one binary, built on the newest torch, tested on the oldest supported"
 	@echo "make bench              DeiT-S next to what people would use instead; its growth with the image"
 	@echo "make real-weights       rules on weights and pictures that it downloads, by nearest neighbours (half an hour)"
+	@echo "make bench-engines      DeiT-S in PyTorch, torch.compile, ONNX Runtime and OpenVINO, on the CPU"
 	@echo "make gpu-check          tests and benchmarks on a GPU, with the installed Python and without a network"
 	@echo "make lint | format      check | mend formatting, style and types"
 	@echo "make wheels             sdist and wheels for the Pythons there are, CPU and CUDA, audited and tried, into dist/"
@@ -128,6 +130,10 @@ bench: $(BIN)/.installed-bench
 # Exit status 77, which make reports as an error, says that something could not be downloaded.
 real-weights: $(BIN)/.installed-retrieval
 	$(BIN)/python benchmarks/real_weights.py --output $(RESULTS)/real-weights-cpu $(ARGS)
+
+# ARGS="--precision float32" or "--model deit_tiny", for example; benchmarks/engines.py --help lists them.
+bench-engines: $(BIN)/.installed-bench
+	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/engines.py --output $(RESULTS)/engines-cpu $(ARGS)
 
 lint: env
 	PATH="$(abspath $(BIN)):$$PATH" scripts/lint

@@ -30,9 +30,9 @@ import torch
 from end_to_end_plot import ONNX, plot, shown_in_plot
 from operator_times.facts import commit, machine
 from plain_evit import PlainEViT
+from prepacked import Prepacked
 from time_limit import Missing, in_time
 
-import evit_ext
 from evit_ext.benchmark import Contestant, Row, contestants, measure
 from evit_ext.cli.benchmark import table
 from evit_ext.cli.grammar.benchmark import LATENCY_CALLS
@@ -99,22 +99,6 @@ def field(model: str, keep_rates: tuple[float, ...], device: torch.device) -> li
         if entry.keep_rate in SOME
     ]
     return [dense, _with_faster_forwards(dense), *evits, *packed, *plain, *rivals]
-
-
-class Prepacked(torch.nn.Module):
-    """An EViT that is prepacked, in whatever process it comes to."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = evit_ext.prepack(copy.deepcopy(model))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return logits [B, classes]."""
-        return self.model(images)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        evit_ext.prepack(self.model)
 
 
 def _with_faster_forwards(dense: Contestant) -> Contestant:

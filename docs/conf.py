@@ -38,6 +38,7 @@ NAVIGATION: dict[str, list[str]] = {
     "Figures": [
         "docs/benchmarks",
         "benchmarks/results/end-to-end-cpu",
+        "benchmarks/results/engines-cpu",
         "benchmarks/results/onnx-runtime-cpu",
         "benchmarks/results/growth-cpu",
         "benchmarks/results/operators-cpu",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +22,29 @@ def test_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
         main([])
     assert exit_.value.code == 2
     assert "COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "spins"),
+    [
+        ("info deit_tiny", {}, False),
+        ("info deit_tiny", {"OMP_WAIT_POLICY": "ACTIVE"}, True),
+        ("benchmark nosuchmodel", {}, True),
+    ],
+)
+def test_threads_sleep_while_they_wait(command: str, given: dict[str, str], spins: bool) -> None:
+    """By what OpenMP says of itself when torch is loaded."""
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    run = subprocess.run(
+        [sys.executable, "-m", "evit_ext", *command.split()],
+        env={**inherited, **given, "OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        text=True,
+    )
+    found = re.search(r"GOMP_SPINCOUNT = '(\d+)'", run.stderr)
+    if found is None:
+        pytest.skip("torch's OpenMP is not GNU's, and does not say how often it looks before it sleeps")
+    assert (int(found[1]) > 0) == spins
 
 
 def test_the_command_is_installed(tmp_path: Path) -> None:

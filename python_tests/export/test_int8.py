@@ -70,6 +70,8 @@ def test_what_is_quantised(evit: Any, tmp_path: Path, onnx: Any) -> None:
             of_activations += 1
     # Patch embedding, four layers a block, head.
     assert of_weights == 1 + 4 * 2 + 1
+    # An input each, which queries, keys and values share; what a product gives is not rounded.
+    assert operators(model)["QuantizeLinear"] == of_weights
     kinds = operators(exact)
     assert of_weights + of_activations == kinds["MatMul"] + kinds["Gemm"] + kinds["Conv"]
     assert (tmp_path / "b.onnx").stat().st_size < 0.6 * (tmp_path / "a.onnx").stat().st_size
