@@ -77,7 +77,7 @@ def attention_with_scores(
     scale = checks.attention_with_scores(qkv, num_heads, scale, key_bias, mean)
     if not (library.runs_kernel(qkv) if key_bias is None else library.runs_kernel(qkv, key_bias)):
         return reference.attention_with_scores(qkv, num_heads, scale, key_bias, mean)
-    if not _kernel_takes(qkv, num_heads, key_bias):
+    if not _kernel_takes(qkv, num_heads, key_bias, mean):
         return _composed(qkv, num_heads, scale, key_bias, mean)
     return torch.ops.evit.attention_with_scores(qkv, num_heads, scale, key_bias, mean)
 
