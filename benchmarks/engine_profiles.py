@@ -97,7 +97,6 @@ def profile_onnxruntime(name: str, file: Path, images: Tensor, threads: int) -> 
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        options.add_free_dimension_override_by_name("batch", len(images))
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         given = {session.get_inputs()[0].name: images.numpy()}
         for _ in range(CALLS):

@@ -68,7 +68,7 @@ def measure_engines(
     Args:
         cases: models, each with an engine of :data:`evit_ext.export.ENGINES`. Others are compared with the
             first model, which must be in each engine that any other is in.
-        images: [B, 3, height, width], float32, on the CPU. Engines that run files prepare for this size.
+        images: [B, 3, height, width], float32, on the CPU. OpenVINO prepares for this size.
         precision: "float32", "bfloat16", "float16" or "int8". In PyTorch, weights and images are cast to it
             once.
         files: of :func:`engine_files`, for engines that run files.

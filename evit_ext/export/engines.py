@@ -83,7 +83,8 @@ def load(
         precision: of what is computed: "float32", in OpenVINO also "bfloat16" and "float16" where the
             processor has them. None is float32. Files of int8 compute in it, and all else in this.
         threads: 0 is the engine's own choice.
-        batch: the number of images in each call, for which it prepares itself; None for any.
+        batch: the number of images in each call, for which OpenVINO prepares itself; None for any. ONNX
+            Runtime takes any all the same, and would not be faster.
 
     Returns:
         A function from float32 images [B, channels, height, width] to float32 logits [B, classes], for one
@@ -113,7 +114,7 @@ def load(
 
     if path.suffix == ".xml":
         raise ValueError(f"{path} is OpenVINO's, and onnxruntime runs ONNX: export it with --format onnx")
-    return onnx_file.runner(path, threads, batch)
+    return onnx_file.runner(path, threads)
 
 
 def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:

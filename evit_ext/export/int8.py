@@ -106,6 +106,9 @@ def quantized(model: Any, images: Tensor) -> Any:
         model: ONNX, float32, of one input.
         images: float32 [n, C, height, width], to calibrate on: the range of each activation is that which it
             has on these.
+
+    Raises:
+        ValueError: there is nothing to quantise, or the quantizer fails; the message is its reason.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -115,6 +118,8 @@ def quantized(model: Any, images: Tensor) -> Any:
     products = [
         node.name for node in model.graph.node if node.op_type in _QUANTISED and node.input[1] in constants
     ]
+    if not products:
+        raise ValueError("the model has no product with weights that could be quantised")
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:

@@ -119,16 +119,16 @@ def _tidy(model: Any) -> None:
         del part.metadata_props[:]
 
 
-def runner(file: Path | bytes, threads: int = 0, batch: int | None = None) -> Callable[[Tensor], Tensor]:
+def runner(file: Path | bytes, threads: int = 0) -> Callable[[Tensor], Tensor]:
     """Return what runs an ONNX file, or its contents, in ONNX Runtime on the CPU.
 
     Its threads spin while they wait for each other, which is fast, and stop when a call ends: otherwise they
-    would hold up what comes next.
+    would hold up what comes next. It runs batches of any size: told of one, it is not faster in float32, and
+    makes Gemm of the linear layers, for which it has no kernel of int8.
 
     Args:
         file: as of :func:`evit_ext.export.export_model`, with one input and one output.
         threads: 0 is ONNX Runtime's own choice.
-        batch: the number of images in each call, for which it prepares itself; None for any.
     """
     import onnxruntime
 
@@ -137,8 +137,6 @@ def runner(file: Path | bytes, threads: int = 0, batch: int | None = None) -> Ca
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if batch is not None:
-        options.add_free_dimension_override_by_name("batch", batch)
     contents = str(file) if isinstance(file, Path) else file
     with refusing("ONNX Runtime", "the file cannot be loaded"):
         session = onnxruntime.InferenceSession(contents, options, providers=["CPUExecutionProvider"])

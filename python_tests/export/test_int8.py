@@ -124,6 +124,8 @@ def test_refused(evit: Any, tmp_path: Path, onnx: Any) -> None:
     ):
         with pytest.raises(error, match=message):
             export_model(evit, file, "onnx", image_size=32, calibration=given)
+    with pytest.raises(ValueError, match="the model has no product with weights"):
+        export_model(torch.nn.Flatten().eval(), file, "onnx", image_size=32, calibration=images(8))
     with pytest.raises(ValueError, match="int8 is for the formats onnx and openvino, got pt2"):
         export_model(evit, tmp_path / "a.pt2", calibration=images(8))
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]

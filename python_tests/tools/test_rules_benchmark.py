@@ -44,6 +44,7 @@ def test_lines() -> None:
         batch=1,
         images_per_second=30.0,
         speedup=1.5,
+        over_fastest=1.5,
         milliseconds=33.3,
         milliseconds_90=None,
         milliseconds_99=None,
