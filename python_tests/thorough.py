@@ -30,7 +30,7 @@ THOROUGH = (
     "tools/test_ptx.py",
     # Trainings, evaluations and servers of their own, some of them killed.
     "benchmark/test_apart.py",
-    "benchmark/test_engines.py::test_rows",
+    "benchmark/test_measure_engines.py::test_rows",
     "benchmark/test_measure.py::test_memory_that_a_call_adds",
     "cli/test_benchmark.py::test_engines",
     "cli/test_evaluate.py::test_an_exported_file",

@@ -1,5 +1,6 @@
 #include "../evit/merge_tokens.h"
 
+#include <limits>
 #include <tuple>
 
 #include "token_index.h"
@@ -17,6 +18,8 @@ MergeSizes check(const Tensor& x, const Tensor& owner, const Tensor& weights, in
   STD_TORCH_CHECK(num_prefix_tokens >= 0 && num_patches >= 0, "num_prefix_tokens must be in [0, ", num_tokens,
                   "], got ", num_prefix_tokens);
   STD_TORCH_CHECK(num_out >= 0, "num_out must not be negative, got ", num_out);
+  STD_TORCH_CHECK(num_out <= std::numeric_limits<int64_t>::max() - num_prefix_tokens,
+                  "num_out is too large, got ", num_out);
   for (const auto& [tensor, name] : {std::pair(&owner, "owner"), std::pair(&weights, "weights")}) {
     STD_TORCH_CHECK(tensor->size(0) == x.size(0) && tensor->size(1) == num_patches, name,
                     " must have shape [B, N - P] of x, got ", shape_str(*tensor), " for x ", shape_str(x),

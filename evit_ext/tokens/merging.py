@@ -49,7 +49,7 @@ class MergePlan(Plan):
         weights = self._sizes if self._weights is None else self._weights
         merged, totals = ops.merge_tokens(x, self.owner, self.num_out, weights, num_prefix_tokens)
         if self._weights is None:
-            self._totals = totals
+            self._totals = totals.detach()  # sizes are numbers, of which `x` changes nothing
         return merged
 
     def settled(self) -> Plan:

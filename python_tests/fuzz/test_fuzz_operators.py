@@ -22,14 +22,18 @@ OPERATORS = sorted(
 )
 
 #: Shapes that are right, by the arguments' names: B batch, H heads, N tokens, D channels a head, C channels,
-#: K kept, W all heads' channels, T three times as many, S the tokens that a stage leaves.
+#: K kept, W all heads' channels, T three times as many, S the tokens that a stage leaves, M those that merging
+#: leaves, A the tokens that are not merged away, R the patches.
 SHAPES = {
     "q": "BHD", "k": "BHND", "logsumexp": "BH", "grad_scores": "BN", "qkv": "BNT", "x": "BNC", "index": "BK",
     "weights": "BN", "grad": "BC", "scores": "BN", "branch": "BNC", "weight": "C", "bias": "C", "kept": "BK",
     "tokens": "BSC", "fill": "BNC", "grad_out": "BNW", "grad_tokens": "BSC",
+    "keys": "BHND", "owner": "BR", "merge_tokens.weights": "BR", "merge_tokens_backward.weights": "BR",
+    "merge_tokens_backward.grad_out": "BMC", "grad_totals": "BK",
     "scatter_tokens.x": "BKC", "restore_tokens_backward.grad": "BNC",
 }  # fmt: skip
 NUMBERS = {"num_heads": "H", "num_keep": "K", "num_tokens": "N", "num_patches": "R", "num_prefix_tokens": "P"}
+NUMBERS |= {"merge_tokens.num_out": "K", "bipartite_matching.num_out": "A"}
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.int32]
 EXTREME = st.sampled_from([-(2**63), -1, 0, 1, 2**31, 2**62, 2**63 - 1])
 
@@ -42,6 +46,8 @@ def all_sizes(draw: Any) -> dict[str, int]:
     sizes["R"] = sizes["N"] - sizes["P"]
     sizes["K"] = draw(st.integers(0, sizes["R"]))
     sizes["S"] = sizes["P"] + sizes["K"] + 1
+    sizes["M"] = sizes["P"] + sizes["K"]
+    sizes["A"] = sizes["N"] - sizes["N"] // 3
     sizes["W"] = sizes["H"] * sizes["D"]
     return {**sizes, "T": 3 * sizes["W"], "C": draw(st.sampled_from([0, 1, 7, 33]))}
 
@@ -59,12 +65,17 @@ def tensors(draw: Any, operator: str, name: str, sizes: dict[str, int], dtype: t
         dtype = torch.promote_types(dtype, torch.float32)
     seed = draw(st.integers(0, 9))
     generator = torch.Generator().manual_seed(seed)
-    if letters == "BK" and odd > 3:
+    if name == "owner":
+        low, high = (
+            (0, max(sizes["K"], 1)) if odd > 3 else draw(st.sampled_from([(-3, 9), (-(2**62), 2**62)]))
+        )
+        value = torch.randint(low, high, shape, generator=generator)
+    elif letters == "BK" and name != "grad_totals" and odd > 3:
         most = sizes["R"] if name == "kept" else sizes["N"]
         rows = [torch.randperm(most, generator=generator)[: sizes["K"]] for _ in range(sizes["B"])]
         value = torch.stack(rows) if rows else torch.zeros(shape, dtype=torch.int64)
         value = value.sort(dim=1).values if name == "kept" else value
-    elif letters == "BK":
+    elif letters == "BK" and name != "grad_totals":
         low, high = draw(st.sampled_from([(-3, 9), (-(2**62), 2**62)]))
         value = torch.randint(low, high, shape, generator=generator)
     else:
@@ -105,7 +116,7 @@ def test_operators(name: str, data: Any) -> None:
         elif kind == "float":
             arguments.append(data.draw(st.floats()))
         else:
-            usual = sizes[NUMBERS[argument.name]]
+            usual = sizes[NUMBERS.get(f"{name}.{argument.name}") or NUMBERS[argument.name]]
             if (name, argument.name) == ("restore_tokens_backward", "num_tokens"):
                 usual = sizes["S"]
             odd = data.draw(st.integers(0, 40))
