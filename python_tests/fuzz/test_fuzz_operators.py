@@ -22,8 +22,8 @@ OPERATORS = sorted(
 )
 
 #: Shapes that are right, by the arguments' names: B batch, H heads, N tokens, D channels a head, C channels,
-#: K kept, W all heads' channels, T three times as many, S the tokens that a stage leaves, M those that are left
-#: by merging, A the tokens that are not merged away, R the patches.
+#: K kept, W all heads' channels, T three times as many, S the tokens that a stage leaves, M those after a
+#: merge, A the tokens that are not merged away, R the patches.
 SHAPES = {
     "q": "BHD", "k": "BHND", "logsumexp": "BH", "grad_scores": "BN", "qkv": "BNT", "x": "BNC", "index": "BK",
     "weights": "BN", "grad": "BC", "scores": "BN", "branch": "BNC", "weight": "C", "bias": "C", "kept": "BK",
