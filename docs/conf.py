@@ -44,6 +44,8 @@ NAVIGATION: dict[str, list[str]] = {
         "benchmarks/results/operators-cpu",
         "benchmarks/results/training-scaling-cpu",
         "benchmarks/results/rules-cpu",
+        "benchmarks/results/real-weights-cpu",
+        "benchmarks/results/attention-choice-cpu",
         "benchmarks/results/vision-towers-cpu",
         "benchmarks/results/seam-cpu",
     ],

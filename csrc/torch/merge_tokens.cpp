@@ -18,6 +18,8 @@ MergeSizes check(const Tensor& x, const Tensor& owner, const Tensor& weights, in
   STD_TORCH_CHECK(num_prefix_tokens >= 0 && num_patches >= 0, "num_prefix_tokens must be in [0, ", num_tokens,
                   "], got ", num_prefix_tokens);
   STD_TORCH_CHECK(num_out >= 0, "num_out must not be negative, got ", num_out);
+  STD_TORCH_CHECK(num_out > 0 || num_patches == 0, "num_out must be at least 1 for ", num_patches,
+                  " patches, got 0");
   STD_TORCH_CHECK(num_out <= std::numeric_limits<int64_t>::max() - num_prefix_tokens,
                   "num_out is too large, got ", num_out);
   for (const auto& [tensor, name] : {std::pair(&owner, "owner"), std::pair(&weights, "weights")}) {

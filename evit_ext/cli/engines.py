@@ -74,7 +74,9 @@ class Engine:
             return found, f"what {self.name} has here", exact
         reason = why_not(self.name, asked)
         if reason is not None:
-            raise ValueError(f"{self.name} does not compute in {asked} here: {reason}")
+            raise ValueError(
+                f"{self.name} does not compute in {asked} here: {reason}; give --precision float32"
+            )
         return asked, "as asked" + (", and int8 where the file has it" if is_int8 else ""), exact
 
     @contextmanager

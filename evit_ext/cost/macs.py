@@ -17,8 +17,8 @@ def count_macs(model: nn.Module, img_size: int | tuple[int, int] | None = None) 
     Convolutions, linear layers and the two products of attention are counted. Biases, norms, activations and
     softmax are not; neither are EViT's own operators, whose work (a row of the attention map and a weighted
     sum of tokens) is below a thousandth of the total. For a model without a class token, the product that its
-    scores need (see :func:`evit_ext.ops.mean_attention`) is counted. Divide by 1e9 for GMACs: DeiT-S has
-    4.60, and 3.03 at keep rate 0.7.
+    scores need (see :func:`evit_ext.ops.mean_attention`) is counted, and so is that of ToMe's matching.
+    Divide by 1e9 for GMACs: DeiT-S has 4.60, and 3.03 at keep rate 0.7.
 
     The model runs on meta tensors, in its current mode (a DynamicViT drops tokens in eval mode only): nothing
     is computed, no weight is copied or moved, and the model is not changed.

@@ -15,6 +15,7 @@ from evit_ext._util.choices import ENGINES
 from evit_ext._util.messages import shown
 from evit_ext._util.spelling import nearest
 from evit_ext.export.exporting import export_model
+from evit_ext.export.metadata import read_metadata
 from evit_ext.export.packages import require
 
 #: Those that run files.
@@ -81,7 +82,8 @@ def load(
         file: of :func:`export_model`: ONNX for "onnxruntime"; ONNX or OpenVINO's .xml for "openvino".
         engine: "onnxruntime" or "openvino".
         precision: of what is computed: "float32", in OpenVINO also "bfloat16" and "float16" where the
-            processor has them. None is float32. Files of int8 compute in it, and all else in this.
+            processor has them. None is float32. Files of int8 compute in it, and all else in this; "int8"
+            takes no other files, and computes the rest in float32.
         threads: 0 is the engine's own choice.
         batch: the number of images in each call, for which OpenVINO prepares itself; None for any. ONNX
             Runtime takes any all the same, and would not be faster.
@@ -91,8 +93,8 @@ def load(
         thread at a time.
 
     Raises:
-        ValueError: there is no such engine, it does not compute in `precision` here, or it cannot read the
-            file.
+        ValueError: there is no such engine, it does not compute in `precision` here, the file has other
+            weights than that asks for, or cannot be read.
         FileNotFoundError: there is no such file.
         RuntimeError: a package that the engine needs is missing.
     """
@@ -106,6 +108,8 @@ def load(
     reason = why_not(engine, precision)
     if reason is not None:
         raise ValueError(f"{engine} does not compute in {precision} here: {reason}")
+    if precision == "int8" and read_metadata(path).quantization != "int8":
+        raise ValueError(f"{path} is not a file of int8: export one with --int8, or calibration=")
     if engine == "openvino":
         from evit_ext.export import openvino_file
 
@@ -165,6 +169,8 @@ def in_engine(
         yield EngineModel(model, compiled(model) if engine == "torch-compile" else model)
     elif file is not None:
         yield EngineModel(model, load(file, engine, precision, threads))
+    elif precision == "int8":
+        raise ValueError("int8 needs a file of int8, exported with --int8, or calibration=")
     else:
         with tempfile.TemporaryDirectory() as folder:
             exported = export_model(model, Path(folder) / "model.onnx", "onnx")

@@ -50,10 +50,12 @@ def merge_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Return the averages [B, P + M, C] and their total weights [B, M]."""
     places = torch.arange(num_out, device=x.device).view(1, -1, 1)
-    shares = (owner.unsqueeze(1) == places).to(weights.dtype) * weights.unsqueeze(1)
+    owned = (owner.unsqueeze(1) == places).to(weights.dtype)
+    counts, shares = owned.sum(dim=2, keepdim=True), owned * weights.unsqueeze(1)
     totals = shares.sum(dim=2, keepdim=True)
     patches = x[:, num_prefix_tokens:].to(weights.dtype)
-    merged = (shares / torch.where(totals == 0, 1.0, totals)) @ patches
+    # One that is alone counts whole, whatever its weight; an owner of none has nothing to divide.
+    merged = torch.where(counts > 1, shares / torch.where(counts > 1, totals, 1.0), owned) @ patches
     return torch.cat([x[:, :num_prefix_tokens], merged.to(x.dtype)], dim=1), totals.squeeze(2)
 
 

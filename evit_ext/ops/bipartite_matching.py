@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from evit_ext.ops import checks, library, reference
 
@@ -44,3 +47,10 @@ def _fake(keys: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
         keys.new_empty((keys.shape[0], num_out), dtype=torch.int64),
         keys.new_empty((keys.shape[0], keys.shape[2]), dtype=torch.int64),
     )
+
+
+@register_flop_formula(torch.ops.evit.bipartite_matching)
+def _flops(keys_shape: Any, *arguments: Any, out_shape: Any = None, **named: Any) -> int:
+    """Return the floating-point operations of the products of all of A with all of B."""
+    batch, _, num_tokens, channels = keys_shape
+    return int(2 * batch * ((num_tokens + 1) // 2) * (num_tokens // 2) * channels)

@@ -244,6 +244,8 @@ def merge_tokens(
     if not 0 <= num_prefix_tokens <= x.shape[1]:
         raise ValueError(f"num_prefix_tokens must be in [0, {x.shape[1]}], got {num_prefix_tokens}")
     shape = (x.shape[0], x.shape[1] - num_prefix_tokens)
+    if num_out == 0 and shape[1] > 0:
+        raise ValueError(f"num_out must be at least 1 for {shape[1]} patches, got 0")
     _sizes("owner", owner, "[B, N − num_prefix_tokens]", *shape)
     _index(owner, x.shape[0], num_out, x, "owner")
     if weights is None:
@@ -264,10 +266,8 @@ def bipartite_matching(keys: Tensor, num_out: int) -> None:
     num_tokens = keys.shape[2]
     least = num_tokens - num_tokens // 2
     if not least <= num_out <= num_tokens:
-        raise ValueError(
-            f"num_out must be in [{least}, {num_tokens}] for {num_tokens} tokens, of which at most half are "
-            f"merged, got {num_out}"
-        )
+        expected = f"[{least}, {num_tokens}] for {num_tokens} tokens: at most half are merged"
+        raise ValueError(f"num_out must be in {expected}, got {num_out}")
 
 
 def reorganize_tokens(x: Tensor, scores: Tensor, num_keep: int, num_prefix_tokens: int, fuse: bool) -> None:

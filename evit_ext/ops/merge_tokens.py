@@ -24,7 +24,7 @@ def merge_tokens(
         x: tokens [B, N, C], float32, float16, bfloat16 or float64, any strides; the first
             P = `num_prefix_tokens` are prefix tokens (class, distillation, registers), which are copied.
         owner: int64 [B, N − P], each in [0, num_out). An owner of none gets zeros.
-        num_out: M, at least 0.
+        num_out: M, at least 1 if there are patches.
         weights: [B, N − P], any of these dtypes; by default each is 1. A token that is alone is copied,
             whatever its weight.
         num_prefix_tokens: P, in [0, N].

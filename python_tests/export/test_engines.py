@@ -49,6 +49,15 @@ def test_in_an_engine_an_exported_file_is_run(evit: Any, tmp_path: Path, onnx: A
             torch.testing.assert_close(served(images(2)), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_int8_takes_files_of_int8_only(engine: str, evit: Any, tmp_path: Path, openvino: Any) -> None:
+    exported = export_model(evit, tmp_path / "a.onnx", "onnx")
+    with pytest.raises(ValueError, match=r"a\.onnx is not a file of int8: export one with --int8"):
+        load(exported.file, engine, "int8")
+    with pytest.raises(ValueError, match="int8 needs a file of int8"), in_engine(evit, engine, "int8"):
+        pass
+
+
 def test_what_each_computes_in(openvino: Any) -> None:
     for engine in ENGINES:
         assert why_not(engine, "float32") is None

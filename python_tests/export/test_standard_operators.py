@@ -81,7 +81,7 @@ def test_scatter_tokens() -> None:
 def test_merge_tokens() -> None:
     # One owner has a token alone, one has none.
     x, owner = drawn(2, 7, 4), torch.tensor([[0, 2, 2, 1, 2], [3, 3, 0, 0, 0]])
-    weights = torch.tensor([[1.0, 2, 3, 4, 5], [5, 4, 3, 2, 1]])
+    weights = torch.tensor([[0.0, 2, 3, 4, 5], [5, 4, 3, 2, 1]])
     found = standard_operators.merge_tokens(x, owner, weights, 4, 2)
     for actual, expected in zip(found, reference.merge_tokens(x, owner, 4, weights, 2), strict=True):
         torch.testing.assert_close(actual, expected)

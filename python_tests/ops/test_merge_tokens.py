@@ -158,6 +158,8 @@ def test_errors(device: torch.device) -> None:
             function(x, owner, out, weights.long())
         with pytest.raises(ValueError, match="num_out must not be negative, got -1"):
             function(x, owner, -1, weights)
+        with pytest.raises(ValueError, match="num_out must be at least 1 for 6 patches, got 0"):
+            function(x, owner, 0, weights)
         with pytest.raises(TypeError, match="num_out must be an int, got float"):
             function(x, owner, 3.0, weights)
         with pytest.raises(ValueError, match=r"num_prefix_tokens must be in \[0, 7\], got 8"):
@@ -173,6 +175,8 @@ def test_errors(device: torch.device) -> None:
             raw.merge_tokens(x, torch.full_like(owner, -2), weights, 3, 1)
         with pytest.raises(RuntimeError, match="weights must have shape"):
             raw.merge_tokens(x, owner, weights[:, :3].contiguous(), 3, 1)
+        with pytest.raises(RuntimeError, match="num_out must be at least 1"):
+            raw.merge_tokens(x, owner, weights, 0, 1)
         with pytest.raises(RuntimeError, match="num_prefix_tokens must be in"):
             raw.merge_tokens(x, owner, weights, 3, -1)
         totals = weights[:, :3].contiguous()

@@ -1,4 +1,4 @@
-// Shared by reorganize_tokens and add_reorganize_norm: the selection, and how a batch smaller than the number
+// Shared by the operators on tokens: the selection of patches, and how a batch smaller than the number
 // of threads still keeps them all busy.
 #pragma once
 
