@@ -9,8 +9,8 @@
 // D] and scores [B, N], dense, scores in the accumulation type. key_bias [B, N] is in the accumulation type,
 // with any strides; its data may be null, which is no bias, and any value of it -Inf, which masks the key. B
 // and N may be 0; H and D at least 1. A row becomes NaN if it has a NaN logit, if its maximum is +Inf, or if
-// all of it is -Inf. Deterministic: every
-// sum has one fixed order for any number of threads. Memory besides the results is linear in N.
+// all of it is -Inf. Deterministic: every sum has one fixed order for any number of threads. Memory besides
+// the results is linear in N.
 //
 // The backward pass turns the gradients of out and scores into those of qkv and key_bias. It needs no result
 // of the forward pass: the probabilities are computed again.

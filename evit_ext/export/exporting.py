@@ -110,6 +110,8 @@ def export_model(
     if max_batch is not None and max_batch < 2:
         raise ValueError(f"max_batch must be at least 2, got {max_batch}")
     _check_format(format, opset, calibration is not None)
+    if calibration is not None and max_calibration_images < 4:
+        raise ValueError(f"max_calibration_images must be at least 4, got {max_calibration_images}")
     weight = next(model.parameters(), torch.zeros(()))
     if weight.dtype not in TOLERANCES:
         raise ValueError(f"a model in {weight.dtype} cannot be exported")

@@ -36,10 +36,10 @@ def attention_with_scores(
     The CPU has forward and backward kernels that read the projection in place and never store an N × N map:
     the backward pass computes the probabilities again. On other devices these steps run instead, and so they
     do in the dtypes that PyTorch's attention computes on tiles (``evit_ext.ops.library.TILED``: bfloat16 on
-    processors with AMX), which is faster than the kernel, unless `mean` is asked for. There is
-    also a CUDA kernel without gradient, for float16 and bfloat16 with 32, 64 or 128 channels per head, but it
-    has not been measured and is used only if ``evit_ext.ops.library.CUDA_ATTENTION`` is set. Models that
-    change queries or keys between the projection and the attention (norms, rotary embeddings) cannot use this
+    processors with AMX), which is faster than the kernel, unless `mean` is asked for. There is also a CUDA
+    kernel without gradient, for float16 and bfloat16 with 32, 64 or 128 channels per head, but it has not
+    been measured and is used only if ``evit_ext.ops.library.CUDA_ATTENTION`` is set. Models that change
+    queries or keys between the projection and the attention (norms, rotary embeddings) cannot use this
     operator.
 
     Args:
@@ -63,10 +63,10 @@ def attention_with_scores(
     as in PyTorch's scaled_dot_product_attention, and so are the gradients of the logits; `scores` are not
     rounded, except that those with `mean` are the mean of rounded probabilities. The CUDA kernel always
     rounds probabilities but no `scores`, which agree with those of `class_attention` or `mean_attention` up
-    to float32 rounding. Where PyTorch's
-    attention runs instead of a kernel, it takes the bias in the dtype of `qkv`; the scores do not. Under
-    autocast `qkv` is cast as scaled_dot_product_attention casts its inputs, the bias is not. Differentiable
-    once, in `qkv` and `key_bias`. The kernels are deterministic for any number of threads.
+    to float32 rounding. Where PyTorch's attention runs instead of a kernel, it takes the bias in the dtype of
+    `qkv`; the scores do not. Under autocast `qkv` is cast as scaled_dot_product_attention casts its inputs,
+    the bias is not. Differentiable once, in `qkv` and `key_bias`. The kernels are deterministic for any
+    number of threads.
 
     Raises:
         TypeError: a dtype is not supported, `num_heads` is not an int, `scale` not a number or `mean` not a

@@ -129,3 +129,12 @@ def test_refused(evit: Any, tmp_path: Path, onnx: Any) -> None:
     with pytest.raises(ValueError, match="int8 is for the formats onnx and openvino, got pt2"):
         export_model(evit, tmp_path / "a.pt2", calibration=images(8))
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.parametrize("number", [0, 3, -1])
+def test_too_few_images_of_a_folder(number: int, small_vit: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"max_calibration_images must be at least 4, got {number}"):
+        export_model(
+            small_vit(depth=1), tmp_path / "a.onnx", "onnx", calibration="x", max_calibration_images=number
+        )
+    assert list(tmp_path.iterdir()) == []
