@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import onnx
 from torch import Tensor
 
+from evit_ext.export.openvino_file import core
+
 CALLS = 20
 
 #: What only moves rows or gives them another shape, by both engines' names.
@@ -121,13 +123,10 @@ def onnx_graph(model: Any) -> dict[str, Node]:
 
 def profile_openvino(name: str, file: Path, images: Tensor, threads: int) -> Profile:
     """Return the profile of a file in OpenVINO, in float32."""
-    import openvino
-
-    core = openvino.Core()
-    model = core.read_model(str(file))
+    model = core().read_model(str(file))
     model.reshape(list(images.shape))
     settings = {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    compiled = core.compile_model(model, "CPU", settings)
+    compiled = core().compile_model(model, "CPU", settings)
     request = compiled.create_infer_request()
     times: Counter[str] = Counter()
     for _ in range(CALLS):

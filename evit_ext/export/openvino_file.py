@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,19 @@ from evit_ext.export.program import refusing
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "f32"}
 
 
+@cache
+def core() -> Any:
+    """Return OpenVINO's core: one that lasts as long as the process.
+
+    Each core gives the thread that makes it a stack for signals, and puts back the one before in the end. Of
+    two cores whose lives overlap, that may be gone by then, and the next signal with a handler ends the
+    process (seen in OpenVINO 2026.4).
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def write_openvino(onnx: Any, path: Path, metadata: Metadata) -> None:
     """Write an ONNX model as OpenVINO's files: `path`, which ends in .xml, and a .bin of the same stem.
 
@@ -25,16 +39,14 @@ def write_openvino(onnx: Any, path: Path, metadata: Metadata) -> None:
     import openvino
 
     with refusing("OpenVINO"):
-        model = openvino.Core().read_model(onnx.SerializeToString())
+        model = core().read_model(onnx.SerializeToString())
         model.set_rt_info(metadata.to_json(), KEY)
         openvino.save_model(model, str(path), compress_to_fp16=False)
 
 
 def precisions() -> tuple[str, ...]:
     """Return the precisions that OpenVINO computes in on this processor."""
-    import openvino
-
-    able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    able = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     names = {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16", "int8": "INT8"}
     return tuple(name for name, capability in names.items() if capability in able)
 
@@ -57,8 +69,6 @@ def runner(
     Raises:
         ValueError: it cannot read the file, or not compute in `precision` on this processor.
     """
-    import openvino
-
     if precision not in _HINTS:
         raise ValueError(f"precision must be one of {', '.join(_HINTS)}, got {shown(precision)}")
     hint = _HINTS[precision]
@@ -66,12 +76,11 @@ def runner(
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
     with refusing("OpenVINO", "the file cannot be loaded"):
-        core = openvino.Core()
-        model = core.read_model(str(file) if isinstance(file, Path) else file)
+        model = core().read_model(str(file) if isinstance(file, Path) else file)
         if batch is not None:
             _, *shape = model.input().get_partial_shape()
             model.reshape([batch, *shape])
-        compiled = core.compile_model(model, "CPU", settings)
+        compiled = core().compile_model(model, "CPU", settings)
         used = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if used != hint:
         raise ValueError(f"OpenVINO does not compute in {precision} on this processor, but in {used}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 import evit_ext
 from evit_ext.export import Exported, Metadata, export_model, exporting, load, read_metadata
-from evit_ext.export.openvino_file import precisions, runner
+from evit_ext.export.openvino_file import core, precisions, runner
 
 CLASSES = ["a", "b", "ü", "d", "e"]
 GOOD = Metadata("m", (0.5,), (3, 8, 8), (0.5,) * 3, (1.0,) * 3, "bilinear", 0.9).to_json()
@@ -47,7 +49,7 @@ def test_files(exported: Exported, evit: Any, openvino: Any) -> None:
     # Weights in float32: all parameters, and no more than some constants besides.
     size = sum(value.numel() * 4 for value in evit.state_dict().values())
     assert size <= weights.stat().st_size < 1.1 * size
-    model = openvino.Core().read_model(str(graph))
+    model = core().read_model(str(graph))
     assert str(model.input("images").get_partial_shape()) == "[?,3,32,32]"
     assert str(model.output("logits").get_partial_shape()) == "[?,5]"
 
@@ -165,3 +167,26 @@ def test_files_of_strangers(tmp_path: Path) -> None:
         read_metadata(file)
     with pytest.raises(ValueError, match="damaged metadata"):
         read_metadata(graph(tmp_path, '<rt_info><evit value="{"/></rt_info>'))
+
+
+# What ends a process where OpenVINO has left a stack for signals that is gone: a signal with a handler.
+_CHILDREN_END = """
+import faulthandler, signal, subprocess, sys
+from evit_ext.export import load
+from evit_ext.export.openvino_file import precisions
+
+faulthandler.enable()
+signal.signal(signal.SIGCHLD, lambda *_: None)
+precisions()
+first = load(sys.argv[1], "openvino")
+second = load(sys.argv[1], "openvino")
+del first
+del second
+subprocess.run(["true"], check=True)
+print("alive")
+"""
+
+
+def test_signals_have_their_stack_when_models_are_gone(exported: Exported) -> None:
+    command = [sys.executable, "-c", _CHILDREN_END, str(exported.file)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "alive\n"
