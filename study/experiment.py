@@ -127,13 +127,13 @@ class Experiment:
             raise FileNotFoundError(f"{path} is missing: run {name} with seed {self._seed} first")
         return load_file(path)
 
-    def _data(self, split: str) -> ClutteredDigits:
+    def _data(self, split: str, easy: bool = False) -> ClutteredDigits:
         task = self._plan.task
         if split == "train":
             size, seed = task.train_images, derive_seed(self._seed, _IMAGES)
         else:
             size, seed = task.test_images, task.test_seed
-        return ClutteredDigits(split, self._canvas_size, size, seed, 0, task.make_difficulty())
+        return ClutteredDigits(split, self._canvas_size, size, seed, 0, task.make_difficulty(easy))
 
     def _objective(self, model: nn.Module) -> Objective:
         assert self._arm.recipe is not None
@@ -159,7 +159,8 @@ class Experiment:
     def _train(self, model: nn.Module) -> list[float]:
         """Return the mean loss of each epoch."""
         assert self._arm.recipe is not None
-        recipe, data = self._plan.recipes[self._arm.recipe], self._data("train")
+        recipe = self._plan.recipes[self._arm.recipe]
+        easy_epochs = self._plan.task.easy_epochs if self._arm.start is None else 0
         if self._arm.keep_rate is not None and recipe.keep_rate_end_epoch > 0:
             recipe = replace(recipe, keep_rate=self._arm.keep_rate)
         trainer = Trainer(
@@ -173,6 +174,7 @@ class Experiment:
         )
         losses = []
         for epoch in range(recipe.epochs):
+            data = self._data("train", easy=epoch < easy_epochs)
             data.set_epoch(epoch)
             batches = data.batches(recipe.batch_size, shuffle=True, drop_last=True)
             losses.append(round(trainer.train_one_epoch(batches, progress=False).loss, 5))

@@ -28,6 +28,7 @@ class Task:
         canvas_size, patch_size: in pixels.
         difficulty: ranges of :class:`evit_ext.data.cluttered_digits.Difficulty`; those left out are "easy"'s.
         train_images: canvases an epoch; they are new ones in every epoch.
+        easy_epochs: at the beginning of networks from scratch, without distractors.
         test_images, test_seed: canvases of the test split.
     """
 
@@ -35,13 +36,14 @@ class Task:
     patch_size: int = 8
     difficulty: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     train_images: int = 12800
+    easy_epochs: int = 0
     test_images: int = 10000
     test_seed: int = 1797
 
-    def make_difficulty(self) -> Difficulty:
-        """Return the ranges as the data set takes them."""
+    def make_difficulty(self, easy: bool = False) -> Difficulty:
+        """Return the ranges as the data set takes them; those of easy epochs have no distractors."""
         ranges: dict[str, Any] = {name: tuple(values) for name, values in self.difficulty.items()}
-        return Difficulty(**ranges)
+        return Difficulty(**{**ranges, "num_distractors": (0, 0)} if easy else ranges)
 
 
 @dataclass(frozen=True, kw_only=True)
