@@ -11,16 +11,21 @@ from torch import Tensor, nn
 
 from evit_ext import ops
 from evit_ext.cpu import forward as cpu_forward
+from evit_ext.cpu import patch_projection
 
 Build = Callable[..., Any]
 
 
 class Calls:
-    """Counts the calls of the attention kernel and of oneDNN's linear layers."""
+    """Counts the calls of the attention kernel and of oneDNN's linear layers in blocks.
+
+    `sums` are the linear layers that add to the tokens, as those of whole blocks do.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.attention = self.linear = self.gelu = 0
+        self.attention = self.linear = self.gelu = self.sums = 0
         attention, linear = ops.attention_with_scores, cpu_forward._linear_pointwise
+        linear_binary = cpu_forward._linear_binary
 
         def count_attention(*arguments: Any, **named: Any) -> Any:
             self.attention += 1
@@ -31,12 +36,23 @@ class Calls:
             self.gelu += what == "gelu"
             return linear(x, weight, bias, what, *rest)
 
+        def count_binary(*arguments: Any) -> Tensor:
+            self.linear += 1
+            self.sums += 1
+            return linear_binary(*arguments)
+
+        def project(x: Tensor, by: cpu_forward.Operands) -> Tensor:
+            return linear(x, *by, "none", [], "")
+
+        # The projection of the patches is no layer of a block.
+        monkeypatch.setattr(patch_projection, "product", project)
         monkeypatch.setattr(ops, "attention_with_scores", count_attention)
         monkeypatch.setattr(cpu_forward, "_linear_pointwise", count_linear)
+        monkeypatch.setattr(cpu_forward, "_linear_binary", count_binary)
 
     def during(self, model: nn.Module, images: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """Return what `model` computes without gradients, and the calls that took."""
-        self.attention = self.linear = self.gelu = 0
+        self.attention = self.linear = self.gelu = self.sums = 0
         with torch.no_grad():
             out = model(images)
         return out, (self.attention, self.linear, self.gelu)

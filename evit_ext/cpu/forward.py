@@ -38,10 +38,11 @@ _ATTENTION_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 #: oneDNN's product fused with the next operation, as torch.compile uses on the CPU; None if torch lacks it.
 _linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_linear_binary: Any = getattr(_linear_pointwise, "binary", None)
 
 
 def _linear_dtypes() -> frozenset[torch.dtype]:
-    if _linear_pointwise is None or not torch.backends.mkldnn.is_available():
+    if _linear_binary is None or not torch.backends.mkldnn.is_available():
         return frozenset()
     in_bfloat16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
     return frozenset({torch.float32} | ({torch.bfloat16} if in_bfloat16 else set()))
@@ -147,9 +148,10 @@ def has_written_forward(module: nn.Module) -> bool:
 
 def as_written(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether `module` is exactly a `kind` with the original forward and without forward hooks."""
-    if type(module) is not kind or kind.forward is not _WRITTEN.get(kind) or "forward" in module.__dict__:
+    if type(module) is not kind or kind.forward is not _WRITTEN.get(kind):
         return False
-    return not module._forward_hooks and not module._forward_pre_hooks
+    own = module.__dict__
+    return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
 
 
 def may_replace(module: nn.Module, x: Tensor, with_gradient: bool = False) -> bool:
@@ -176,6 +178,11 @@ def has_tiles(x: Tensor) -> bool:
     return x.dtype in library.TILED
 
 
+#: Norms that compute F.layer_norm with their weight, bias and eps. Compared exactly, because a subclass is
+#: free to compute something else.
+LAYER_NORMS = (nn.LayerNorm, LayerNorm)
+
+
 def is_identity(module: nn.Module) -> bool:
     """Return whether `module` is an unhooked nn.Identity."""
     return as_written(module, nn.Identity)
@@ -191,50 +198,82 @@ def linear(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
     A `bias` replaces the layer's own; the layer's forward then does not run.
     """
-    operands = _operands(layer, x, bias)
+    found = operands(layer, x, bias) if multiplies(x) else None
     out: Tensor
-    if operands is not None:
-        out = _linear_pointwise(x, *operands, "none", [], "")
+    if found is not None:
+        out = product(x, found)
     else:
         out = layer(x) if bias is None else F.linear(x, layer.weight, bias)
     return out
 
 
-def _operands(layer: Any, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None] | None:
-    """Return weight and bias with which oneDNN may apply a linear layer to `x`; None if it may not."""
-    if not as_written(layer, nn.Linear) or x.dtype not in _LINEAR_DTYPES or x.numel() == 0:
-        return None
-    if torch.is_grad_enabled():
-        return None  # oneDNN's product has no gradient
+#: Weight and bias of a linear layer, for oneDNN's product.
+Operands = tuple[Tensor, Tensor | None]
+
+
+def multiplies(x: Tensor) -> bool:
+    """Return whether oneDNN may multiply `x`, for which :func:`runs_on` holds, by the weights of layers."""
+    if x.dtype not in _LINEAR_DTYPES or x.numel() == 0 or torch.is_grad_enabled():
+        return False  # it has no gradient
     if torch.compiler.is_compiling() or checks.autocast_enabled("cpu") or not torch._C._get_mkldnn_enabled():
-        return None  # the compiler does its own fusion
-    if torch.nn.modules.module._has_any_global_hook():
+        return False  # the compiler does its own fusion
+    return not torch.nn.modules.module._has_any_global_hook()
+
+
+def operands(layer: Any, x: Tensor, bias: Tensor | None = None) -> Operands | None:
+    """Return weight and bias of a linear layer for `x`, which oneDNN multiplies; None if it may not here.
+
+    A `bias` replaces the layer's own.
+    """
+    if not as_written(layer, nn.Linear):
         return None
     # Not by attribute, which takes nn.Module half a microsecond each time.
-    weight, own = layer._parameters["weight"], layer._parameters["bias"] if bias is None else bias
-    if type(weight) is not nn.Parameter or weight.layout is not torch.strided or not _same_kind(weight, x):
+    parameters = layer._parameters
+    weight, own = parameters["weight"], parameters["bias"] if bias is None else bias
+    return operands_of(layer, weight, own, x) if type(weight) is nn.Parameter else None
+
+
+def operands_of(layer: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Operands | None:
+    """Return the operands of a layer with this `weight` [out, in], if all are of the kind of `x`."""
+    if weight.layout is not torch.strided or not _same_kind(weight, x):
         return None
     # oneDNN gets the bias's address, not its strides.
-    if own is None or (_same_kind(own, x) and own.shape == weight.shape[:1] and own.is_contiguous()):
-        return packed_weights.weight_of(layer, weight), own
+    if bias is None or (_same_kind(bias, x) and bias.is_contiguous() and bias.shape == weight.shape[:1]):
+        return packed_weights.weight_of(layer, weight), bias
     return None
 
 
 def _same_kind(value: Tensor, x: Tensor) -> bool:
-    return value.dtype == x.dtype and value.device == x.device
+    """Return whether `value` has the dtype of `x`, and is on the CPU as well."""
+    return value.dtype is x.dtype and value.is_cpu
+
+
+def product(x: Tensor, by: Operands, approximate: str | None = None) -> Tensor:
+    """Return the product of `x` and a layer's weights, with GELU after it if it is told which."""
+    out: Tensor
+    if approximate is None:
+        out = _linear_pointwise(x, *by, "none", [], "")
+    else:
+        out = _linear_pointwise(x, *by, "gelu", [], approximate)
+    return out
+
+
+def add_product(x: Tensor, y: Tensor, by: Operands) -> Tensor:
+    """Return the sum of `x` and the product of `y` and a layer's weights."""
+    if not x.is_contiguous():  # oneDNN gets its address and sizes
+        return x + product(y, by)
+    out: Tensor = _linear_binary(y, x, *by, "add")
+    return out
 
 
 def gelu_between(first: Any, approximate: str, second: nn.Module, x: Tensor) -> Tensor | None:
     """Apply linear, GELU, linear to `x`; return None if oneDNN may not compute the first layer."""
-    operands = _operands(first, x)
-    if operands is None:
-        return None
-    hidden = _linear_pointwise(x, *operands, "gelu", [], approximate)
-    return linear(second, hidden)
+    found = operands(first, x) if multiplies(x) else None
+    return None if found is None else linear(second, product(x, found, approximate))
 
 
-def mlp(module: Any, x: Tensor) -> Tensor | None:
-    """Apply timm's ``Mlp`` to `x`, for which :func:`runs_on` holds; return None if timm's code must run."""
+def gelu_of_mlp(module: Any) -> str | None:
+    """Return how timm's ``Mlp`` approximates its GELU; None if it is more than linear, GELU, linear."""
     for dropout in (module.drop1, module.drop2):
         if not as_written(dropout, nn.Dropout) or (dropout.training and dropout.p > 0):
             return None
@@ -242,4 +281,11 @@ def mlp(module: Any, x: Tensor) -> Tensor | None:
     norm = getattr(module, "norm", None)
     if (norm is not None and not is_identity(norm)) or not as_written(module.act, nn.GELU):
         return None
-    return gelu_between(module.fc1, module.act.approximate, module.fc2, x)
+    approximate: str = module.act.approximate
+    return approximate
+
+
+def mlp(module: Any, x: Tensor) -> Tensor | None:
+    """Apply timm's ``Mlp`` to `x`, for which :func:`runs_on` holds; return None if timm's code must run."""
+    approximate = gelu_of_mlp(module)
+    return None if approximate is None else gelu_between(module.fc1, approximate, module.fc2, x)

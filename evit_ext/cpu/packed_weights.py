@@ -16,33 +16,24 @@ _reorder: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
 
 class _Packed:
-    """A layer's weight in oneDNN's layout, and the version of the weight that it was made from."""
+    """A layer's weight in oneDNN's layout, and what it was made from."""
 
     def __init__(self) -> None:
         # Keeping the source tensor reserves its address. The tuple is replaced as a whole, for thread safety.
-        self._last: tuple[Tensor, tuple[int, int], Tensor] | None = None
+        self._last: tuple[tuple[object, ...], Tensor, Tensor] | None = None
         #: Number of optimizer steps that may have changed the weight.
         self.steps = 0
 
     def of(self, weight: Tensor) -> Tensor:
         """Return `weight` in oneDNN's layout, converting it again if it has changed."""
-        version = weight._version, self.steps
-        if self._last is not None:
-            source, packed_version, packed = self._last
-            if version == packed_version and _same_memory(source, weight):
-                return packed
+        shape, stride = weight.shape, weight.stride()
+        state = weight.data_ptr(), weight._version, self.steps, weight.dtype, shape, stride
+        if self._last is not None and state == self._last[0]:
+            return self._last[2]
         source = weight.detach()
         packed = _reorder(source)
-        self._last = source, version, packed
+        self._last = state, source, packed
         return packed
-
-
-def _same_memory(one: Tensor, other: Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and (one.dtype, one.shape, one.stride()) == (
-        other.dtype,
-        other.shape,
-        other.stride(),
-    )
 
 
 #: The layers that keep a second copy of their weights. The copy is not an attribute of the layer, because it
@@ -78,7 +69,7 @@ def _count_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
             packed.steps += 1
 
 
-def weight_of(layer: nn.Linear, weight: Tensor) -> Tensor:
+def weight_of(layer: nn.Module, weight: Tensor) -> Tensor:
     """Return a layer's `weight`, packed if that is kept; only for use in oneDNN's product."""
     # A tensor made in inference mode has no version to notice changes by.
     if not _PACKED or (packed := _PACKED.get(layer)) is None or _reorder is None or weight.is_inference():

@@ -13,6 +13,8 @@ from evit_ext._util.messages import shown
 from evit_ext._util.overriding import ReplicateOverrides, overrides, remove_overrides
 from evit_ext._util.wrappers import WRAPPED, unwrapped
 from evit_ext.cpu import packed_weights, replacing
+from evit_ext.cpu.patch_projection import patch_projection_forward, patch_projections
+from evit_ext.cpu.replacing import Forward
 from evit_ext.patching.block import AdoptedBlock
 from evit_ext.patching.families import Family, check_block, family_of, locate
 from evit_ext.patching.full_grid import FullGridHiddenStates, FullGridIntermediates
@@ -151,7 +153,8 @@ def replace_blocks(
             blocks[number] = family.following[type(block)](block, stage, carrier, last)
     if has_positions:
         family.install(holder)
-    replacing.replace(_parts(blocks), family.cpu_forwards)
+    forwards: dict[type[nn.Module], Forward] = {nn.Conv2d: patch_projection_forward, **family.cpu_forwards}
+    replacing.replace(_replaceable(holder, blocks), forwards)
     switch_cpu_forwards(vit)
     if FullGridIntermediates.fits(holder):
         FullGridIntermediates(holder, "forward_intermediates").install()
@@ -162,9 +165,14 @@ def replace_blocks(
             ReplicateOverrides(module, "_replicate_for_data_parallel").install()
 
 
-def _parts(blocks: Iterable[nn.Module]) -> list[nn.Module]:
-    """Return what the blocks consist of: their attentions and MLPs, out of wrappers, among others."""
-    return [unwrapped(part) for block in blocks for part in unwrapped(block).children()]
+def _replaceable(holder: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return what may have a faster forward on the CPU.
+
+    These are the projection of the patches, the blocks, and their attentions and MLPs, out of wrappers.
+    """
+    inner = [unwrapped(block) for block in blocks]
+    parts = [unwrapped(part) for block in inner for part in block.children()]
+    return patch_projections(holder) + inner + parts
 
 
 def switch_cpu_forwards(vit: nn.Module) -> None:
@@ -175,7 +183,7 @@ def switch_cpu_forwards(vit: nn.Module) -> None:
     located = locate(vit)
     if located is not None:
         active = any(stage.keep_rate is None or stage.keep_rate < 1 for stage in find_stages(vit))
-        replacing.set_active(_parts(located.blocks), active)
+        replacing.set_active(_replaceable(located.vit, located.blocks), active)
 
 
 def _is_changed(vit: nn.Module) -> bool:
@@ -270,8 +278,8 @@ def remove(vit: Model) -> Model:
             )
     for number, block in enumerate(blocks):
         _put_back(blocks, str(number), block)
-    replacing.restore(_parts(blocks))
-    packed_weights.discard(blocks.modules())
+    replacing.restore(_replaceable(holder, blocks))
+    packed_weights.discard(holder.modules())
     for module in (holder, *vit.modules()):  # a language model around it may have overrides too
         remove_overrides(module)
     family.uninstall(holder)

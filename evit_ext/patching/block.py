@@ -10,10 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 import torch.fx
-from timm.layers import LayerNorm
 from torch import Tensor, nn
 
-from evit_ext.cpu.forward import has_written_forward, is_watched, is_written
+from evit_ext.cpu.forward import LAYER_NORMS, has_written_forward, is_watched, is_written
 from evit_ext.ops import checks
 from evit_ext.patching.attention import Attended, Wants
 from evit_ext.patching.token_sizes import Carried, TokenSizes
@@ -25,10 +24,6 @@ from evit_ext.tokens.trail import TokenTrail
 #: Attributes that belong to one object and are not shared: an overridden forward, and a compiled call.
 _BOUND = frozenset({"forward", "_compiled_call_impl"})
 
-#: Norms that compute F.layer_norm with their weight, bias and eps. Compared exactly, because a subclass is
-#: free to compute something else.
-_LAYER_NORMS = (nn.LayerNorm, LayerNorm)
-
 
 def _norms_as_written(norm: nn.Module | None, x: Tensor, branch: Tensor) -> bool:
     """Return whether one operator may compute the sum, the reduction and `norm` of x + branch.
@@ -36,7 +31,7 @@ def _norms_as_written(norm: nn.Module | None, x: Tensor, branch: Tensor) -> bool
     It may if it computes the same and the norm has no hooks that would have to run.
     """
     # The operator is for inference. Only grad mode decides, not whether a tensor requires grad.
-    if torch.is_grad_enabled() or type(norm) not in _LAYER_NORMS:
+    if torch.is_grad_enabled() or type(norm) not in LAYER_NORMS:
         return False
     assert norm is not None
     # Hooks, or an overridden forward as some libraries install.

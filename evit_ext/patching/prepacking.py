@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from evit_ext.cpu import packed_weights
+from evit_ext.cpu.patch_projection import patch_projections
 from evit_ext.patching.block import AdoptedBlock
 from evit_ext.patching.families import locate
 from evit_ext.tokens.stage import stages_of
@@ -15,7 +16,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def prepack(vit: Model, enabled: bool = True) -> Model:
-    """Let the linear layers of an EViT's blocks keep their weights in oneDNN's layout; in place.
+    """Let an EViT's blocks and patch projection keep their weights in oneDNN's layout; in place.
 
     This speeds up inference on the CPU, where every product otherwise begins by converting the weight to that
     layout. Results are the same. The blocks' weights take twice the memory. They are packed when first used,
@@ -49,6 +50,7 @@ def prepack(vit: Model, enabled: bool = True) -> Model:
             f"{type(vit).__name__} has no block that evit_ext.apply replaced: its layers do not run through "
             "oneDNN, so there is nothing to pack"
         )
-    layers = [module for module in located.blocks.modules() if isinstance(module, nn.Linear)]
+    linear = [module for module in located.blocks.modules() if isinstance(module, nn.Linear)]
+    layers = [*linear, *patch_projections(located.vit)]
     (packed_weights.keep if enabled else packed_weights.discard)(layers)
     return vit

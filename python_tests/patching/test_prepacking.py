@@ -75,12 +75,12 @@ def test_the_same_logits(small_vit: Build, packed: list[int], dtype: torch.dtype
     vit = evit_ext.apply(small_vit(dtype=dtype), 0.7)
     assert evit_ext.prepack(vit) is vit
     close(vit)
-    assert packed == [16, 16]
+    assert packed == [17, 17]
     close(vit)
-    assert packed == [16, 32]  # not again
+    assert packed == [17, 34]  # not again
     evit_ext.prepack(vit, False)
     close(vit)
-    assert packed == [16, 32]
+    assert packed == [17, 34]
 
 
 def _optimize(vit: Any, fused: bool = False) -> None:
@@ -126,7 +126,7 @@ def test_changes_are_noticed(small_vit: Build, packed: list[int], change: Callab
     before = logits(vit)
     change(vit)
     close(vit)
-    assert packed == [32, 32]
+    assert packed == [34, 34]
     assert not torch.allclose(logits(vit), before, rtol=1e-4)
 
 
@@ -135,7 +135,7 @@ def test_an_optimizer_of_other_weights_changes_nothing(small_vit: Build, packed:
     logits(vit)
     _optimize(other, fused=True)
     logits(vit)
-    assert packed == [16, 32]
+    assert packed == [17, 34]
 
 
 def test_optimizers_can_still_be_compiled(small_vit: Build, packed: list[int]) -> None:
@@ -146,7 +146,7 @@ def test_optimizers_can_still_be_compiled(small_vit: Build, packed: list[int]) -
     optimizer = torch.optim.SGD(vit.blocks[0].attn.qkv.parameters(), lr=0.1)
     torch.compile(optimizer.step, backend="aot_eager")()
     close(vit)
-    assert packed == [17, 32]
+    assert packed == [18, 34]
 
 
 def test_weights_made_in_inference_mode_are_not_packed(small_vit: Build, packed: list[int]) -> None:
@@ -170,9 +170,9 @@ def test_where_it_has_no_effect(small_vit: Build, packed: list[int]) -> None:
     assert packed == [0, 0]
     evit_ext.set_keep_rate(vit, 0.7)
     close(vit)
-    assert packed == [16, 16]
+    assert packed == [17, 17]
     close(evit_ext.remove(vit))
-    assert packed == [16, 16]
+    assert packed == [17, 17]
 
 
 def test_nothing_else_of_the_model_changes(small_vit: Build, packed: list[int]) -> None:
@@ -186,7 +186,7 @@ def test_nothing_else_of_the_model_changes(small_vit: Build, packed: list[int]) 
     file.seek(0)
     for other in (copy.deepcopy(vit), pickle.loads(pickle.dumps(vit)), torch.load(file, weights_only=False)):
         torch.testing.assert_close(logits(other), wanted)
-    assert packed == [16, 16]
+    assert packed == [17, 17]
 
 
 def test_it_goes_with_the_model(small_vit: Build) -> None:
@@ -194,7 +194,7 @@ def test_it_goes_with_the_model(small_vit: Build) -> None:
     before = len(packed_weights._PACKED)
     vit = evit_ext.prepack(evit_ext.apply(small_vit(), 0.7))
     logits(vit)
-    assert len(packed_weights._PACKED) == before + 16
+    assert len(packed_weights._PACKED) == before + 17
     gone = weakref.ref(vit.blocks[0].attn.qkv)
     del vit
     gc.collect()
@@ -205,7 +205,7 @@ def test_a_compiled_model_hands_it_on(small_vit: Build, packed: list[int]) -> No
     vit = evit_ext.apply(small_vit(), 0.7)
     evit_ext.prepack(torch.compile(vit))
     close(vit)
-    assert packed == [16, 16]
+    assert packed == [17, 17]
 
 
 def test_of_transformers(packed: list[int]) -> None:

@@ -16,6 +16,7 @@ from evit_ext.patching.attention import Attended, Wants, attend
 from evit_ext.patching.block import AdoptedBlock, ReorganizingBlock
 from evit_ext.patching.families.family import Family
 from evit_ext.patching.families.timm_attention import TIMM_ATTENTION, attention_forward, mlp_forward
+from evit_ext.patching.families.whole_block import attention_branch, block_forward, mlp_branch
 from evit_ext.tokens.trail import TokenTrail
 
 #: Older ones have no masks, or take those that are added for Boolean ones in some blocks.
@@ -104,11 +105,18 @@ class ReorganizingViTBlock(_ViTBlock, Block):
         self, x: Tensor, wants: Wants, positions: Any, bias: Tensor | None = None
     ) -> Attended:
         """See :meth:`ReorganizingBlock.attention_branch`."""
+        branch = attention_branch(self, x) if bias is None and not wants.keys else None
+        if branch is not None:
+            out, scores = branch.attended(x, wants.scores and wants.mean)
+            return Attended(branch.layers.out(out), scores if wants.scores else None, None)
         attended = attend(TIMM_ATTENTION, self.attn, self.norm1(x), wants, bias=bias)
         return attended._replace(out=self.drop_path1(self.ls1(attended.out)))
 
     def mlp_branch(self, x: Tensor, normed: Tensor | None) -> Tensor:
         """See :meth:`ReorganizingBlock.mlp_branch`."""
+        branch = mlp_branch(self, x)
+        if branch is not None:
+            return branch.layers.out(branch.hidden(x, normed))
         normed = self.norm2(x) if normed is None else normed
         out: Tensor = self.drop_path2(self.ls2(self.mlp(normed)))
         return out
@@ -142,5 +150,5 @@ FAMILY = Family(
     blocks={Block: ReorganizingViTBlock, ResPostBlock: ReorganizingResPostBlock},
     following={Block: FollowingViTBlock, ResPostBlock: FollowingResPostBlock},
     attentions=(Attention,),
-    cpu_forwards={Attention: attention_forward, Mlp: mlp_forward},
+    cpu_forwards={Block: block_forward, Attention: attention_forward, Mlp: mlp_forward},
 )
