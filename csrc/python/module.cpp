@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../evit/cpu/simd/row_kernels.h"
+#include "snapshot.h"
 #ifdef USE_CUDA
 #include "../evit/self_test.h"
 #endif
@@ -70,4 +71,13 @@ PYBIND11_MODULE(_C, m) {
         "the operators have CUDA kernels; where not, they run their PyTorch reference on CUDA tensors).");
   m.def("cuda_self_test", &cuda_self_test, pybind11::arg("device") = 0,
         "Run one small kernel on a CUDA device. Returns '' or what went wrong.");
+  pybind11::class_<evit::Snapshot>(m, "Snapshot",
+                                   "What modules consist of: classes and their forwards, dictionaries, hooks "
+                                   "and the state of\nparameters, but not their values.")
+      .def(pybind11::init<const pybind11::list&, const pybind11::list&>(), pybind11::arg("modules"),
+           pybind11::arg("dictionaries"),
+           "Look at modules, a list with their submodules in it, and at dictionaries besides.")
+      .def("holds", &evit::Snapshot::holds,
+           "Return whether nothing has changed since. Never so with parameters off the CPU, or not "
+           "contiguous.");
 }

@@ -3,7 +3,7 @@
 import torch  # noqa: F401  # loads the libraries that the compiled module needs
 
 try:
-    from evit_ext._C import build_info
+    from evit_ext._C import Snapshot, build_info
 except ImportError as error:
     raise ImportError(
         f"the compiled module evit_ext._C cannot be imported ({error}). If Python runs in a clone of the "
@@ -11,4 +11,4 @@ except ImportError as error:
         "install the clone with: pip install --no-build-isolation --editable ."
     ) from error
 
-__all__ = ["build_info"]
+__all__ = ["Snapshot", "build_info"]

@@ -225,22 +225,34 @@ def operands(layer: Any, x: Tensor, bias: Tensor | None = None) -> Operands | No
 
     A `bias` replaces the layer's own.
     """
-    if not as_written(layer, nn.Linear):
+    if not fits(layer, x, bias):
         return None
+    weight, own = weights(layer)
+    return weight, own if bias is None else bias
+
+
+def fits(layer: Any, x: Tensor, bias: Tensor | None = None) -> bool:
+    """Return whether oneDNN may multiply `x` by the weight of a linear layer; see :func:`operands`."""
+    if not as_written(layer, nn.Linear):
+        return False
     # Not by attribute, which takes nn.Module half a microsecond each time.
     parameters = layer._parameters
     weight, own = parameters["weight"], parameters["bias"] if bias is None else bias
-    return operands_of(layer, weight, own, x) if type(weight) is nn.Parameter else None
+    return type(weight) is nn.Parameter and fit(weight, own, x)
 
 
-def operands_of(layer: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Operands | None:
-    """Return the operands of a layer with this `weight` [out, in], if all are of the kind of `x`."""
+def fit(weight: Tensor, bias: Tensor | None, x: Tensor) -> bool:
+    """Return whether a weight [out, in] and a bias [out] are of the kind that oneDNN multiplies `x` by."""
     if weight.layout is not torch.strided or not _same_kind(weight, x):
-        return None
+        return False
     # oneDNN gets the bias's address, not its strides.
-    if bias is None or (_same_kind(bias, x) and bias.is_contiguous() and bias.shape == weight.shape[:1]):
-        return packed_weights.weight_of(layer, weight), bias
-    return None
+    return bias is None or (_same_kind(bias, x) and bias.is_contiguous() and bias.shape == weight.shape[:1])
+
+
+def weights(layer: Any) -> Operands:
+    """Return weight and bias of a linear layer that :func:`fits`."""
+    parameters = layer._parameters
+    return packed_weights.weight_of(layer, parameters["weight"]), parameters["bias"]
 
 
 def _same_kind(value: Tensor, x: Tensor) -> bool:

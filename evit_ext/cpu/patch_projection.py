@@ -12,7 +12,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evit_ext.cpu.forward import may_replace, multiplies, operands_of, product, remember
+from evit_ext.cpu import packed_weights
+from evit_ext.cpu.forward import fit, may_replace, multiplies, product, remember
 
 remember(nn.Conv2d)
 
@@ -38,10 +39,11 @@ def patch_projection_forward(convolution: Any, images: Tensor) -> Tensor:
     """
     found = None
     if may_replace(convolution, images) and F.conv2d is _CONV2D and multiplies(images):
-        weight = convolution._parameters["weight"]
-        plain = type(weight) is nn.Parameter and weight.is_contiguous()
-        if plain and images.dim() == 4 and _is_of_patches(convolution):
-            found = operands_of(convolution, weight.flatten(1), convolution._parameters["bias"], images)
+        weight, bias = convolution._parameters["weight"], convolution._parameters["bias"]
+        plain = type(weight) is nn.Parameter and weight.is_contiguous() and _is_of_patches(convolution)
+        flat = weight.flatten(1) if plain and images.dim() == 4 else None
+        if flat is not None and fit(flat, bias, images):
+            found = packed_weights.weight_of(convolution, flat), bias
     if found is None:
         out: Tensor = nn.Conv2d.forward(convolution, images)
         return out

@@ -10,15 +10,18 @@ Notation: B batch, N tokens, C channels.
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
+import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, DropPath, LayerScale
 from torch import Tensor, nn
 
 from evit_ext import ops
+from evit_ext._util.compiled import Snapshot
 from evit_ext.cpu import forward as cpu_forward
-from evit_ext.cpu.forward import Operands, as_written, operands, product
+from evit_ext.cpu.forward import add_product, as_written, fits, product, weights
 from evit_ext.cpu.replacing import is_replaced
 from evit_ext.patching.attention import choose
 from evit_ext.patching.families.timm_attention import TIMM_ATTENTION
@@ -29,21 +32,27 @@ cpu_forward.remember(LayerScale, DropPath)
 class _Layers(NamedTuple):
     """A norm (shape, weight, bias, eps), two linear layers, and a factor of what the second one returns."""
 
+    dtype: torch.dtype
     norm: tuple[Any, ...]
-    first: Operands
-    second: Operands
+    first: nn.Linear
+    second: nn.Linear
     gamma: Tensor | None
 
     def normed(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, *self.norm)
 
+    def projected(self, x: Tensor, approximate: str | None = None) -> Tensor:
+        """Return what the first layer makes of `x`."""
+        return product(x, weights(self.first), approximate)
+
     def out(self, y: Tensor) -> Tensor:
         """Return the branch, whose second layer gets `y`."""
-        return product(y, self.second) if self.gamma is None else product(y, self.second) * self.gamma
+        out = product(y, weights(self.second))
+        return out if self.gamma is None else out * self.gamma
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the sum of `x` and the branch, whose second layer gets `y`."""
-        return cpu_forward.add_product(x, y, self.second) if self.gamma is None else x + self.out(y)
+        return x + self.out(y) if self.gamma is not None else add_product(x, y, weights(self.second))
 
 
 class AttentionBranch(NamedTuple):
@@ -54,7 +63,7 @@ class AttentionBranch(NamedTuple):
 
     def attended(self, x: Tensor, mean: bool = False) -> tuple[Tensor, Tensor]:
         """Return what the heads make of `x` [B, N, C], and the scores of the tokens."""
-        qkv = product(self.layers.normed(x), self.layers.first)
+        qkv = self.layers.projected(self.layers.normed(x))
         return ops.attention_with_scores(qkv, self.num_heads, mean=mean)
 
 
@@ -67,7 +76,12 @@ class MlpBranch(NamedTuple):
     def hidden(self, x: Tensor, normed: Tensor | None = None) -> Tensor:
         """Return what is between the layers for `x` [B, N, C], whose norm may be known."""
         normed = self.layers.normed(x) if normed is None else normed
-        return product(normed, self.layers.first, self.approximate)
+        return self.layers.projected(normed, self.approximate)
+
+
+#: The branches of blocks, and what they consisted of then.
+_ATTENTIONS: WeakKeyDictionary[nn.Module, tuple[Snapshot, AttentionBranch]] = WeakKeyDictionary()
+_MLPS: WeakKeyDictionary[nn.Module, tuple[Snapshot, MlpBranch]] = WeakKeyDictionary()
 
 
 def attention_branch(block: Any, x: Tensor) -> AttentionBranch | None:
@@ -76,56 +90,70 @@ def attention_branch(block: Any, x: Tensor) -> AttentionBranch | None:
     It is None if there is more to it, or where the faster code may not run. That the block's own forward is
     timm's is for the caller to know.
     """
-    # Modules and parameters are not read as attributes, which takes nn.Module half a microsecond each time.
-    attention = block._modules["attn"]
-    if type(attention) is not Attention or not cpu_forward.multiplies(x) or cpu_forward.has_tiles(x):
+    if not cpu_forward.runs_on(x) or not cpu_forward.multiplies(x) or cpu_forward.has_tiles(x):
         return None
-    if choose(TIMM_ATTENTION, attention, x) != "kernel":
+    known = _ATTENTIONS.get(block)
+    if known is not None and known[1].layers.dtype is x.dtype and known[0].holds():
+        return known[1]
+    attention = block.attn
+    if type(attention) is not Attention or choose(TIMM_ATTENTION, attention, x) != "kernel":
         return None
-    inner = attention._modules
     # Older versions of timm have no norm of the attention's output.
-    norms = (inner["q_norm"], inner["k_norm"], inner.get("norm"))
+    norms = (attention.q_norm, attention.k_norm, getattr(attention, "norm", None))
     if not all(norm is None or as_written(norm, nn.Identity) for norm in norms):
         return None
-    if not _drops_nothing(inner["proj_drop"], nn.Dropout, "p"):
+    if not _drops_nothing(attention.proj_drop, nn.Dropout, "p"):
         return None
-    layers = _layers(block._modules, "1", inner["qkv"], inner["proj"], x)
-    return None if layers is None else AttentionBranch(layers, attention.num_heads)
+    layers = _layers(block.norm1, attention.qkv, attention.proj, block.ls1, block.drop_path1, x)
+    if layers is None:
+        return None
+    found = AttentionBranch(layers, attention.num_heads)
+    _ATTENTIONS[block] = _snapshot(block, block.norm1, attention, block.ls1, block.drop_path1), found
+    return found
 
 
 def mlp_branch(block: Any, x: Tensor) -> MlpBranch | None:
     """Return what the MLP branch of a ``Block`` computes with, as :func:`attention_branch` does."""
-    mlp = block._modules["mlp"]
-    if type(mlp) is not Mlp or not cpu_forward.may_replace(mlp, x) or not cpu_forward.multiplies(x):
+    if not cpu_forward.runs_on(x) or not cpu_forward.multiplies(x):
         return None
-    if cpu_forward.is_watched(mlp) or not is_replaced(mlp):
+    known = _MLPS.get(block)
+    if known is not None and known[1].layers.dtype is x.dtype and known[0].holds():
+        return known[1]
+    mlp = block.mlp
+    if type(mlp) is not Mlp or cpu_forward.is_watched(mlp) or not is_replaced(mlp):
         return None
-    approximate = cpu_forward.gelu_of_mlp(mlp)
+    approximate = cpu_forward.gelu_of_mlp(mlp) if cpu_forward.may_replace(mlp, x) else None
     if approximate is None:
         return None
-    layers = _layers(block._modules, "2", mlp._modules["fc1"], mlp._modules["fc2"], x)
-    return None if layers is None else MlpBranch(layers, approximate)
+    layers = _layers(block.norm2, mlp.fc1, mlp.fc2, block.ls2, block.drop_path2, x)
+    if layers is None:
+        return None
+    found = MlpBranch(layers, approximate)
+    _MLPS[block] = _snapshot(block, block.norm2, mlp, block.ls2, block.drop_path2), found
+    return found
 
 
-def _layers(modules: dict[str, Any], number: str, first: Any, second: Any, x: Tensor) -> _Layers | None:
+def _snapshot(block: Any, *parts: Any) -> Snapshot:
+    """Return a snapshot of parts of a block, and of their places in it; not of the block, which keys it."""
+    return Snapshot([module for part in parts for module in part.modules()], [block._modules])
+
+
+def _layers(norm: Any, first: Any, second: Any, scale: Any, drop_path: Any, x: Tensor) -> _Layers | None:
     """Return the layers of a branch for `x`, or None if there is more to it."""
-    norm, scale = modules["norm" + number], modules["ls" + number]
     if type(norm) not in cpu_forward.LAYER_NORMS or not as_written(norm, type(norm)):
         return None
-    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
-    if any(value is not None and value.dtype != x.dtype for value in (weight, bias)):
+    if any(value is not None and value.dtype != x.dtype for value in (norm.weight, norm.bias)):
         return None
-    if not _drops_nothing(modules["drop_path" + number], DropPath, "drop_prob"):
+    if not _drops_nothing(drop_path, DropPath, "drop_prob"):
         return None
     gamma = None
     if not as_written(scale, nn.Identity):
-        gamma = scale._parameters["gamma"] if as_written(scale, LayerScale) and not scale.inplace else None
+        gamma = scale.gamma if as_written(scale, LayerScale) and not scale.inplace else None
         if gamma is None or gamma.dtype != x.dtype:
             return None
-    one, other = operands(first, x), operands(second, x)
-    if one is None or other is None:
+    if not fits(first, x) or not fits(second, x):
         return None
-    return _Layers((norm.normalized_shape, weight, bias, norm.eps), one, other, gamma)
+    return _Layers(x.dtype, (norm.normalized_shape, norm.weight, norm.bias, norm.eps), first, second, gamma)
 
 
 def _drops_nothing(module: Any, kind: type[nn.Module], probability: str) -> bool:
