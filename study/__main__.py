@@ -1,4 +1,4 @@
-"""The command line: ``python -m study run``, ``list``, ``page``."""
+"""The command line: ``python -m study run``, ``list``, ``speed``, ``page``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from study.experiment import Experiment, weights_file
 from study.page import write_page
 from study.plan import Plan, read_plan
 from study.results import Results
+from study.speed import measure_speed
 
 HERE = Path(__file__).parent
 
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--jobs", type=int, default=1, metavar="N", help="runs at a time, in a process with one thread each"
     )
     commands.add_parser("list", help="say what was run and what was not")
+    speed = commands.add_parser("speed", help="measure how many images a second the networks take")
+    speed.add_argument("--seconds", type=float, default=120, help="for all of them (default: %(default)g)")
+    speed.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     page = commands.add_parser("page", help="write the page with the answers, and its plots")
     page.add_argument("--output", type=Path, default=Path("docs/study.md"), help="(default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -43,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = Results(options.results or options.plan.parent / "results" / plan.name, plan)
         if options.command == "list":
             _list(plan, results)
+        elif options.command == "speed":
+            measure_speed(plan, results.speed, options.seconds, options.device)
         elif options.command == "page":
             write_page(plan, results, options.output)
         elif options.jobs > 1:

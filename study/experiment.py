@@ -74,7 +74,7 @@ class Experiment:
             "seed": self._seed,
             "settings": self._plan.settings(self._name),
             "machine": {
-                "processor": _processor(self._device),
+                "processor": processor_name(self._device),
                 "torch": torch.__version__,
                 "precision": str(self._precision),
             },
@@ -85,8 +85,11 @@ class Experiment:
         self._save(model)
         return result
 
-    def build(self) -> nn.Module:
-        """Return the network before training: from scratch, or with the weights that the arm starts from."""
+    def build(self, trained: bool = True) -> nn.Module:
+        """Return the network before training: from scratch, or with the weights that the arm starts from.
+
+        If not `trained`, these are left out.
+        """
         arm, network, task = self._arm, self._plan.network, self._plan.task
         with seeded(derive_seed(self._seed, _WEIGHTS)):
             dense = build_deit(
@@ -96,7 +99,7 @@ class Experiment:
                 depth=network.depth,
                 num_heads=network.num_heads,
             )
-            if arm.start is not None:
+            if trained and arm.start is not None:
                 dense.load_state_dict(self._trained(arm.start))
             if arm.model == "dynamicvit":
                 return self._as_dynamicvit(dense)
@@ -211,7 +214,8 @@ def weights_file(folder: Path, name: str, seed: int) -> Path:
     return folder / f"{name}.{seed}.safetensors"
 
 
-def _processor(device: torch.device) -> str:
+def processor_name(device: torch.device) -> str:
+    """Return the name of the processor, or of the GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():

@@ -9,6 +9,7 @@ from evit_ext._util.files import replacing
 from study.plan import Comparison, Plan, Question
 from study.plots import draw_question
 from study.results import Results
+from study.speed import network_of, read_speed
 from study.statistics import CONFIDENCE, difference, estimate, verdict
 
 #: What the values of results are called, and their units.
@@ -38,11 +39,18 @@ def _page(plan: Plan, results: Results) -> Iterator[str]:
         f"**{runs} of {planned} runs** so far. A vision transformer of {network.depth} blocks and "
         f"{network.embed_dim} channels is trained on cluttered digits of {task.canvas_size} × "
         f"{task.canvas_size} pixels, {patches} patches, and tested on {task.test_images:,} canvases that no "
-        "run trains on, the same for all. Runs of two arms with the same seed begin with the same weights "
-        "and see the same images, so differences are taken seed by seed. Intervals are those of Student's t "
+        f"run trains on, the same for all.{_easy(task.easy_epochs)} Runs of two arms with the same seed begin "
+        "with the same weights and see the same images, so differences are taken seed by seed. Intervals are those of Student's t "
         f"over the seeds, at {CONFIDENCE:.0%}: they say how much another seed may change, not how much other "
         "images may. Hypotheses and margins were written into the plan before the runs."
     )
+    speed = read_speed(results.speed)
+    if speed:
+        yield ""
+        yield (
+            f"Images a second are of inference on {speed['processor']}, {speed['threads']} threads, batches "
+            f"of {speed['batch']}, in float32, all networks in turns."
+        )
     for question in plan.questions.values():
         yield ""
         yield from _question(plan, results, question)
@@ -58,6 +66,13 @@ def _page(plan: Plan, results: Results) -> Iterator[str]:
     yield "make study ARGS='--minutes 60'   # runs what has no result yet"
     yield "make study-page                  # writes this page"
     yield "```"
+
+
+def _easy(epochs: int) -> str:
+    if epochs == 0:
+        return ""
+    first = "epoch" if epochs == 1 else f"{epochs} epochs"
+    return f" Networks from scratch see canvases without clutter in the first {first}, all arms alike."
 
 
 def _plan_file(plan: Plan) -> str:
@@ -77,10 +92,11 @@ def _question(plan: Plan, results: Results, question: Question) -> Iterator[str]
     yield ""
     yield f"![{question.title}](study/{key}.svg)"
     yield ""
-    yield "| arm | runs | top-1 % | test loss | GMACs | the digit's patches kept, stage by stage |"
-    yield "|---|---|---|---|---|---|"
+    yield "| arm | runs | top-1 % | test loss | GMACs | images/s | the digit's patches kept, stage by stage |"
+    yield "|---|---|---|---|---|---|---|"
+    speed = read_speed(results.speed).get("images_per_second", {})
     for name in question.arms:
-        yield _row(results, name)
+        yield _row(results, name, speed.get(network_of(plan.arms[name])))
 
 
 def _sentence(results: Results, comparison: Comparison) -> str:
@@ -102,10 +118,11 @@ def _sentence(results: Results, comparison: Comparison) -> str:
     )
 
 
-def _row(results: Results, name: str) -> str:
+def _row(results: Results, name: str, images_per_second: float | None) -> str:
     found = results.of(name)
+    speed = "not measured" if images_per_second is None else f"{images_per_second:,.0f}"
     if not found:
-        return f"| {name} | 0 | not run | | | |"
+        return f"| {name} | 0 | not run | | | {speed} | |"
     values = list(found.values())
     top1, loss = (estimate([value[entry] for value in values]) for entry in ("top1", "loss"))
     stages = list(zip(*(value.get("object_patches_kept", []) for value in values), strict=True))
@@ -113,5 +130,5 @@ def _row(results: Results, name: str) -> str:
     spread = f" [{top1.low:.2f}, {top1.high:.2f}]" if len(values) > 1 else ""
     return (
         f"| {name} | {len(values)} | {top1.mean:.2f}{spread} | {loss.mean:.3f} | {values[0]['gmacs']:.4f} | "
-        f"{kept} |"
+        f"{speed} | {kept} |"
     )

@@ -22,6 +22,11 @@ class Results:
     def __init__(self, folder: Path, plan: Plan) -> None:
         self._folder, self._plan = folder, plan
 
+    @property
+    def speed(self) -> Path:
+        """Where the speed of the networks is."""
+        return self._folder / "speed.json"
+
     def path(self, name: str, seed: int) -> Path:
         """Return where the result of a run is."""
         return self._folder / f"{name}.{seed}.json"

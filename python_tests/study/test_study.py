@@ -10,8 +10,10 @@ import pytest
 from study.__main__ import HERE, main
 from study.plan import read_plan
 from study.results import Results
+from study.speed import network_of
 
 SMOKE = HERE / "smoke.yaml"
+ARMS = ("dense", "evit")
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +86,24 @@ def test_page(folder: Path, tmp_path: Path) -> None:
     assert "**11 of 18 runs**" in text and "| dense | 2 |" in text
     assert "**evit** against **dense**, top-1: not shown: fewer than two runs" in text
     assert (tmp_path / "study/smoke.svg").read_text().startswith("<?xml")
+
+
+def test_speed(tmp_path: Path) -> None:
+    """Once for arms whose networks differ in weights only, and trained by none."""
+    plan = tmp_path / "two.yaml"
+    arms = "  dense: {recipe: scratch}\n  evit: {recipe: warm-up, keep_rate: 0.5}\n"
+    arms += "  untrained: {start: dense, keep_rate: 0.5}\n"
+    questions = "  smoke: {title: a, ask: b, hypothesis: c, arms: [dense, untrained]}\n"
+    text = SMOKE.read_text()
+    plan.write_text(text[: text.index("arms:")] + f"arms:\n{arms}questions:\n{questions}")
+    assert main(["--plan", str(plan), "speed", "--seconds", "0.2"]) == 0
+    speed = json.loads((tmp_path / "results/two/speed.json").read_text())
+    dense, evit = (speed["images_per_second"][network_of(read_plan(plan).arms[name])] for name in ARMS)
+    assert len(speed["images_per_second"]) == 2 and dense > 0 and evit > 0
+    assert main(["--plan", str(plan), "page", "--output", str(tmp_path / "study.md")]) == 0
+    page = (tmp_path / "study.md").read_text()
+    assert f"| untrained | 0 | not run | | | {evit:,.0f} | |" in page
+    assert f"{speed['threads']} threads, batches of 250" in page
 
 
 def test_in_processes(folder: Path) -> None:
