@@ -39,8 +39,9 @@ def _page(plan: Plan, results: Results) -> Iterator[str]:
         f"**{runs} of {planned} runs** so far. A vision transformer of {network.depth} blocks and "
         f"{network.embed_dim} channels is trained on cluttered digits of {task.canvas_size} × "
         f"{task.canvas_size} pixels, {patches} patches, and tested on {task.test_images:,} canvases that no "
-        f"run trains on, the same for all.{_easy(task.easy_epochs)} Runs of two arms with the same seed begin "
-        "with the same weights and see the same images, so differences are taken seed by seed. Intervals are those of Student's t "
+        f"run trains on, the same for all.{_easy(task.easy_epochs)} Runs of two arms with the same seed "
+        "begin with the same weights and see the same images, so differences are taken seed by seed. "
+        "Intervals are those of Student's t "
         f"over the seeds, at {CONFIDENCE:.0%}: they say how much another seed may change, not how much other "
         "images may. Hypotheses and margins were written into the plan before the runs."
     )
