@@ -126,7 +126,7 @@ def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
     Without gradients only; weights that change later are not seen.
     """
-    run: Callable[[Tensor], Tensor] = torch.compile(model, options={"freezing": True})
+    run: Callable[[Tensor], Tensor] = torch.compile(model, options={"freezing": True, "cpp_wrapper": True})
     return run
 
 
