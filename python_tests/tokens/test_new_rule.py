@@ -43,10 +43,12 @@ def test_a_rule_is_one_class(tmp_path: Path) -> None:
     assert [kept[0].tolist() for kept in record.kept] == [list(range(0, 16, 2)), list(range(0, 16, 4))]
     restored = record.restore(tokens, num_prefix_tokens=1)  # restores grids
     assert torch.equal(restored[:, ::4], tokens[:, 1:]) and not restored[:, 1::2].any()
-    (grid,) = vit.forward_intermediates(images, [2], norm=True, intermediates_only=True, fill="zero")
+    with torch.no_grad():
+        (grid,) = vit.forward_intermediates(images, [2], norm=True, intermediates_only=True, fill="zero")
     assert torch.equal(grid.flatten(2).transpose(1, 2), restored)
     evit_ext.save_pretrained(vit, tmp_path / "model")  # saves and loads
-    assert torch.equal(evit_ext.from_pretrained(tmp_path / "model")(images), logits)
+    with torch.no_grad():
+        assert torch.equal(evit_ext.from_pretrained(tmp_path / "model")(images), logits)
     assert evit_ext.count_macs(vit) < 0.8 * dense_macs  # counts its MACs
     assert [layer.kept for layer in evit_ext.layer_costs(vit) if layer.kept] == [8, 4]
     pytest.importorskip("onnxscript", reason="onnxscript, which writes ONNX, is not installed")
