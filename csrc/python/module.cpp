@@ -59,6 +59,27 @@ std::string cuda_self_test(int device) {
 #endif
 }
 
+// The snapshot in a Python object, null while that is being made.
+evit::Snapshot* snapshot_in(PyObject* self) {
+  const auto made = reinterpret_cast<pybind11::detail::instance*>(self)->get_value_and_holder();
+  return made.holder_constructed() ? made.value_ptr<evit::Snapshot>() : nullptr;
+}
+
+// Lets Python's garbage collector see what a Snapshot holds.
+void collect_snapshots(PyHeapTypeObject* heap_type) {
+  PyTypeObject* const type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    const evit::Snapshot* const snapshot = snapshot_in(self);
+    return snapshot == nullptr ? 0 : snapshot->traverse(visit, arg);
+  };
+  type->tp_clear = [](PyObject* self) {
+    if (evit::Snapshot* const snapshot = snapshot_in(self)) snapshot->clear();
+    return 0;
+  };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -73,11 +94,10 @@ PYBIND11_MODULE(_C, m) {
         "Run one small kernel on a CUDA device. Returns '' or what went wrong.");
   pybind11::class_<evit::Snapshot>(m, "Snapshot",
                                    "What modules consist of: classes and their forwards, dictionaries, hooks "
-                                   "and the state of\nparameters, but not their values.")
+                                   "and the kind of\nparameters, but not their values.",
+                                   pybind11::custom_type_setup(&collect_snapshots))
       .def(pybind11::init<const pybind11::list&, const pybind11::list&>(), pybind11::arg("modules"),
            pybind11::arg("dictionaries"),
            "Look at modules, a list with their submodules in it, and at dictionaries besides.")
-      .def("holds", &evit::Snapshot::holds,
-           "Return whether nothing has changed since. Never so with parameters off the CPU, or not "
-           "contiguous.");
+      .def("holds", &evit::Snapshot::holds, "Return whether nothing has changed since.");
 }

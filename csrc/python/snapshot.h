@@ -15,33 +15,40 @@ namespace evit {
 // that a block of a model comes again.
 class Snapshot {
  public:
-  // `modules` are nn.Modules, with their submodules among them; `others` are dictionaries besides.
-  // Parameters that are not contiguous, or not all on the CPU, make a snapshot that never holds.
-  Snapshot(const pybind11::list& modules, const pybind11::list& others);
+  // `modules` are nn.Modules, with their submodules among them; `dictionaries` are others besides.
+  Snapshot(const pybind11::list& modules, const pybind11::list& dictionaries);
 
-  // Whether all is as it was. The state of tensors, but not their values, is compared too.
+  // Whether all is as it was. Of parameters, the values are not compared.
   bool holds() const;
 
+  // For Python's garbage collector: modules can hold, in their dictionaries, who holds this.
+  int traverse(visitproc visit, void* arg) const;
+  void clear();
+
  private:
+  // All pointers here and below are borrowed from `kept_`.
   struct Dictionary {
-    pybind11::object dictionary;
-    // Borrowed from `kept_`, in the dictionary's order.
-    std::vector<std::pair<PyObject*, PyObject*>> entries;
+    PyObject* dictionary;
+    std::vector<std::pair<PyObject*, PyObject*>> entries;  // in the dictionary's order
   };
   struct Module {
-    pybind11::object module;
+    PyObject* module;
     PyTypeObject* type;
     PyObject* dictionary;
   };
   struct Class {
-    pybind11::object type;
-    pybind11::object forward;
+    PyObject* type;
+    PyObject* forward;
   };
   struct Tensor {
-    pybind11::object tensor;
-    pybind11::object dtype;
+    PyObject* tensor;
+    PyTypeObject* type;
+    PyObject* dtype;
+    PyObject* shape;
+    bool on_cpu, contiguous;
   };
 
+  PyObject* keep(pybind11::object object);
   void add_dictionary(const pybind11::object& dictionary);
   void add_class(const pybind11::object& type);
   void add_tensor(const pybind11::object& tensor);
@@ -51,7 +58,6 @@ class Snapshot {
   std::vector<Class> classes_;
   std::vector<Tensor> tensors_;
   std::vector<pybind11::object> kept_;
-  bool possible_ = true;
 };
 
 }  // namespace evit

@@ -237,8 +237,11 @@ def fits(layer: Any, x: Tensor, bias: Tensor | None = None) -> bool:
         return False
     # Not by attribute, which takes nn.Module half a microsecond each time.
     parameters = layer._parameters
-    weight, own = parameters["weight"], parameters["bias"] if bias is None else bias
-    return type(weight) is nn.Parameter and fit(weight, own, x)
+    weight, own = parameters.get("weight"), parameters.get("bias") if bias is None else bias
+    # It is an attribute of another kind under pruning, and the bias with it may be.
+    if type(weight) is not nn.Parameter or (own is None and layer.bias is not None):
+        return False
+    return fit(weight, own, x)
 
 
 def fit(weight: Tensor, bias: Tensor | None, x: Tensor) -> bool:

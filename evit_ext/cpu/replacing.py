@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from evit_ext.cpu.forward import ACTIVE
+from evit_ext.cpu.known import forget
 
 #: A forward that takes the module first.
 Forward = Callable[..., Any]
@@ -39,11 +40,14 @@ def set_active(modules: Iterable[nn.Module], active: bool) -> None:
     for module in modules:
         if ACTIVE in module.__dict__:
             module.__dict__[ACTIVE] = active
+        if not active:
+            forget(module)
 
 
 def restore(modules: Iterable[nn.Module]) -> None:
     """Undo :func:`replace`."""
     for module in modules:
+        forget(module)
         if module.__dict__.pop(ACTIVE, None) is None:
             continue
         for name in ("forward", "_replicate_for_data_parallel"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,10 @@ from evit_ext.export.program import refusing
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "f32"}
 
 
-@cache
+#: Two threads must not make two.
+_making_core = threading.Lock()
+
+
 def core() -> Any:
     """Return OpenVINO's core: one that lasts as long as the process.
 
@@ -26,6 +30,12 @@ def core() -> Any:
     two cores whose lives overlap, that may be gone by then, and the next signal with a handler ends the
     process (seen in OpenVINO 2026.4).
     """
+    with _making_core:
+        return _core()
+
+
+@cache
+def _core() -> Any:
     import openvino
 
     return openvino.Core()

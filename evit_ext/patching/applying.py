@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -154,7 +154,9 @@ def replace_blocks(
     if has_positions:
         family.install(holder)
     forwards: dict[type[nn.Module], Forward] = {nn.Conv2d: patch_projection_forward, **family.cpu_forwards}
-    replacing.replace(_replaceable(holder, blocks), forwards)
+    inner = [unwrapped(block) for block in blocks]
+    parts = [unwrapped(part) for block in inner for part in block.children()]
+    replacing.replace([*patch_projections(holder), *inner, *parts], forwards)
     switch_cpu_forwards(vit)
     if FullGridIntermediates.fits(holder):
         FullGridIntermediates(holder, "forward_intermediates").install()
@@ -165,16 +167,6 @@ def replace_blocks(
             ReplicateOverrides(module, "_replicate_for_data_parallel").install()
 
 
-def _replaceable(holder: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
-    """Return what may have a faster forward on the CPU.
-
-    These are the projection of the patches, the blocks, and their attentions and MLPs, out of wrappers.
-    """
-    inner = [unwrapped(block) for block in blocks]
-    parts = [unwrapped(part) for block in inner for part in block.children()]
-    return patch_projections(holder) + inner + parts
-
-
 def switch_cpu_forwards(vit: nn.Module) -> None:
     """Switch the faster forwards for the CPU on, or off if every patch is kept.
 
@@ -183,7 +175,7 @@ def switch_cpu_forwards(vit: nn.Module) -> None:
     located = locate(vit)
     if located is not None:
         active = any(stage.keep_rate is None or stage.keep_rate < 1 for stage in find_stages(vit))
-        replacing.set_active(_replaceable(located.vit, located.blocks), active)
+        replacing.set_active(located.vit.modules(), active)
 
 
 def _is_changed(vit: nn.Module) -> bool:
@@ -278,7 +270,7 @@ def remove(vit: Model) -> Model:
             )
     for number, block in enumerate(blocks):
         _put_back(blocks, str(number), block)
-    replacing.restore(_replaceable(holder, blocks))
+    replacing.restore(holder.modules())
     packed_weights.discard(holder.modules())
     for module in (holder, *vit.modules()):  # a language model around it may have overrides too
         remove_overrides(module)

@@ -13,6 +13,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from evit_ext.cpu.forward import LAYER_NORMS, has_written_forward, is_watched, is_written
+from evit_ext.cpu.known import KNOWN
 from evit_ext.ops import checks
 from evit_ext.patching.attention import Attended, Wants
 from evit_ext.patching.token_sizes import Carried, TokenSizes
@@ -21,8 +22,9 @@ from evit_ext.tokens.rule import Rule, Seen
 from evit_ext.tokens.stage import Stage
 from evit_ext.tokens.trail import TokenTrail
 
-#: Attributes that belong to one object and are not shared: an overridden forward, and a compiled call.
-_BOUND = frozenset({"forward", "_compiled_call_impl"})
+#: Attributes that belong to one object and are not shared: an overridden forward, a compiled call and what
+#: is known of the block.
+_BOUND = frozenset({"forward", "_compiled_call_impl", KNOWN})
 
 
 def _norms_as_written(norm: nn.Module | None, x: Tensor, branch: Tensor) -> bool:

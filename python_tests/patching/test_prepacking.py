@@ -191,15 +191,13 @@ def test_nothing_else_of_the_model_changes(small_vit: Build, packed: list[int]) 
 
 def test_it_goes_with_the_model(small_vit: Build) -> None:
     gc.collect()
-    gc.collect()
     before = len(packed_weights._PACKED)
     vit = evit_ext.prepack(evit_ext.apply(small_vit(), 0.7))
     logits(vit)
     assert len(packed_weights._PACKED) == before + 17
     gone = weakref.ref(vit.blocks[0].attn.qkv)
     del vit
-    gc.collect()  # the blocks, and what is known of their parts
-    gc.collect()  # the parts
+    gc.collect()
     assert gone() is None and len(packed_weights._PACKED) == before
 
 

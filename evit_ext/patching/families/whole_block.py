@@ -10,7 +10,6 @@ Notation: B batch, N tokens, C channels.
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,8 @@ from timm.models.vision_transformer import Attention, DropPath, LayerScale
 from torch import Tensor, nn
 
 from evit_ext import ops
-from evit_ext._util.compiled import Snapshot
 from evit_ext.cpu import forward as cpu_forward
+from evit_ext.cpu import known as known_of
 from evit_ext.cpu.forward import add_product, as_written, fits, product, weights
 from evit_ext.cpu.replacing import is_replaced
 from evit_ext.patching.attention import choose
@@ -79,11 +78,6 @@ class MlpBranch(NamedTuple):
         return self.layers.projected(normed, self.approximate)
 
 
-#: The branches of blocks, and what they consisted of then.
-_ATTENTIONS: WeakKeyDictionary[nn.Module, tuple[Snapshot, AttentionBranch]] = WeakKeyDictionary()
-_MLPS: WeakKeyDictionary[nn.Module, tuple[Snapshot, MlpBranch]] = WeakKeyDictionary()
-
-
 def attention_branch(block: Any, x: Tensor) -> AttentionBranch | None:
     """Return what the attention branch of a ``Block`` computes `x` [B, N, C] with.
 
@@ -92,13 +86,15 @@ def attention_branch(block: Any, x: Tensor) -> AttentionBranch | None:
     """
     if not cpu_forward.runs_on(x) or not cpu_forward.multiplies(x) or cpu_forward.has_tiles(x):
         return None
-    known = _ATTENTIONS.get(block)
-    if known is not None and known[1].layers.dtype is x.dtype and known[0].holds():
-        return known[1]
+    known: AttentionBranch | None = known_of.recall(block, "attention")
+    if known is not None and known.layers.dtype is x.dtype:
+        return known
     attention = block.attn
     if type(attention) is not Attention or choose(TIMM_ATTENTION, attention, x) != "kernel":
         return None
-    # Older versions of timm have no norm of the attention's output.
+    # Older versions of timm have no norm of the attention's output, and no gate.
+    if getattr(attention, "gate", None) is not None:
+        return None
     norms = (attention.q_norm, attention.k_norm, getattr(attention, "norm", None))
     if not all(norm is None or as_written(norm, nn.Identity) for norm in norms):
         return None
@@ -108,7 +104,7 @@ def attention_branch(block: Any, x: Tensor) -> AttentionBranch | None:
     if layers is None:
         return None
     found = AttentionBranch(layers, attention.num_heads)
-    _ATTENTIONS[block] = _snapshot(block, block.norm1, attention, block.ls1, block.drop_path1), found
+    known_of.remember(block, "attention", [block.norm1, attention, block.ls1, block.drop_path1], found)
     return found
 
 
@@ -116,9 +112,9 @@ def mlp_branch(block: Any, x: Tensor) -> MlpBranch | None:
     """Return what the MLP branch of a ``Block`` computes with, as :func:`attention_branch` does."""
     if not cpu_forward.runs_on(x) or not cpu_forward.multiplies(x):
         return None
-    known = _MLPS.get(block)
-    if known is not None and known[1].layers.dtype is x.dtype and known[0].holds():
-        return known[1]
+    known: MlpBranch | None = known_of.recall(block, "mlp")
+    if known is not None and known.layers.dtype is x.dtype:
+        return known
     mlp = block.mlp
     if type(mlp) is not Mlp or cpu_forward.is_watched(mlp) or not is_replaced(mlp):
         return None
@@ -129,13 +125,8 @@ def mlp_branch(block: Any, x: Tensor) -> MlpBranch | None:
     if layers is None:
         return None
     found = MlpBranch(layers, approximate)
-    _MLPS[block] = _snapshot(block, block.norm2, mlp, block.ls2, block.drop_path2), found
+    known_of.remember(block, "mlp", [block.norm2, mlp, block.ls2, block.drop_path2], found)
     return found
-
-
-def _snapshot(block: Any, *parts: Any) -> Snapshot:
-    """Return a snapshot of parts of a block, and of their places in it; not of the block, which keys it."""
-    return Snapshot([module for part in parts for module in part.modules()], [block._modules])
 
 
 def _layers(norm: Any, first: Any, second: Any, scale: Any, drop_path: Any, x: Tensor) -> _Layers | None:
@@ -152,6 +143,8 @@ def _layers(norm: Any, first: Any, second: Any, scale: Any, drop_path: Any, x: T
         if gamma is None or gamma.dtype != x.dtype:
             return None
     if not fits(first, x) or not fits(second, x):
+        return None
+    if first.weight.shape[1] != x.shape[2] or second.weight.shape[0] != x.shape[2]:
         return None
     return _Layers(x.dtype, (norm.normalized_shape, norm.weight, norm.bias, norm.eps), first, second, gamma)
 
