@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
+import torch.nn.utils.prune
 from cpu_calls import Build
 from torch import Tensor, nn
 
@@ -118,3 +120,76 @@ def test_packed_weights_follow_the_layer(small_vit: Build, products: list[Tensor
         expected = nn.Conv2d.forward(vit.patch_embed.proj, images()).flatten(2).transpose(1, 2)
     assert len(products) == 2 and not torch.equal(before, after)
     torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-6)
+
+
+class Twice(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_what_other_code_makes_of_it(
+    small_vit: Build, products: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Subclasses, pruning, plain tensors and patched methods: each computes as it does with gradients."""
+
+    def check(changed: str) -> None:
+        products.clear()
+        with torch.no_grad():
+            out = convolution(images())
+        assert torch.equal(out, convolution(images())) and not products, changed
+
+    def double(self: Any, *given: Any) -> Tensor:
+        return 2 * original(self, *given)
+
+    vit = evit_ext.apply(small_vit(), 0.7)
+    convolution: Any = vit.patch_embed.proj
+    expected = 2 * convolution(images())
+    original = nn.Conv2d._conv_forward
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.Conv2d, "_conv_forward", double)
+        check("the method of the class")
+    convolution._conv_forward = lambda *given: double(convolution, *given)
+    check("the method of the object")
+    torch.testing.assert_close(convolution(images()), expected)
+    del convolution._conv_forward
+    convolution.__class__ = Twice
+    check("the class")
+    torch.testing.assert_close(convolution(images()), expected)
+    evit_ext.set_keep_rate(vit, 1.0)
+    check("the class at keep rate 1")
+    evit_ext.remove(vit)
+    assert "forward" not in convolution.__dict__
+    convolution.__class__ = nn.Conv2d
+    evit_ext.apply(vit, 0.7)
+    torch.nn.utils.prune.l1_unstructured(convolution, "weight", 0.5)
+    check("pruning")
+    torch.nn.utils.prune.remove(convolution, "weight")
+    weight = convolution.weight.detach()
+    del convolution.weight
+    convolution.weight = weight
+    check("a plain tensor")
+
+
+def test_keep_rate_1_after_a_parametrization(small_vit: Build, products: list[Tensor]) -> None:
+    """While it has one, its class is another."""
+    vit = evit_ext.apply(small_vit(), 0.7)
+    parametrize = torch.nn.utils.parametrize
+    parametrize.register_parametrization(vit.patch_embed.proj, "weight", nn.Identity())
+    evit_ext.set_keep_rate(vit, 1.0)
+    parametrize.remove_parametrizations(vit.patch_embed.proj, "weight")
+    with torch.no_grad():
+        vit(images())
+    assert not products
+
+
+def test_errors_are_pytorchs(small_vit: Build, products: list[Tensor]) -> None:
+    convolution = evit_ext.apply(small_vit(), 0.7).patch_embed.proj
+    with torch.no_grad():
+        for wrong, message in (
+            (images(2, 1, 32, 32), "to have 3 channels"),
+            (images(2, 3, 4, 32), "Kernel size can't be greater"),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                convolution(wrong)
+        assert convolution(images(3, 32, 32)).shape == (24, 4, 4)  # an image without a batch
+    assert not products

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 import evit_ext
 from evit_ext.cpu import forward as cpu_forward
+from evit_ext.cpu.known import KNOWN
 
 pytestmark = pytest.mark.skipif(
     not cpu_forward.SUPPORTED, reason="the portable kernels are not used in models: they are no faster"
@@ -103,8 +105,9 @@ def _subclass(module: nn.Module) -> None:
 
 #: What a block has.
 _PARTS = [
-    *("norm1", "attn", "attn.qkv", "attn.proj", "attn.proj_drop", "ls1", "drop_path1"),
-    *("norm2", "mlp", "mlp.fc1", "mlp.act", "mlp.drop2", "mlp.fc2", "ls2", "drop_path2"),
+    *("norm1", "attn", "attn.qkv", "attn.q_norm", "attn.k_norm", "attn.norm", "attn.proj", "attn.proj_drop"),
+    *("ls1", "drop_path1", "norm2", "mlp", "mlp.fc1", "mlp.act", "mlp.drop1", "mlp.norm", "mlp.fc2"),
+    *("mlp.drop2", "ls2", "drop_path2"),
 ]
 
 
@@ -173,14 +176,91 @@ def test_a_drop_path_that_drops_nothing(vit: Any, calls: Calls) -> None:
 
 
 def test_parameters_of_other_dtypes(vit: Any, calls: Calls) -> None:
-    """Norms in float32 among tokens in bfloat16 are timm's to compute."""
-    vit = vit.bfloat16()
-    vit.blocks[1].norm1.float()
+    """Norms in float32 among tokens in bfloat16 are timm's to compute, or to refuse."""
+    vit.bfloat16().blocks[1].norm1.float()
+    try:
+        calls.during(vit, images(torch.bfloat16))
+    except RuntimeError as error:
+        assert "dtype" in str(error)
+    assert calls.sums <= WHOLE - 2
+
+
+def test_a_gate(vit: Any, calls: Calls) -> None:
+    """timm's attention may multiply its output by one."""
+    for block in vit.blocks:
+        block.attn.gate = nn.Linear(24, 24)
+    out, _ = calls.during(vit, images())
+    assert calls.sums == 0
+    torch.testing.assert_close(out, vit(images()), rtol=1e-4, atol=1e-5)
+
+
+class Doubled(nn.Parameter):
+    """A parameter whose products are twice as large, as one that is quantised has its own."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        out = super().__torch_function__(function, types, arguments, named or {})
+        return 2 * out if function is nn.functional.linear else out
+
+
+def test_parameters_that_compute_otherwise(vit: Any, calls: Calls) -> None:
+    """Also if they become so later."""
+    before, _ = calls.during(vit, images())
+    vit.blocks[1].mlp.fc1.weight.__class__ = Doubled
+    out, _ = calls.during(vit, images())
+    assert calls.sums == WHOLE - 2 and (out - before).abs().max() > 1e-3
+    torch.testing.assert_close(out, vit(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_of_another_width(vit: Any, calls: Calls) -> None:
+    """Which timm's sum broadcasts."""
+    calls.during(vit, images())
+    vit.blocks[1].mlp.fc2 = nn.Linear(96, 1)
+    out, _ = calls.during(vit, images())
+    assert calls.sums == WHOLE - 2
+    torch.testing.assert_close(out, vit(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_known_of_a_block_is_asked_once(vit: Any, calls: Calls) -> None:
+    def known() -> list[Any]:
+        return [value for block in vit.blocks for value in block.__dict__[KNOWN].found.values()]
+
+    calls.during(vit, images())
+    before = known()
+    calls.during(vit, images())
+    assert len(before) == 8 and all(now is then for now, then in zip(known(), before, strict=True))
+    vit.blocks[0].mlp.eval().act.register_forward_hook(lambda *_: None).remove()
+    calls.during(vit, images())
+    assert sum(now is then for now, then in zip(known(), before, strict=True)) == 8
+    vit.blocks[0].mlp.fc1 = nn.Linear(24, 96)
+    calls.during(vit, images())
+    assert sum(now is then for now, then in zip(known(), before, strict=True)) == 7
+
+
+@pytest.mark.parametrize("forget", ["remove", "keep rate 1", "copy", "another layer"])
+def test_what_is_known_goes(vit: Any, calls: Calls, forget: str) -> None:
+    calls.during(vit, images())
+    if forget == "copy":
+        vit = copy.deepcopy(vit)
+    elif forget == "remove":
+        evit_ext.remove(vit)
+    elif forget == "keep rate 1":
+        evit_ext.set_keep_rate(vit, 1.0)
+    else:
+        for block in vit.blocks:
+            block.mlp = nn.Identity()
+            block.attn.proj = nn.Sequential(block.attn.proj)
+        calls.during(vit, images())
+    assert not any(block.__dict__[KNOWN].found for block in vit.blocks if KNOWN in block.__dict__)
+
+
+def test_replicas_have_their_own_parts(vit: Any, calls: Calls) -> None:
+    """nn.DataParallel copies the dictionary of a block, and then gives it other layers."""
+    block, tokens = vit.blocks[0], torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        block, tokens = vit.blocks[1], torch.randn(2, 17, 24).bfloat16()
-        calls.sums = 0
-        try:
-            block(tokens)
-        except RuntimeError as error:
-            assert "mixed dtype" in str(error) or "dtype" in str(error)
-        assert calls.sums == 0
+        before = block(tokens)
+        replica = block._replicate_for_data_parallel()
+        replica._modules["mlp"] = copy.deepcopy(block.mlp)
+        replica.mlp.fc2.weight.zero_()
+        assert not torch.equal(replica(tokens), before)
+        assert torch.equal(block(tokens), before)
