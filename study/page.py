@@ -45,12 +45,12 @@ def _page(plan: Plan, results: Results) -> Iterator[str]:
         f"over the seeds, at {CONFIDENCE:.0%}: they say how much another seed may change, not how much other "
         "images may. Hypotheses and margins were written into the plan before the runs."
     )
-    speed = read_speed(results.speed)
+    speed = read_speed(plan, results.speed)
     if speed:
         yield ""
         yield (
             f"Images a second are of inference on {speed['processor']}, {speed['threads']} threads, batches "
-            f"of {speed['batch']}, in float32, all networks in turns."
+            f"of {speed['batch']}, in float32, the networks of a canvas size in turns."
         )
     for question in plan.questions.values():
         yield ""
@@ -95,7 +95,7 @@ def _question(plan: Plan, results: Results, question: Question) -> Iterator[str]
     yield ""
     yield "| arm | runs | top-1 % | test loss | GMACs | images/s | the digit's patches kept, stage by stage |"
     yield "|---|---|---|---|---|---|---|"
-    speed = read_speed(results.speed).get("images_per_second", {})
+    speed = read_speed(plan, results.speed).get("images_per_second", {})
     for name in question.arms:
         yield _row(results, name, speed.get(network_of(plan.arms[name])))
 

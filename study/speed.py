@@ -41,6 +41,7 @@ def measure_speed(plan: Plan, path: Path, seconds: float, device: str = "cpu") -
     written: dict[str, Any] = {
         "processor": processor_name(torch.device(device)),
         "threads": torch.get_num_threads(),
+        "settings": _settings(plan),
         "batch": _BATCH,
         "images_per_second": found,
     }
@@ -55,9 +56,27 @@ def network_of(arm: Arm) -> str:
     return json.dumps({entry: asdict(arm)[entry] for entry in entries}, sort_keys=True)
 
 
-def read_speed(path: Path) -> dict[str, Any]:
-    """Return what :func:`measure_speed` wrote; an empty dictionary if it was not run."""
+def _settings(plan: Plan) -> dict[str, Any]:
+    """Return what the networks of all arms depend on, values for JSON."""
+    return {
+        "network": asdict(plan.network),
+        "canvas_size": plan.task.canvas_size,
+        "patch_size": plan.task.patch_size,
+    }
+
+
+def read_speed(plan: Plan, path: Path) -> dict[str, Any]:
+    """Return what :func:`measure_speed` wrote; an empty dictionary if it was not run.
+
+    Raises:
+        ValueError: it was measured of other networks than the plan's.
+    """
     if not path.exists():
         return {}
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if found.get("settings") != _settings(plan):
+        raise ValueError(
+            f"{path} was measured of other networks than the plan's: {found.get('settings')}, in the plan "
+            f"{_settings(plan)}; run python -m study speed again"
+        )
     return found

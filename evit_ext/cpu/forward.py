@@ -3,12 +3,15 @@
 Attention runs through :func:`evit_ext.ops.attention_with_scores`, in training as well, directly on the packed
 projection if nothing changes queries and keys in between, unless PyTorch's runs on tiles (AMX). Without
 gradients, linear layers run through oneDNN, which adds the bias and applies GELU in the product's last pass;
-``F.linear`` would first copy the bias into the result, and GELU would be a separate pass. Results differ by
-rounding, so :func:`evit_ext.apply` switches this on only if a keep rate is below 1. Whatever is not known to
-compute the same runs its original code: under ``torch.export``, the transforms of ``torch.func`` and
-forward-mode differentiation, with hooks or an overridden forward, and with dropout, masks or position biases.
-``torch.nn.attention.sdpa_kernel`` chooses among PyTorch's attentions only; timm's own switch, ``fused_attn``,
-is heeded.
+``F.linear`` would first copy the bias into the result, and GELU would be a separate pass. Patches are
+projected as if by a linear layer (:mod:`evit_ext.cpu.patch_projection`), and plain blocks of timm run as a
+whole, which calls none of their modules (``evit_ext.patching.families.whole_block``).
+
+Results differ by rounding, so :func:`evit_ext.apply` switches this on only if a keep rate is below 1.
+Whatever is not known to compute the same runs its original code: under ``torch.export``, the transforms of
+``torch.func`` and forward-mode differentiation, with hooks or an overridden forward, and with dropout, masks
+or position biases. ``torch.nn.attention.sdpa_kernel`` chooses among PyTorch's attentions only; timm's own
+switch, ``fused_attn``, is heeded.
 
 Notation: B batch, H heads, N tokens, C channels.
 """

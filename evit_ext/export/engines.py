@@ -124,7 +124,8 @@ def load(
 def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return a model under torch.compile, with its weights as constants in the layout that products want.
 
-    Without gradients only; weights that change later are not seen.
+    Without gradients only; weights that change later are not seen. What is between the operators is C++ as
+    well, which counts at batch 1.
     """
     run: Callable[[Tensor], Tensor] = torch.compile(model, options={"freezing": True, "cpp_wrapper": True})
     return run

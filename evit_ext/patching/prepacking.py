@@ -19,7 +19,7 @@ def prepack(vit: Model, enabled: bool = True) -> Model:
     """Let an EViT's blocks and patch projection keep their weights in oneDNN's layout; in place.
 
     This speeds up inference on the CPU, where every product otherwise begins by converting the weight to that
-    layout. Results are the same. The blocks' weights take twice the memory. They are packed when first used,
+    layout. Results are the same. These weights take twice the memory. They are packed when first used,
     and again after a change by an optimizer, ``load_state_dict``, ``model.to(...)`` or any operation on the
     parameter. A model that was moved to another device or dtype holds the packed weights until it runs here
     again or ``prepack(vit, False)`` is called.

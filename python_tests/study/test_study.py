@@ -88,7 +88,7 @@ def test_page(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "study/smoke.svg").read_text().startswith("<?xml")
 
 
-def test_speed(tmp_path: Path) -> None:
+def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Once for arms whose networks differ in weights only, and trained by none."""
     plan = tmp_path / "two.yaml"
     arms = "  dense: {recipe: scratch}\n  evit: {recipe: warm-up, keep_rate: 0.5}\n"
@@ -104,6 +104,9 @@ def test_speed(tmp_path: Path) -> None:
     page = (tmp_path / "study.md").read_text()
     assert f"| untrained | 0 | not run | | | {evit:,.0f} | |" in page
     assert f"{speed['threads']} threads, batches of 250" in page
+    plan.write_text(plan.read_text().replace("depth: 4", "depth: 5"))
+    assert main(["--plan", str(plan), "page", "--output", str(tmp_path / "study.md")]) == 1
+    assert "speed.json was measured of other networks than the plan's" in capsys.readouterr().err
 
 
 def test_in_processes(folder: Path) -> None:
