@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from evit_ext import ops
 from evit_ext.cpu import forward as cpu_forward
 from evit_ext.cpu import patch_projection
+from evit_ext.ops import library
 
 Build = Callable[..., Any]
 
@@ -44,6 +45,8 @@ class Calls:
         def project(x: Tensor, by: cpu_forward.Operands) -> Tensor:
             return linear(x, *by, "none", [], "")
 
+        # What is counted is what runs on a processor without tiles.
+        monkeypatch.setattr(library, "TILED", frozenset())
         # The projection of the patches is no layer of a block.
         monkeypatch.setattr(patch_projection, "product", project)
         monkeypatch.setattr(ops, "attention_with_scores", count_attention)
