@@ -36,6 +36,7 @@ NAVIGATION: dict[str, list[str]] = {
     "Deploy": ["docs/export", "docs/cpp", "examples/cpp/README", "docs/visualize"],
     "How it works": ["docs/kernels", "docs/cuda-kernels"],
     "Figures": [
+        "docs/study",
         "docs/benchmarks",
         "benchmarks/results/end-to-end-cpu",
         "benchmarks/results/engines-cpu",

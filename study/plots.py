@@ -35,10 +35,11 @@ def draw_question(plan: Plan, results: Results, question: Question, path: Path) 
         losses = [result["losses"] for result in found if result["losses"]]
         if losses:
             curve = [statistics.fmean(values) for values in zip(*losses, strict=True)]
-            loss.plot(range(1, len(curve) + 1), curve, color=colour, label=name)
+            loss.plot(range(1, len(curve) + 1), curve, color=colour, marker=".", label=name)
     accuracy.set_xlabel("GMACs an image")
     accuracy.set_ylabel("top-1, %")
     loss.set_xlabel("epoch")
+    loss.xaxis.get_major_locator().set_params(integer=True)
     loss.set_ylabel("training loss, mean of the runs")
     for axes in (accuracy, loss):
         axes.grid(alpha=0.3)
