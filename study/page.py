@@ -63,7 +63,7 @@ def _page(plan: Plan, results: Results) -> Iterator[str]:
     yield ""
     yield "## Again"
     yield ""
-    yield "```bash"
+    yield "```sh"
     yield "make study ARGS='--minutes 60'   # runs what has no result yet"
     yield "make study-page                  # writes this page"
     yield "```"

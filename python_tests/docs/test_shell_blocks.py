@@ -25,7 +25,7 @@ NOT_RUN = {
     r"evit .*--format aoti": "AOTInductor compiles for a minute; python_tests/export does for a small model",
     r"evit eval .*--exported": "evaluates a file that another command writes; python_tests/cli does, too",
     r"torchrun ": "several processes or machines; python_tests/training runs two processes",
-    r"make (demo|bench|env|docs|wheels|real-weights)\b": "minutes, and an environment; its parts have tests",
+    r"make (demo|bench|env|docs|wheels|real-weights|study)\b": "minutes, and an environment; its parts have tests",
     r"make (test|lint|format|gpu-check)": "runs the tests, or what checks the sources beside them",
     r"(\S+/)?pip install": "installs; the environment that this runs in was made by it",
     r"\S+/pre-commit install": "would put a hook into the repository",
