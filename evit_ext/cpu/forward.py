@@ -4,7 +4,7 @@ Attention runs through :func:`evit_ext.ops.attention_with_scores`, in training a
 projection if nothing changes queries and keys in between, unless PyTorch's runs on tiles (AMX). Without
 gradients, linear layers run through oneDNN, which adds the bias and applies GELU in the product's last pass;
 ``F.linear`` would first copy the bias into the result, and GELU would be a separate pass. Patches are
-projected as if by a linear layer (:mod:`evit_ext.cpu.patch_projection`), and plain blocks of timm run as a
+projected as if by a linear layer (``evit_ext.cpu.patch_projection``), and plain blocks of timm run as a
 whole, which calls none of their modules (``evit_ext.patching.families.whole_block``).
 
 Results differ by rounding, so :func:`evit_ext.apply` switches this on only if a keep rate is below 1.
