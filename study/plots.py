@@ -36,6 +36,10 @@ def draw_question(plan: Plan, results: Results, question: Question, path: Path) 
         if losses:
             curve = [statistics.fmean(values) for values in zip(*losses, strict=True)]
             loss.plot(range(1, len(curve) + 1), curve, color=colour, marker=".", label=name)
+    everything = [result["top1"] for name in question.arms for result in results.of(name).values()]
+    if everything:  # intervals of two runs may reach far beyond
+        margin = 1 + 0.1 * (max(everything) - min(everything))
+        accuracy.set_ylim(min(everything) - margin, max(everything) + margin)
     accuracy.set_xlabel("GMACs an image")
     accuracy.set_ylabel("top-1, %")
     loss.set_xlabel("epoch")
