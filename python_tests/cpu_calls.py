@@ -65,6 +65,18 @@ def images(dtype: torch.dtype = torch.float32, batch: int = 3) -> Tensor:
     return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
+def watch_class(monkeypatch: pytest.MonkeyPatch, kind: Any, seen: list[str]) -> None:
+    """Replace the forward of a class by one that notes its name in `seen` and then does the same."""
+    original = kind.forward
+
+    def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+        seen.append(kind.__name__)
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    seen.clear()
+
+
 #: A block has an attention, four linear layers, one of them with a GELU; the model has four blocks.
 FAST = (4, 16, 4)
 

@@ -18,6 +18,7 @@ def draw_question(plan: Plan, results: Results, question: Question, path: Path) 
 
     matplotlib.use("agg")
     matplotlib.rcParams["svg.hashsalt"] = "study"  # the same results make the same file
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text, not the outlines of its letters
     from matplotlib import pyplot
 
     figure, (accuracy, loss) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")

@@ -45,7 +45,7 @@ def recall(module: nn.Module, name: str) -> Any:
     return None
 
 
-def remember(module: nn.Module, name: str, parts: list[nn.Module], value: Any) -> None:
+def keep(module: nn.Module, name: str, parts: list[nn.Module], value: Any) -> None:
     """Keep what was found out about a module; it depends on some of its parts, and on their places."""
     known = module.__dict__.get(KNOWN)
     if known is None or known.parts is not module._modules:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_calls import FAST, Build, Calls, images
+from cpu_calls import FAST, Build, Calls, images, watch_class
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
@@ -172,14 +172,7 @@ def test_another_forward_of_a_class(
     small_vit: Build, calls: Calls, monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
     vit = evit_ext.apply(small_vit(), 0.7, drop_loc=(2,))
-    original = kind.forward
-
-    def forward(self: Any, *arguments: Any, **named: Any) -> Any:
-        SEEN.append(kind.__name__)
-        return original(self, *arguments, **named)
-
-    monkeypatch.setattr(kind, "forward", forward)
-    SEEN.clear()
+    watch_class(monkeypatch, kind, SEEN)
     calls.during(vit, images())
     # In reorganising blocks too; and the head is a linear layer.
     assert len(SEEN) == {"Attention": 4, "Mlp": 4, "Linear": 17}[kind.__name__]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_calls import FAST, Build, Calls, images
+from cpu_calls import FAST, Build, Calls, images, watch_class
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block, DropPath, LayerScale
 from torch import nn
@@ -140,14 +140,7 @@ def test_a_block_that_is_watched_is_whole(vit: Any, calls: Calls) -> None:
 def test_another_forward_of_a_class(
     vit: Any, calls: Calls, monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
-    original = kind.forward
-
-    def forward(self: Any, *arguments: Any, **named: Any) -> Any:
-        SEEN.append(kind.__name__)
-        return original(self, *arguments, **named)
-
-    monkeypatch.setattr(kind, "forward", forward)
-    SEEN.clear()
+    watch_class(monkeypatch, kind, SEEN)
     if kind is Block:  # and a block that reorganises tokens says that it cannot
         evit_ext.set_keep_rate(vit, 0.7)
         with pytest.raises(RuntimeError, match=r"Block.forward was replaced by other code"):

@@ -1,7 +1,8 @@
 """timm's pre-norm ``Block`` on the CPU without gradients, as a whole.
 
 What is in it is checked once, and then seven operators run. The calls of its modules, and the checks that
-each of them makes for itself, took 6 % of the time at batch 1 (DeiT-S, bfloat16, two cores of AMD's Zen 4).
+each of them makes for itself, took a tenth of the time at batch 1 (DeiT-S, bfloat16, two cores of AMD's Zen
+4; docs/kernels.md).
 Sums are added where the products before them are written.
 
 Notation: B batch, N tokens, C channels.
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 
 from evit_ext import ops
 from evit_ext.cpu import forward as cpu_forward
-from evit_ext.cpu import known as known_of
 from evit_ext.cpu.forward import add_product, as_written, fits, product, weights
+from evit_ext.cpu.known import keep, recall
 from evit_ext.cpu.replacing import is_replaced
 from evit_ext.patching.attention import choose
 from evit_ext.patching.families.timm_attention import TIMM_ATTENTION
@@ -86,7 +87,7 @@ def attention_branch(block: Any, x: Tensor) -> AttentionBranch | None:
     """
     if not cpu_forward.runs_on(x) or not cpu_forward.multiplies(x) or cpu_forward.has_tiles(x):
         return None
-    known: AttentionBranch | None = known_of.recall(block, "attention")
+    known: AttentionBranch | None = recall(block, "attention")
     if known is not None and known.layers.dtype is x.dtype:
         return known
     attention = block.attn
@@ -104,7 +105,7 @@ def attention_branch(block: Any, x: Tensor) -> AttentionBranch | None:
     if layers is None:
         return None
     found = AttentionBranch(layers, attention.num_heads)
-    known_of.remember(block, "attention", [block.norm1, attention, block.ls1, block.drop_path1], found)
+    keep(block, "attention", [block.norm1, attention, block.ls1, block.drop_path1], found)
     return found
 
 
@@ -112,7 +113,7 @@ def mlp_branch(block: Any, x: Tensor) -> MlpBranch | None:
     """Return what the MLP branch of a ``Block`` computes with, as :func:`attention_branch` does."""
     if not cpu_forward.runs_on(x) or not cpu_forward.multiplies(x):
         return None
-    known: MlpBranch | None = known_of.recall(block, "mlp")
+    known: MlpBranch | None = recall(block, "mlp")
     if known is not None and known.layers.dtype is x.dtype:
         return known
     mlp = block.mlp
@@ -125,7 +126,7 @@ def mlp_branch(block: Any, x: Tensor) -> MlpBranch | None:
     if layers is None:
         return None
     found = MlpBranch(layers, approximate)
-    known_of.remember(block, "mlp", [block.norm2, mlp, block.ls2, block.drop_path2], found)
+    keep(block, "mlp", [block.norm2, mlp, block.ls2, block.drop_path2], found)
     return found
 
 
