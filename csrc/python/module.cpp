@@ -27,7 +27,7 @@ pybind11::dict build_info() {
   using namespace evit::cpu;
   std::vector<std::string> levels;
   for (const SimdLevel level :
-       {SimdLevel::baseline, SimdLevel::avx2, SimdLevel::avx512, SimdLevel::avx512_bf16})
+       {SimdLevel::baseline, SimdLevel::avx2, SimdLevel::avx512, SimdLevel::avx512_bf16, SimdLevel::amx_bf16})
     if (simd_level_available(level)) levels.emplace_back(simd_level_name(level));
   pybind11::dict info;
   info["version"] = EVIT_VERSION;

@@ -5,13 +5,16 @@
 
 #include "../evit/cpu/simd/row_kernels.h"
 #include "check.h"
+#include "tiles.h"
 
 int main(int argc, char** argv) {
   using namespace evit::tests;
   // Line by line also into a file: what is said before an abort, or before a kernel hangs, must be in it.
   std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);
-  const char* level = evit::cpu::simd_level_name(evit::cpu::simd_level());
   const char* wanted = std::getenv("EVIT_CPU_CAPABILITY");
+  if (wanted != nullptr && std::strcmp(wanted, "amx_bf16") == 0 && tiles_testable())
+    evit::cpu::set_simd_level(evit::cpu::SimdLevel::amx_bf16);
+  const char* level = evit::cpu::simd_level_name(evit::cpu::simd_level());
   std::printf("instruction level: %s\n", level);
   if (wanted != nullptr && std::strcmp(wanted, level) != 0) {
     std::printf("not run: this processor has no %s\n", wanted);

@@ -9,6 +9,7 @@
 
 #include "../evit/cpu/simd/row_kernels.h"
 #include "data.h"
+#include "tiles.h"
 
 namespace evit::tests {
 
@@ -97,8 +98,8 @@ class ScratchMemory {
 inline std::vector<cpu::SimdLevel> available_levels() {
   std::vector<cpu::SimdLevel> levels;
   for (const cpu::SimdLevel level : {cpu::SimdLevel::baseline, cpu::SimdLevel::avx2, cpu::SimdLevel::avx512,
-                                     cpu::SimdLevel::avx512_bf16}) {
-    if (cpu::simd_level_available(level))
+                                     cpu::SimdLevel::avx512_bf16, cpu::SimdLevel::amx_bf16}) {
+    if (level == cpu::SimdLevel::amx_bf16 ? tiles_testable() : cpu::simd_level_available(level))
       levels.push_back(level);
     else
       std::printf("not run: %s, which this processor has not\n", cpu::simd_level_name(level));

@@ -96,6 +96,7 @@ void kernels_agree(const std::vector<SimdLevel>& levels, bool biased) {
              out_stride, biased ? bias.data.get() : nullptr, biased ? grad_bias.data.get() : nullptr},
             tokens, channels, static_cast<A>(scale), scratch.get());
         CHECK(scratch.kept_to());
+        if (level == SimdLevel::amx_bf16) CHECK(tiles_released());
         for (int64_t n = 0; biased && n < tokens; ++n)
           CHECK_NEAR(to_double(grad_bias[n]), expected[3 * tokens * channels + n], near);
         for (int64_t n = 0; n < tokens; ++n)

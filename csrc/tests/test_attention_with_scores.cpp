@@ -47,12 +47,13 @@ void kernels_agree(SimdLevel level, bool biased) {
       const int64_t out_stride = channels + 2;
       Buffer<T> out((tokens - 1) * out_stride + channels);
       for (int64_t i = 0; i < out.size; ++i) out[i] = from_double<T>(7);
-      for (int64_t first = 0; first < tokens; first += cpu::attention_queries)
-        kernels.attend(q + first * qkv.stride_n, qkv.stride_n,
-                       std::min(cpu::attention_queries, tokens - first), tokens, channels,
-                       static_cast<accumulate_t<T>>(scale), biased ? bias.data.get() : nullptr, scratch.get(),
-                       &out[first * out_stride], out_stride, nullptr);
+      for (int64_t first = 0; first < tokens; first += kernels.queries)
+        kernels.attend(q + first * qkv.stride_n, qkv.stride_n, std::min(kernels.queries, tokens - first),
+                       tokens, channels, static_cast<accumulate_t<T>>(scale),
+                       biased ? bias.data.get() : nullptr, scratch.get(), &out[first * out_stride],
+                       out_stride, nullptr);
       CHECK(scratch.kept_to());
+      if (level == SimdLevel::amx_bf16) CHECK(tiles_released());
       for (int64_t m = 0; m < tokens; ++m) {
         const std::vector<double> expected = expected_row(qkv, 0, m, 0, tokens, channels, scale,
                                                           biased ? biases.of(0) : std::vector<double>{});

@@ -26,12 +26,13 @@ void probabilities_agree(SimdLevel level) {
       ScratchMemory scratch(kernels.scratch_bytes(tokens, channels));
       const T* q = qkv.data.data.get();
       kernels.pack(q + channels, nullptr, qkv.stride_n, tokens, channels, scratch.get());
-      const int64_t count = std::min(cpu::attention_queries, tokens);
+      const int64_t count = std::min(kernels.queries, tokens);
       Buffer<A> sums(cpu::padded(tokens));
       std::fill_n(sums.data.get(), sums.size, A{1});
       kernels.add_probabilities(q, qkv.stride_n, count, tokens, channels, static_cast<A>(scale),
                                 scratch.get(), sums.data.get());
       CHECK(scratch.kept_to());
+      if (level == SimdLevel::amx_bf16) CHECK(tiles_released());
       std::vector<double> expected(tokens, 1);
       for (int64_t m = 0; m < count; ++m) {
         const std::vector<double> p = probabilities(qkv, 0, m, 0, tokens, channels, scale);

@@ -26,28 +26,38 @@ CUDA_ATTENTION = False
 
 
 def _tiled() -> frozenset[torch.dtype]:
-    """Return the dtypes whose products PyTorch's attention computes on the processor's tiles (AMX)."""
+    """Return the dtypes whose products only PyTorch's attention computes on the processor's tiles (AMX)."""
     # Private, as the public torch.cpu.get_capabilities is younger than torch 2.10.
     supported = {
         torch.bfloat16: getattr(torch.cpu, "_is_amx_tile_supported", None),
         torch.float16: getattr(torch.cpu, "_is_amx_fp16_supported", None),
     }
-    return frozenset(dtype for dtype, asks in supported.items() if asks is not None and asks())
+    own = {torch.bfloat16} if build_info()["cpu_capability"] == "amx_bf16" else set()
+    return frozenset(dtype for dtype, asks in supported.items() if asks is not None and asks()) - own
 
 
 #: The dtypes in which PyTorch's attention and `class_attention` run instead of the CPU's kernel of
-#: `attention_with_scores`: it uses no tiles, and took 1.3 to 2.6 times as long in bfloat16 as PyTorch's does
-#: on them (Sapphire Rapids, torch 2.14). Set this to frozenset() to run the kernel.
+#: `attention_with_scores`: without tiles, it took 1.3 to 2.6 times as long in bfloat16 as PyTorch's does on
+#: them (Sapphire Rapids, torch 2.14), and with them (EVIT_CPU_CAPABILITY=amx_bf16) it was not measured. Set
+#: this to frozenset() to run the kernel.
 TILED = _tiled()
 
-_CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
-_wanted = os.environ.get("EVIT_CPU_CAPABILITY")
-if _wanted and _wanted not in _CAPABILITIES:
-    warnings.warn(
-        f"EVIT_CPU_CAPABILITY must be one of {', '.join(_CAPABILITIES)}, got {shown(_wanted)}: the operators "
-        f"use {build_info()['cpu_capability']}",
-        stacklevel=2,
-    )
+_CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+
+
+def _warn_of_capability(wanted: str | None) -> None:
+    """Say so if the operators do not use the instruction level that EVIT_CPU_CAPABILITY asks for."""
+    used = build_info()["cpu_capability"]
+    if wanted and wanted not in _CAPABILITIES:
+        fault = f"must be one of {', '.join(_CAPABILITIES)}, got {shown(wanted)}"
+    elif wanted and wanted != used:
+        fault = f"asks for {wanted}, which this processor does not have"
+    else:
+        return
+    warnings.warn(f"EVIT_CPU_CAPABILITY {fault}: the operators use {used}", stacklevel=2)
+
+
+_warn_of_capability(os.environ.get("EVIT_CPU_CAPABILITY"))
 
 
 #: Set while :func:`use_reference` is active.

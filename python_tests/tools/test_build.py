@@ -16,6 +16,7 @@ import torch
 
 import evit_ext
 from evit_ext import _C
+from evit_ext.ops import library
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,7 +67,8 @@ def test_cpu_capability_can_be_lowered(level: str) -> None:
 
 def test_unknown_cpu_capability_is_the_lowest_and_warned_about() -> None:
     assert capability("avx1024") == "baseline"
-    assert capability("") == _C.build_info()["cpu_capabilities"][-1]
+    unasked = [level for level in _C.build_info()["cpu_capabilities"] if level != "amx_bf16"]
+    assert capability("") == unasked[-1]
     run = subprocess.run(
         [sys.executable, "-c", "import evit_ext"],
         env={**os.environ, "EVIT_CPU_CAPABILITY": "AVX2"},
@@ -74,7 +76,16 @@ def test_unknown_cpu_capability_is_the_lowest_and_warned_about() -> None:
         text=True,
         check=True,
     )
-    assert "EVIT_CPU_CAPABILITY must be one of baseline, avx2, avx512, avx512_bf16, got 'AVX2'" in run.stderr
+    levels = "baseline, avx2, avx512, avx512_bf16, amx_bf16"
+    assert f"EVIT_CPU_CAPABILITY must be one of {levels}, got 'AVX2'" in run.stderr
+
+
+def test_a_level_that_the_processor_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "build_info", lambda: {"cpu_capability": "avx2"})
+    with pytest.warns(UserWarning, match="asks for amx_bf16, which this processor .* the operators use avx2"):
+        library._warn_of_capability("amx_bf16")
+    for fine in (None, "", "avx2"):
+        library._warn_of_capability(fine)
 
 
 def setup(command: str = "--version", **environment: str) -> subprocess.CompletedProcess[str]:

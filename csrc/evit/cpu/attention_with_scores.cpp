@@ -58,11 +58,11 @@ void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T
   // An item is a block of queries of one head, so that even a batch of one keeps several threads busy; or a
   // part of them, of which few have a sum of probabilities each. A thread gets neighbouring items, and packs
   // a head's keys and values once for all its items of that head.
-  const int64_t blocks = (tokens + attention_queries - 1) / attention_queries;
-  const int64_t parts = mean ? parts_of_head(tokens) : blocks, rows_of_head = mean ? parts : 1;
+  const int64_t block = kernels.queries, blocks = blocks_of_head(tokens, block);
+  const int64_t parts = mean ? parts_of_head(tokens, block) : blocks, rows_of_head = mean ? parts : 1;
   const std::unique_ptr<A[]> probabilities(new A[buffer_size(batch, heads, rows_of_head, row)]);
   executor.for_range(
-      batch * heads * parts, std::min(tokens, attention_queries) * (blocks / parts) * tokens * channels,
+      batch * heads * parts, std::min(tokens, block) * (blocks / parts) * tokens * channels,
       [&](int64_t begin, int64_t end) {
         const auto scratch = aligned_scratch(kernels.scratch_bytes(tokens, channels));
         const std::unique_ptr<A[]> query(new A[padded(channels)]);
@@ -85,10 +85,10 @@ void attention_with_scores(const AttentionWithScoresSizes& sizes, const Tokens<T
               for (int64_t n = 0; n < tokens; ++n) p[n] = p[n] * static_cast<A>(scale) + bias[n];
             rows.softmax(p, tokens, bias != nullptr ? A{1} : static_cast<A>(scale));
           }
-          const int64_t last = end_of_part(i % parts, parts, tokens);
-          for (int64_t first = end_of_part(i % parts - 1, parts, tokens); first < last;
-               first += attention_queries) {
-            const int64_t count = std::min(attention_queries, last - first);
+          const int64_t last = end_of_part(i % parts, parts, tokens, block);
+          for (int64_t first = end_of_part(i % parts - 1, parts, tokens, block); first < last;
+               first += block) {
+            const int64_t count = std::min(block, last - first);
             // Brings the next head's data into the second-level cache while this head is computed.
             if (head + 1 < batch * heads)
               for (int64_t part = 0; part < 3; ++part)

@@ -15,7 +15,7 @@ void mean_attention(const MeanAttentionSizes& sizes, const MeanAttentionInput<T>
   using A = accumulate_t<T>;
   const auto& kernels = attention_kernels<T>();
   const int64_t heads = sizes.heads, tokens = sizes.tokens, channels = sizes.channels, row = padded(tokens);
-  const int64_t parts = parts_of_head(sizes.queries);
+  const int64_t block = kernels.queries, parts = parts_of_head(sizes.queries, block);
   const std::unique_ptr<A[]> sums(new A[buffer_size(sizes.batch, heads, parts, row)]);
   // An item is a part of a head's queries; a thread packs a head's keys once for all its items of that head.
   executor.for_range(
@@ -28,11 +28,11 @@ void mean_attention(const MeanAttentionSizes& sizes, const MeanAttentionInput<T>
           if (head != packed)
             kernels.pack(input.keys(b, h), nullptr, input.k_stride_n, tokens, channels, scratch.get());
           packed = head;
-          const int64_t last = end_of_part(i % parts, parts, sizes.queries);
+          const int64_t last = end_of_part(i % parts, parts, sizes.queries, block);
           std::fill_n(&sums[i * row], row, A{0});
-          for (int64_t m = end_of_part(i % parts - 1, parts, sizes.queries); m < last; m += attention_queries)
+          for (int64_t m = end_of_part(i % parts - 1, parts, sizes.queries, block); m < last; m += block)
             kernels.add_probabilities(input.queries(b, h) + m * input.q_stride_m, input.q_stride_m,
-                                      std::min(attention_queries, last - m), tokens, channels,
+                                      std::min(block, last - m), tokens, channels,
                                       static_cast<A>(sizes.scale), scratch.get(), &sums[i * row]);
         }
       });

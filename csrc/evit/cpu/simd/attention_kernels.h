@@ -14,9 +14,6 @@
 
 namespace evit::cpu {
 
-// The largest number of queries that `attend` takes.
-constexpr int64_t attention_queries = 24;
-
 // One head, the gradients of its results, and the outputs for its own gradients. Without grad_out only the
 // probabilities have a gradient: v and grad_v are not used then.
 template <typename T>
@@ -40,6 +37,8 @@ template <typename T>
 struct AttentionKernels {
   using A = accumulate_t<T>;
 
+  // The largest number of queries that `attend` and `add_probabilities` take.
+  int64_t queries;
   // Bytes of scratch memory, aligned to 64, for a head of `tokens` keys of `channels`: linear in both.
   int64_t (*scratch_bytes)(int64_t tokens, int64_t channels);
   // Copies keys and values, whose rows are `stride` apart, into scratch in the order in which `attend` reads
@@ -71,14 +70,15 @@ const AttentionKernels<T>& attention_kernels() {
 }
 
 // Sums over queries are formed in parts of a head, which may run at once: as many as there are blocks, but
-// never more than this, so that memory is linear in N. Part i ends at a multiple of attention_queries.
+// never more than this, so that memory is linear in N. Part i ends at a multiple of `block`, the kernels'
+// number.
 constexpr int64_t most_parts = 4;
-constexpr int64_t parts_of_head(int64_t queries) {
-  return std::min(most_parts, (queries + attention_queries - 1) / attention_queries);
+constexpr int64_t blocks_of_head(int64_t queries, int64_t block) { return (queries + block - 1) / block; }
+constexpr int64_t parts_of_head(int64_t queries, int64_t block) {
+  return std::min(most_parts, blocks_of_head(queries, block));
 }
-constexpr int64_t end_of_part(int64_t i, int64_t parts, int64_t queries) {
-  const int64_t blocks = (queries + attention_queries - 1) / attention_queries;
-  return std::min(queries, (i + 1) * blocks / parts * attention_queries);
+constexpr int64_t end_of_part(int64_t i, int64_t parts, int64_t queries, int64_t block) {
+  return std::min(queries, (i + 1) * blocks_of_head(queries, block) / parts * block);
 }
 
 }  // namespace evit::cpu
