@@ -88,6 +88,10 @@ def _question(plan: Plan, results: Results, question: Question) -> Iterator[str]
     yield ""
     yield f"*Expected before the runs:* {question.hypothesis}"
     yield ""
+    for what, text in (("Answer", question.answer), ("The paper", question.paper)):
+        if text:
+            yield f"**{what}:** {question.filled(text, lambda comparison: _found(results, comparison))}"
+            yield ""
     for comparison in question.comparisons:
         yield f"- {_sentence(results, comparison)}"
     yield ""
@@ -101,22 +105,26 @@ def _question(plan: Plan, results: Results, question: Question) -> Iterator[str]
 
 
 def _sentence(results: Results, comparison: Comparison) -> str:
+    what, _ = _VALUES.get(comparison.value, (comparison.value, ""))
+    found = _found(results, comparison)
+    return f"**{comparison.arm}** against **{comparison.with_arm}**, {what}: {found}."
+
+
+def _found(results: Results, comparison: Comparison) -> str:
+    """Return a comparison's verdict and interval."""
     one, other = (
         {seed: result[comparison.value] for seed, result in results.of(name).items()}
         for name in (comparison.arm, comparison.with_arm)
     )
     found = difference(one, other)
-    what, unit = _VALUES.get(comparison.value, (comparison.value, ""))
     if found.runs == 0:
-        return f"**{comparison.arm}** against **{comparison.with_arm}**, {what}: not run yet."
+        return "not run yet"
+    _, unit = _VALUES.get(comparison.value, ("", ""))
     said = verdict(found, comparison.margin)
     interval = f"{found.mean:+.2f}"
     if found.runs > 1:
         interval += f" [{found.low:+.2f}, {found.high:+.2f}]"
-    return (
-        f"**{comparison.arm}** against **{comparison.with_arm}**, {what}: {said} "
-        f"({interval} {unit}, {found.runs} pair{'s' if found.runs > 1 else ''} of runs)."
-    )
+    return f"{said} ({interval} {unit}, {found.runs} pair{'s' if found.runs > 1 else ''} of runs)"
 
 
 def _row(results: Results, name: str, images_per_second: float | None) -> str:

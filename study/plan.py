@@ -6,7 +6,8 @@ images, so runs of different arms with the same seed are pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,13 +108,36 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is asked, what was expected before the runs, and the comparisons that answer it."""
+    """What is asked, what was expected before the runs, and the comparisons that answer it.
+
+    Attributes:
+        answer: one sentence or two, written after runs. What ``{arm - with_arm}`` in it stands for, one of the
+            comparisons' verdict and interval, the page takes from the results.
+        paper: what the paper says of it, and whether this agrees, in the same form.
+    """
 
     title: str
     ask: str
     hypothesis: str
     arms: tuple[str, ...]
     comparisons: tuple[Comparison, ...] = ()
+    answer: str = ""
+    paper: str = ""
+
+    def filled(self, text: str, found: Callable[[Comparison], str]) -> str:
+        """Return `text` with each ``{arm - with_arm}`` replaced by what `found` says of that comparison.
+
+        Raises:
+            ValueError: the question has no such comparison.
+        """
+        by_name = {f"{one.arm} - {one.with_arm}": one for one in self.comparisons}
+
+        def replaced(match: re.Match[str]) -> str:
+            if match[1] not in by_name:
+                raise ValueError(f"no comparison is {match[1]!r}; there are {', '.join(by_name)}")
+            return found(by_name[match[1]])
+
+        return re.sub(r"{([^{}]*)}", replaced, text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +262,10 @@ def _check(plan: Plan) -> None:
             named += [comparison.arm, comparison.with_arm]
         if missing := [name for name in named if name not in plan.arms]:
             raise ValueError(f"question {key}: there is no arm {missing[0]!r}")
+        try:
+            question.filled(question.answer + question.paper, lambda comparison: "")
+        except ValueError as error:
+            raise ValueError(f"question {key}: {error}") from error
 
 
 def _plain(value: Any) -> Any:

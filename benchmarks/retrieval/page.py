@@ -59,6 +59,40 @@ def text(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+OF_HEADS = """\
+The model is a ViT-S/14 of DINOv2's layout at 224 pixels, fine-tuned for saliency by others. Top-1 of the
+queries, in percent, by a linear head: learned by logistic regression from the full model's embeddings of the
+index; from those of the reduced model itself; or fine-tuned with all weights of the model (AdamW, bfloat16),
+the full model alike. Weights and pictures are those of the page on reduced tokens on real weights.
+
+Figures are means over the splits ± half of a 95 % interval: Student's t, widened for what the splits share.
+Behind them is the difference to the full model, paired by split; * marks one whose interval does not contain
+0. All splits are of the same pictures.
+"""
+
+
+def of_heads(results: dict[str, Any]) -> str:
+    """Return the page of fine_tuning.py."""
+    lines = ["# Fine-tuned on real weights, with a linear head", ""]
+    lines += [f"- {name}: {fact}" for name, fact in results["machine"].items()]
+    lines += [f"- weights: {results['wheel']}", *(f"- left out: {reason}" for reason in results["left out"])]
+    lines += ["", OF_HEADS]
+    for name, found in results["sets"].items():
+        columns = [column for column in found["rows"][0] if column != "keep rate"]
+        lines += [f"## {name}", ""]
+        sizes = f"Index {found['index']}, queries {found['queries']}, {found['splits']} splits"
+        lines.append(f"{sizes}, {found['epochs']} epochs.")
+        lines += ["", _row(["keep rate", *(cell for column in columns for cell in (column, "− full"))])]
+        lines.append(_row(["---"] * (1 + 2 * len(columns))))
+        for row in found["rows"]:
+            cells = [f"{row['keep rate']:g}" if row["keep rate"] < 1 else "full"]
+            for column in columns:
+                cells += [plus_minus(row[column]["mean"]), _difference(row[column]["difference"])]
+            lines.append(_row(cells))
+        lines.append("")
+    return "\n".join(lines)
+
+
 def neighbours(full: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     """Return the table of what neighbours find."""
     columns = ("same index", "full index", "agreement", "agreement, full index")
