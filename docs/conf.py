@@ -46,6 +46,7 @@ NAVIGATION: dict[str, list[str]] = {
         "benchmarks/results/training-scaling-cpu",
         "benchmarks/results/rules-cpu",
         "benchmarks/results/real-weights-cpu",
+        "benchmarks/results/fine-tuning-cpu",
         "benchmarks/results/attention-choice-cpu",
         "benchmarks/results/vision-towers-cpu",
         "benchmarks/results/seam-cpu",

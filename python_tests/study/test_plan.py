@@ -63,6 +63,12 @@ def test_settings_are_all_that_a_run_depends_on(tmp_path: Path) -> None:
         ("dense: {recipe: scratch", "dense: {start: tuned", "start from each other in a circle"),
         ("dense: {recipe: scratch, seeds", "dense: {seeds", "arm dense: nothing is trained"),
         ("epochs: 1", "epochs: 0", "recipes, scratch: epochs must be at least 1, got 0"),
+        (
+            "questions: {}",
+            "questions: {q: {title: t, ask: a, hypothesis: h, arms: [dense], comparisons: "
+            "[{arm: tuned, with_arm: dense}], answer: 'so {dense - tuned}'}}",
+            "question q: no comparison is 'dense - tuned'; there are tuned - dense",
+        ),
         ("questions: {}", "questions: []", "questions: expected names with values, got list"),
     ],
 )

@@ -85,6 +85,8 @@ def test_page(folder: Path, tmp_path: Path) -> None:
     text = (tmp_path / "study.md").read_text()
     assert "**11 of 18 runs**" in text and "| dense | 2 |" in text
     assert "**evit** against **dense**, top-1: not shown: fewer than two runs" in text
+    answer = "**Answer:** EViT against the dense network: not shown: fewer than two runs ("
+    assert answer in text and "\n**The paper:** Nothing of it.\n" in text
     assert (tmp_path / "study/smoke.svg").read_text().startswith("<?xml")
 
 
