@@ -111,8 +111,8 @@ class Question:
     """What is asked, what was expected before the runs, and the comparisons that answer it.
 
     Attributes:
-        answer: one sentence or two, written after runs. What ``{arm - with_arm}`` in it stands for, one of the
-            comparisons' verdict and interval, the page takes from the results.
+        answer: one sentence or two, written after runs. What ``{arm - with_arm}`` in it stands for, the
+            verdict and the interval of one of the comparisons, the page takes from the results.
         paper: what the paper says of it, and whether this agrees, in the same form.
     """
 
