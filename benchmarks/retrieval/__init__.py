@@ -1,1 +1,1 @@
-"""What real_weights.py consists of: downloads, weights, pictures, reductions, neighbours, drift, the page."""
+"""What real_weights.py and fine_tuning.py consist of: inputs, reductions, neighbours, heads, drift, pages."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,11 +14,12 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 import evit_ext
+from evit_ext.tokens import EViT
 
-from .measuring import BATCH, embed
+from .measuring import BATCH, embed, embed_reduced
 from .neighbours import over_splits, split
 from .pictures import Pictures
-from .reductions import KEEP_RATES
+from .reductions import KEEP_RATES, Reduction
 
 #: Of the fine-tuning: AdamW in bfloat16, a learning rate that rises for a tenth of the steps and falls to 0.
 EPOCHS, LR, WEIGHT_DECAY = 2, 2e-5, 0.05
@@ -67,7 +69,12 @@ def measure(full: nn.Module, pictures: Pictures, splits: int, epochs: int = EPOC
     and "fine-tuned" trains all weights and the full model's head for `epochs`, with the tokens reduced.
     """
     rates = (1.0, *KEEP_RATES)
-    before = {rate: _embeddings(full, rate, pictures.images) for rate in rates}
+    before = {
+        rate: embed_reduced(full, Reduction("EViT", EViT(rate), None, math.nan), pictures.images)[
+            0
+        ].embeddings
+        for rate in rates
+    }
     columns = ("head of the full model", "own head", "fine-tuned")
     found: dict[float, dict[str, list[float]]] = {rate: {name: [] for name in columns} for rate in rates}
     for seed in range(splits):
@@ -77,8 +84,7 @@ def measure(full: nn.Module, pictures: Pictures, splits: int, epochs: int = EPOC
         for rate in rates:
             own = fit_head(before[rate][index], labels)
             vit, head = copy.deepcopy(full), copy.deepcopy(first)
-            if rate < 1:
-                evit_ext.apply(vit, keep_rate=rate)
+            evit_ext.apply(vit, keep_rate=rate)
             fine_tune(vit, head, pictures.images[index], labels, seed, epochs)
             tuned = embed(vit, pictures.images[queries]).embeddings
             values = (
@@ -106,15 +112,6 @@ def measure(full: nn.Module, pictures: Pictures, splits: int, epochs: int = EPOC
             for rate in rates
         ],
     }
-
-
-def _embeddings(full: nn.Module, keep_rate: float, images: Tensor) -> Tensor:
-    if keep_rate < 1:
-        evit_ext.apply(full, keep_rate=keep_rate)
-    embeddings = embed(full, images).embeddings
-    if keep_rate < 1:
-        evit_ext.remove(full)
-    return embeddings
 
 
 def _compared(values: Sequence[float], full: Sequence[float], share: float) -> dict[str, Any]:

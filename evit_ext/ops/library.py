@@ -51,7 +51,7 @@ def _warn_of_capability(wanted: str | None) -> None:
     if wanted and wanted not in _CAPABILITIES:
         fault = f"must be one of {', '.join(_CAPABILITIES)}, got {shown(wanted)}"
     elif wanted and wanted != used:
-        fault = f"asks for {wanted}, which this processor does not have"
+        fault = f"asks for {wanted}, which this machine does not have"
     else:
         return
     warnings.warn(f"EVIT_CPU_CAPABILITY {fault}: the operators use {used}", stacklevel=2)

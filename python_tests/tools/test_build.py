@@ -82,7 +82,7 @@ def test_unknown_cpu_capability_is_the_lowest_and_warned_about() -> None:
 
 def test_a_level_that_the_processor_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "build_info", lambda: {"cpu_capability": "avx2"})
-    with pytest.warns(UserWarning, match="asks for amx_bf16, which this processor .* the operators use avx2"):
+    with pytest.warns(UserWarning, match="asks for amx_bf16, which this machine .* the operators use avx2"):
         library._warn_of_capability("amx_bf16")
     for fine in (None, "", "avx2"):
         library._warn_of_capability(fine)
