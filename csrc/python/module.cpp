@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "../evit/cpu/simd/row_kernels.h"
+#include "../evit/cpu/simd/simd_level.h"
 #include "snapshot.h"
 #ifdef USE_CUDA
 #include "../evit/self_test.h"

@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../evit/cpu/simd/row_kernels.h"
+#include "../evit/cpu/simd/simd_level.h"
 #include "check.h"
 #include "tiles.h"
 

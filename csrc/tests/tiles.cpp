@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../evit/cpu/simd/row_kernels.h"
+#include "../evit/cpu/simd/simd_level.h"
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <immintrin.h>

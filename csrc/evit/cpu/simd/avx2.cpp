@@ -17,9 +17,6 @@
 #pragma GCC target("avx2,fma")
 #endif
 
-// No vector crosses a function call here: every function that takes one is inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 #define EVIT_SIMD_NAMESPACE avx2
 #define EVIT_SIMD_BYTES 32
 #include "vectors.inc"

@@ -19,14 +19,6 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 #endif
 
-// No vector crosses a function call here: every function that takes one is inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-// GCC 12 warns about _mm512_undefined_ps in its own header.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
 #define EVIT_SIMD_NAMESPACE avx512_bf16
 #define EVIT_SIMD_BYTES 64
 #include "vectors.inc"

@@ -8,9 +8,6 @@
 #include "attention_kernels.h"
 #include "row_kernels.h"
 
-// No vector crosses a function call here: every function that takes one is inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 #define EVIT_SIMD_NAMESPACE baseline
 #define EVIT_SIMD_BYTES 16
 #include "vectors.inc"
