@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -96,7 +97,7 @@ def measure(full: nn.Module, pictures: Pictures, splits: int, epochs: int = EPOC
                 found[rate][name].append(value)
             print(
                 f"split {seed}, keep rate {rate:g}: {', '.join(f'{value:.1f}' for value in values)} %",
-                flush=True,
+                file=sys.stderr,
             )
     share = len(queries) / len(index)
     return {

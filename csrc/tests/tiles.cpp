@@ -94,7 +94,7 @@ float element(const uint8_t* row, int i) {
 
 // tdpbf16ps: the even products and the odd ones are summed apart, then both are added to the sum that was
 // there. A product of two bfloat16 is exact in float32, so that rounding after it and after the sum is that
-// of the fused one.
+// of the fused one, but where the product is subnormal: it is 0 here.
 void multiply_add(int sums, int left, int right) {
   if (sums == left || sums == right || left == right) give_up("the tiles of a product are not three");
   const int pairs = bytes_of_row(left) / 4, columns = bytes_of_row(sums) / 4;

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -84,8 +85,10 @@ def test_a_level_that_the_processor_lacks_is_said(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(library, "build_info", lambda: {"cpu_capability": "avx2"})
     with pytest.warns(UserWarning, match="asks for amx_bf16, which this machine .* the operators use avx2"):
         library._warn_of_capability("amx_bf16")
-    for fine in (None, "", "avx2"):
-        library._warn_of_capability(fine)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for fine in (None, "", "avx2"):
+            library._warn_of_capability(fine)
 
 
 def setup(command: str = "--version", **environment: str) -> subprocess.CompletedProcess[str]:

@@ -158,7 +158,8 @@ struct Blocks<TilePairs> {
   }
 };
 
-// Tiles are a thread's, and other code may have its own: they are released as they were found.
+// Tiles are a thread's. Those that other code had configured would be lost: none is taken to leave them so
+// between calls, as this does not either.
 template <>
 struct MatrixUnit<TilePairs> {
   MatrixUnit() {
