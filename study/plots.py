@@ -21,14 +21,13 @@ def draw_question(plan: Plan, results: Results, question: Question, path: Path) 
     matplotlib.rcParams["svg.fonttype"] = "none"  # text, not the outlines of its letters
     from matplotlib import pyplot
 
-    figure, (accuracy, loss) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (accuracy, loss) = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
     colours = pyplot.get_cmap("tab20")
-    for number, name in enumerate(question.arms):
-        found = list(results.of(name).values())
-        if not found:
-            continue
+    ran = {name: found for name in question.arms if (found := list(results.of(name).values()))}
+    places = _side_by_side({name: found[0]["gmacs"] for name, found in ran.items()})
+    for number, (name, found) in enumerate(ran.items()):
         colour = colours(number % colours.N)
-        macs, values = found[0]["gmacs"], [result["top1"] for result in found]
+        macs, values = places[name], [result["top1"] for result in found]
         accuracy.scatter([macs] * len(values), values, s=10, color=colour, alpha=0.5, linewidths=0)
         mean = estimate(values)
         half = 0.0 if math.isinf(mean.low) else mean.mean - mean.low
@@ -37,19 +36,31 @@ def draw_question(plan: Plan, results: Results, question: Question, path: Path) 
         if losses:
             curve = [statistics.fmean(values) for values in zip(*losses, strict=True)]
             loss.plot(range(1, len(curve) + 1), curve, color=colour, marker=".", label=name)
-    everything = [result["top1"] for name in question.arms for result in results.of(name).values()]
+    everything = [result["top1"] for found in ran.values() for result in found]
     if everything:  # intervals of two runs may reach far beyond
         margin = 1 + 0.1 * (max(everything) - min(everything))
         accuracy.set_ylim(min(everything) - margin, max(everything) + margin)
-    accuracy.set_xlabel("GMACs an image")
+    accuracy.set_xlabel("GMACs an image (arms that cost the same are drawn side by side)")
     accuracy.set_ylabel("top-1, %")
     loss.set_xlabel("epoch")
     loss.xaxis.get_major_locator().set_params(integer=True)
     loss.set_ylabel("training loss, mean of the runs")
     for axes in (accuracy, loss):
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+    if ran:  # below both, where it hides nothing
+        figure.legend(
+            *accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small"
+        )
     with replacing_path(path) as file:
         figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
+
+
+def _side_by_side(costs: dict[str, float]) -> dict[str, float]:
+    """Return where to draw each arm: at its cost, moved a little where others cost nearly as much."""
+    step = 0.012 * ((max(costs.values()) - min(costs.values())) or 1) if costs else 0.0
+    places: dict[str, float] = {}
+    for name, cost in sorted(costs.items(), key=lambda item: item[1]):
+        before = max(places.values(), default=-math.inf)
+        places[name] = max(cost, before + step)
+    return places
