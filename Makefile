@@ -18,7 +18,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 help:
 	@echo "make demo               train a DeiT and EViTs on real digits, compare them (about 10 minutes)"
-	@echo "make study              the paper's questions: runs that have no result yet (hours; ARGS=\"--minutes 60\")"
+	@echo "make study              the paper's questions: runs that have no result yet (hours; ARGS=\"--minutes 60\";"
+	@echo "                        DEVICE=cuda: with DeiT-S at 224 pixels, on a GPU)"
 	@echo "make test               the tests, C++ and Python (about 12 minutes on two cores)"
 	@echo "make test-quick         those of the operators and the method (about 2 minutes)"
 	@echo "make test-all           what takes longer, too: builds, compilers, processes, CUDA kernels on the CPU"
@@ -56,11 +57,15 @@ demo: $(BIN)/.installed-demo
 	$(BIN)/python -m evit_ext.demo --output runs/demo $(ARGS)
 
 # ARGS="--arms dense evit-0.7 --minutes 60", for example; `.venv/bin/python -m study run --help` lists them.
+# DEVICE=cuda trains DeiT-S at 224 pixels instead, on a GPU (study/deit-small.yaml, which nobody has run yet).
+STUDY = $(if $(filter cpu,$(DEVICE)),plan,deit-small)
+STUDY_RUN = $(if $(filter cpu,$(DEVICE)),--jobs $(WORKERS),--device $(DEVICE) --precision bfloat16 --workers $(WORKERS))
+STUDY_PAGE = docs/study$(if $(filter cpu,$(DEVICE)),,-$(STUDY)).md
 study: $(BIN)/.installed-study
-	$(BIN)/python -m study run --jobs $(WORKERS) $(ARGS)
+	$(BIN)/python -m study --plan study/$(STUDY).yaml run $(STUDY_RUN) $(ARGS)
 
 study-page: $(BIN)/.installed-study
-	$(BIN)/python -m study page
+	$(BIN)/python -m study --plan study/$(STUDY).yaml page --output $(STUDY_PAGE)
 
 # As many tests at a time as there are cores, each with one thread.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile

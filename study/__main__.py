@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="runs at a time, in a process with one thread each"
     )
+    run.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that draw images (default: %(default)s)"
+    )
     commands.add_parser("list", help="say what was run and what was not")
     speed = commands.add_parser("speed", help="measure how many images a second the networks take")
     speed.add_argument("--seconds", type=float, default=120, help="for all of them (default: %(default)g)")
@@ -92,7 +95,9 @@ def _run(plan: Plan, results: Results, options: argparse.Namespace) -> None:
         if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
             print(f"{options.minutes:g} minutes are over: run it again to go on")
             return
-        found = Experiment(plan, name, seed, options.weights, options.device, options.precision).run()
+        found = Experiment(
+            plan, name, seed, options.weights, options.device, options.precision, options.workers
+        ).run()
         print(f"{name}, seed {seed}: {found['top1']:.2f} % in {found['seconds']:.0f} s", flush=True)
         if result is None:
             results.put(found)
@@ -112,6 +117,7 @@ def _run_in_processes(plan: Plan, options: argparse.Namespace) -> int:
     seeds = sorted({seed for _, seed in _chosen(plan, options)})
     before = ["--plan", str(options.plan)]
     after = ["--weights", str(options.weights), "--device", options.device, "--precision", options.precision]
+    after += ["--workers", str(options.workers)]
     if options.results is not None:
         before += ["--results", str(options.results)]
     if options.arms is not None:

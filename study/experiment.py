@@ -52,15 +52,24 @@ class Experiment:
         weights: folder with the weights of runs, which others start from.
         device: where it trains.
         precision: as of ``evit train``.
+        workers: processes that draw the images; 0 draws them in this one.
     """
 
     def __init__(
-        self, plan: Plan, name: str, seed: int, weights: Path, device: str = "cpu", precision: str = "float32"
+        self,
+        plan: Plan,
+        name: str,
+        seed: int,
+        weights: Path,
+        device: str = "cpu",
+        precision: str = "float32",
+        workers: int = 0,
     ) -> None:
         self._plan, self._name, self._seed, self._weights = plan, name, seed, weights
         self._arm: Arm = plan.arms[name]
         self._device = torch.device(device)
         self._precision: Precision = choose_precision(self._device, precision)
+        self._workers = workers
         self._canvas_size = self._arm.canvas_size or plan.task.canvas_size
 
     def run(self) -> dict[str, Any]:
@@ -179,14 +188,14 @@ class Experiment:
         for epoch in range(recipe.epochs):
             data = self._data("train", easy=epoch < easy_epochs)
             data.set_epoch(epoch)
-            batches = data.batches(recipe.batch_size, shuffle=True, drop_last=True)
+            batches = data.batches(recipe.batch_size, shuffle=True, drop_last=True, workers=self._workers)
             losses.append(round(trainer.train_one_epoch(batches, progress=False).loss, 5))
         return losses
 
     def _test(self, model: nn.Module) -> dict[str, Any]:
         data, patch_size = self._data("test"), self._plan.task.patch_size
         with seeded(derive_seed(self._seed, _TEST), self._device):
-            found = evaluate(model, data.batches(_TEST_BATCH), self._precision)
+            found = evaluate(model, data.batches(_TEST_BATCH, workers=self._workers), self._precision)
         result: dict[str, Any] = {
             "top1": round(found.top1, 3),
             "loss": round(found.loss, 5),
@@ -195,7 +204,7 @@ class Experiment:
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
         if self._arm.reduces and self._arm.rule != "tome":  # which keeps a part of every patch
-            batches = data.batches(_TEST_BATCH)
+            batches = data.batches(_TEST_BATCH, workers=self._workers)
             kept, at_random = measure_survival(model, batches, patch_size, self._precision)
             result["object_patches_kept"] = [round(share, 4) for share in kept]
             result["object_patches_kept_at_random"] = [round(share, 4) for share in at_random]

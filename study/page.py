@@ -17,17 +17,17 @@ _VALUES = {"top1": ("top-1", "points"), "loss": ("test loss", "nats")}
 
 
 def write_page(plan: Plan, results: Results, path: Path) -> None:
-    """Write the page, and a plot for each question into the folder ``study`` beside it."""
-    pictures = path.parent / "study"
+    """Write the page, and a plot for each question into a folder of its name beside it."""
+    pictures = path.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
     for key, question in plan.questions.items():
         results.check_precision({*question.arms, *(c.arm for c in question.comparisons)})
         draw_question(plan, results, question, pictures / f"{key}.svg")
     with replacing(path) as file:
-        file.write("\n".join(_page(plan, results)) + "\n")
+        file.write("\n".join(_page(plan, results, pictures.name)) + "\n")
 
 
-def _page(plan: Plan, results: Results) -> Iterator[str]:
+def _page(plan: Plan, results: Results, pictures: str) -> Iterator[str]:
     task, network = plan.task, plan.network
     patches = (task.canvas_size // task.patch_size) ** 2
     runs = sum(len(results.of(name)) for name in plan.arms)
@@ -54,7 +54,7 @@ def _page(plan: Plan, results: Results) -> Iterator[str]:
         )
     for question in plan.questions.values():
         yield ""
-        yield from _question(plan, results, question)
+        yield from _question(plan, results, question, pictures)
     if plan.dropped:
         yield ""
         yield "## Tried and dropped"
@@ -64,8 +64,9 @@ def _page(plan: Plan, results: Results) -> Iterator[str]:
     yield "## Again"
     yield ""
     yield "```sh"
-    yield "make study ARGS='--minutes 60'   # runs what has no result yet"
-    yield "make study-page                  # writes this page"
+    device = "" if plan.name == "plan" else " DEVICE=cuda"
+    yield f"make study{device} ARGS='--minutes 60'   # runs what has no result yet"
+    yield f"make study-page{device}                  # writes this page"
     yield "```"
 
 
@@ -80,7 +81,7 @@ def _plan_file(plan: Plan) -> str:
     return f"{plan.name}.yaml"
 
 
-def _question(plan: Plan, results: Results, question: Question) -> Iterator[str]:
+def _question(plan: Plan, results: Results, question: Question, pictures: str) -> Iterator[str]:
     key = next(name for name, one in plan.questions.items() if one is question)
     yield f"## {question.title}"
     yield ""
@@ -95,7 +96,7 @@ def _question(plan: Plan, results: Results, question: Question) -> Iterator[str]
     for comparison in question.comparisons:
         yield f"- {_sentence(results, comparison)}"
     yield ""
-    yield f"![{question.title}](study/{key}.svg)"
+    yield f"![{question.title}]({pictures}/{key}.svg)"
     yield ""
     yield "| arm | runs | top-1 % | test loss | GMACs | images/s | the digit's patches kept, stage by stage |"
     yield "|---|---|---|---|---|---|---|"

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from evit_ext._util.messages import shown
 from evit_ext.data.digits import (
@@ -228,17 +228,25 @@ class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
         return CanvasBatch(normalize(canvas), labels, torch.from_numpy(masks))
 
     def batches(
-        self, batch_size: int, shuffle: bool = False, drop_last: bool = False
+        self, batch_size: int, shuffle: bool = False, drop_last: bool = False, workers: int = 0
     ) -> Iterator[CanvasBatch]:
-        """All items of this epoch, `batch_size` at a time; seed and epoch determine the shuffled order."""
+        """All items of this epoch, `batch_size` at a time; seed and epoch determine the shuffled order.
+
+        `workers` are processes that draw them in advance; the images are the same.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         order = np.arange(self.size)
         if shuffle:
             order = np.random.default_rng([self.seed % 2**63, self.epoch]).permutation(self.size)
         end = self.size - self.size % batch_size if drop_last else self.size
-        for start in range(0, end, batch_size):
-            yield self.render(order[start : start + batch_size])
+        parts: Any = [order[start : start + batch_size] for start in range(0, end, batch_size)]
+        if workers == 0:
+            return map(self.render, parts)
+        own = torch.Generator()  # or it would draw a number of the global one
+        return iter(
+            DataLoader(parts, batch_size=None, collate_fn=self.render, num_workers=workers, generator=own)
+        )
 
     def with_difficulty(self, difficulty: Difficulty) -> ClutteredDigits:
         """The same items at another difficulty, for a curriculum."""

@@ -157,6 +157,15 @@ def test_random_integers_are_uniform_and_independent() -> None:
     assert abs(np.corrcoef(draws[1:, 0], draws[:-1, 0])[0, 1]) < 0.03
 
 
+def test_workers_draw_the_same() -> None:
+    data = ClutteredDigits(size=50)
+    state = torch.get_rng_state()
+    drawn = list(data.batches(16, shuffle=True, workers=2))
+    assert torch.equal(torch.get_rng_state(), state)
+    for one, other in zip(drawn, data.batches(16, shuffle=True), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def test_batches_cover_an_epoch() -> None:
     data = ClutteredDigits("test", 32, size=50, epoch=2)
     plain = torch.cat([batch.images for batch in data.batches(16)])

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from evit_ext.cost.macs import count_macs
 from study.__main__ import HERE
+from study.experiment import Experiment
 from study.plan import read_plan
 
 PLAN = """
@@ -26,10 +28,21 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["plan.yaml", "smoke.yaml"])
+@pytest.mark.parametrize("name", ["plan.yaml", "smoke.yaml", "deit-small.yaml"])
 def test_plans_that_come_with_it(name: str) -> None:
     plan = read_plan(HERE / name)
     assert list(plan.runs())
+
+
+def test_the_plan_for_a_gpu_is_of_deit_small() -> None:
+    """At equal cost the larger canvas costs what the dense network costs, within a twentieth."""
+    plan = read_plan(HERE / "deit-small.yaml")
+    macs = {
+        name: count_macs(Experiment(plan, name, 0, Path()).build(trained=False)) / 1e9
+        for name in ("dense", "evit-0.7", "larger-288")
+    }
+    assert macs["dense"] == pytest.approx(4.6, abs=0.01) and macs["evit-0.7"] == pytest.approx(3.03, abs=0.01)
+    assert macs["larger-288"] == pytest.approx(macs["dense"], rel=0.05)
 
 
 def test_what_a_run_starts_from_comes_before_it(tmp_path: Path) -> None:

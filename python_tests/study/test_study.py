@@ -88,6 +88,10 @@ def test_page(folder: Path, tmp_path: Path) -> None:
     answer = "**Answer:** EViT against the dense network: not shown: fewer than two runs ("
     assert answer in text and "\n**The paper:** Nothing of it.\n" in text
     assert (tmp_path / "study/smoke.svg").read_text().startswith("<?xml")
+    # A page of another name has its plots beside those.
+    assert main([*where, "page", "--output", str(tmp_path / "other.md")]) == 0
+    assert "(other/smoke.svg)" in (tmp_path / "other.md").read_text()
+    assert (tmp_path / "other/smoke.svg").read_bytes() == (tmp_path / "study/smoke.svg").read_bytes()
 
 
 def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +116,7 @@ def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_in_processes(folder: Path) -> None:
-    assert run(folder, "--jobs", "2", "--arms", "evit") == 0
+    assert run(folder, "--jobs", "2", "--arms", "evit", "--workers", "1") == 0
     result = json.loads((folder / "results/evit.1.json").read_text())
     assert result["seed"] == 1
 
