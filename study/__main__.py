@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--jobs", type=int, default=1, metavar="N", help="runs at a time, in a process with one thread each"
     )
     run.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes that draw images (default: %(default)s)"
+        "--workers", type=int, default=0, metavar="N", help="processes that draw images (default: 0)"
     )
     commands.add_parser("list", help="say what was run and what was not")
     speed = commands.add_parser("speed", help="measure how many images a second the networks take")

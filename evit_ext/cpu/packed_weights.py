@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -71,7 +72,13 @@ def _count_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
 
 def weight_of(layer: nn.Module, weight: Tensor) -> Tensor:
     """Return a layer's `weight`, packed if that is kept; only for use in oneDNN's product."""
-    # A tensor made in inference mode has no version to notice changes by.
-    if not _PACKED or (packed := _PACKED.get(layer)) is None or _reorder is None or weight.is_inference():
+    if not _PACKED or (packed := _PACKED.get(layer)) is None or _reorder is None:
+        return weight
+    if weight.is_inference():  # it has no version to notice changes by
+        warnings.warn(
+            "evit_ext.prepack has no effect on weights that were made in torch.inference_mode(), as PyTorch "
+            "does not count their changes: build and convert the model outside of it",
+            stacklevel=2,
+        )
         return weight
     return packed.of(weight)

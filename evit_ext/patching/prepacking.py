@@ -25,8 +25,9 @@ def prepack(vit: Model, enabled: bool = True) -> Model:
     again or ``prepack(vit, False)`` is called.
 
     It has no effect where layers do not run through oneDNN: with gradients, under ``torch.compile``, at keep
-    rate 1, in float16 and on other devices. A copy of the model, or a model loaded from a file, must be
-    prepacked again.
+    rate 1, in float16 and on other devices; nor, with a warning, on weights that were made (or converted) in
+    ``torch.inference_mode()``, whose changes PyTorch does not count. A copy of the model, or a model loaded
+    from a file, must be prepacked again.
 
     Warning:
         **Changes through ``parameter.data`` go unnoticed**, because PyTorch does not count them. So do
