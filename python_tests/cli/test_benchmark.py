@@ -29,6 +29,14 @@ def test_table_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "EViT 0.7" in stem.with_suffix(".md").read_text()
 
 
+def test_progress_can_be_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["benchmark", "deit_tiny", "--img-size", "32", "--precision", "float32", "--keep-rate", "0.7"]
+    assert main([*arguments, *SHORT]) == 0
+    shown = capsys.readouterr().out
+    assert main([*arguments, *SHORT, "--no-progress"]) == 0
+    assert "benchmark: 1/1" in shown and "benchmark: 1/1" not in capsys.readouterr().out
+
+
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["benchmark", "dynamicvit_tiny", "--img-size", "32", *OPTIONS, "--keep-rate", "0.6", "--json"]
     assert main(arguments) == 0

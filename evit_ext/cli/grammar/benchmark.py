@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from evit_ext._util.choices import ENGINES, MODES, TASKS
-from evit_ext.cli.options import add_device, add_output, engine, keep_rate
+from evit_ext.cli.options import add_device, add_output, add_progress, engine, keep_rate
 from evit_ext.training.config import PRECISIONS
 
 #: Calls at batch 1, where latency matters: the fewest that have a 99th percentile.
@@ -97,5 +97,6 @@ def add_parser(commands: Any) -> None:
         help="at least, of each model at batch 1 in inference (default: 100, for the 99th percentile)",
     )
     add_output(parser, "STEM", "write STEM.json and STEM.md, too")
+    add_progress(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run="evit_ext.cli.benchmark")
