@@ -5,6 +5,7 @@
 # uses another environment, with another torch and interpreter; both are chosen when it is first made.
 
 VENV ?= .venv
+DEVICE ?= cpu
 PYTHON ?= python3
 TORCH ?= torch>=2.10
 BIN = $(VENV)/bin
@@ -19,7 +20,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help:
 	@echo "make demo               train a DeiT and EViTs on real digits, compare them (about 10 minutes)"
 	@echo "make study              the paper's questions: runs that have no result yet (hours; ARGS=\"--minutes 60\";"
-	@echo "                        DEVICE=cuda: with DeiT-S at 224 pixels, on a GPU)"
+	@echo "                        DEVICE=cuda: with DeiT-S at 224 pixels, on a GPU, not run yet)"
+	@echo "make study-page         write docs/study.md from the results"
 	@echo "make test               the tests, C++ and Python (about 12 minutes on two cores)"
 	@echo "make test-quick         those of the operators and the method (about 2 minutes)"
 	@echo "make test-all           what takes longer, too: builds, compilers, processes, CUDA kernels on the CPU"
@@ -57,15 +59,19 @@ demo: $(BIN)/.installed-demo
 	$(BIN)/python -m evit_ext.demo --output runs/demo $(ARGS)
 
 # ARGS="--arms dense evit-0.7 --minutes 60", for example; `.venv/bin/python -m study run --help` lists them.
-# DEVICE=cuda trains DeiT-S at 224 pixels instead, on a GPU (study/deit-small.yaml, which nobody has run yet).
-STUDY = $(if $(filter cpu,$(DEVICE)),plan,deit-small)
-STUDY_RUN = $(if $(filter cpu,$(DEVICE)),--jobs $(WORKERS),--device $(DEVICE) --precision bfloat16 --workers $(WORKERS))
-STUDY_PAGE = docs/study$(if $(filter cpu,$(DEVICE)),,-$(STUDY)).md
+# DEVICE=cuda trains DeiT-S at 224 pixels instead, one run at a time, on a GPU.
+ifeq ($(DEVICE),cpu)
+STUDY = plan
+STUDY_RUN = --jobs $(WORKERS)
+else
+STUDY = deit-small
+STUDY_RUN = --device $(DEVICE) --precision bfloat16 --workers $(WORKERS)
+endif
 study: $(BIN)/.installed-study
 	$(BIN)/python -m study --plan study/$(STUDY).yaml run $(STUDY_RUN) $(ARGS)
 
 study-page: $(BIN)/.installed-study
-	$(BIN)/python -m study --plan study/$(STUDY).yaml page --output $(STUDY_PAGE)
+	$(BIN)/python -m study --plan study/$(STUDY).yaml page
 
 # As many tests at a time as there are cores, each with one thread.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
@@ -126,7 +132,6 @@ gpu-check:
 
 # DEVICE=cuda on a machine with a GPU and network (else gpu-check); ARGS="--quick", "--model tiny" or "--seconds 5", for example: what both know.
 # RESULTS is the folder of the results, those of the repository by default.
-DEVICE ?= cpu
 RESULTS ?= benchmarks/results
 bench: $(BIN)/.installed-bench
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/end_to_end.py --device $(DEVICE) --output $(RESULTS)/end-to-end-$(DEVICE) $(ARGS)

@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from study.experiment import Experiment, weights_file
-from study.page import write_page
+from study.experiment import Experiment, has_weights
+from study.page import page_name, write_page
 from study.plan import Plan, read_plan
 from study.results import Results
 from study.speed import measure_speed
@@ -29,21 +29,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("--arms", nargs="+", metavar="ARM", help="only these, and what they start from")
     run.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these")
     run.add_argument("--minutes", type=float, help="begin no further run after this time")
-    run.add_argument("--weights", type=Path, default=Path("runs/study"), help="folder (default: %(default)s)")
+    run.add_argument("--weights", type=Path, help="folder (default: runs/study/PLAN)")
     run.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     run.add_argument("--precision", default="float32", help="as of evit train (default: %(default)s)")
     run.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="runs at a time, in a process with one thread each"
     )
     run.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes that draw images (default: 0)"
+        "--workers", type=int, default=0, metavar="N", help="of each job, to draw images (default: 0)"
     )
     commands.add_parser("list", help="say what was run and what was not")
     speed = commands.add_parser("speed", help="measure how many images a second the networks take")
     speed.add_argument("--seconds", type=float, default=120, help="for all of them (default: %(default)g)")
     speed.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    speed.add_argument("--precision", default="float32", help="as of evit train (default: %(default)s)")
     page = commands.add_parser("page", help="write the page with the answers, and its plots")
-    page.add_argument("--output", type=Path, default=Path("docs/study.md"), help="(default: %(default)s)")
+    page.add_argument(
+        "--output", type=Path, help="(default: docs/study.md, of other plans docs/study-PLAN.md)"
+    )
     options = parser.parse_args(arguments)
     try:
         plan = read_plan(options.plan)
@@ -51,12 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "list":
             _list(plan, results)
         elif options.command == "speed":
-            measure_speed(plan, results.speed, options.seconds, options.device)
+            measure_speed(plan, results.speed, options.seconds, options.device, options.precision)
         elif options.command == "page":
-            write_page(plan, results, options.output)
-        elif options.jobs > 1:
-            return _run_in_processes(plan, options)
+            write_page(plan, results, options.output or Path("docs") / f"{page_name(plan)}.md")
         else:
+            options.weights = options.weights or Path("runs/study") / plan.name
+            if options.workers < 0:
+                raise ValueError(f"--workers must be at least 0, got {options.workers}")
+            if options.jobs > 1:
+                return _run_in_processes(plan, options)
             _run(plan, results, options)
     except (OSError, ValueError) as error:
         print(f"study: {error}", file=sys.stderr)
@@ -89,8 +95,8 @@ def _run(plan: Plan, results: Results, options: argparse.Namespace) -> None:
     start = time.monotonic()
     for name, seed in _chosen(plan, options):
         result = results.get(name, seed)
-        weights = weights_file(options.weights, name, seed)
-        if result is not None and (weights.exists() or not _is_started_from(plan, name)):
+        there = has_weights(options.weights, plan, name, seed)
+        if result is not None and (there or not _is_started_from(plan, name)):
             continue
         if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
             print(f"{options.minutes:g} minutes are over: run it again to go on")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -35,6 +37,7 @@ from evit_ext.training import (
     choose_precision,
     evaluate,
 )
+from evit_ext.training.shared_memory import check_shared_memory
 from study.plan import Arm, Plan
 
 _TEST_BATCH = 250
@@ -135,8 +138,11 @@ class Experiment:
 
     def _trained(self, name: str) -> dict[str, torch.Tensor]:
         path = weights_file(self._weights, name, self._seed)
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: run {name} with seed {self._seed} first")
+        if not has_weights(self._weights, self._plan, name, self._seed):
+            raise FileNotFoundError(
+                f"{path} is missing, or is of a run with other settings than the plan's: run {name} with "
+                f"seed {self._seed} first"
+            )
         return load_file(path)
 
     def _data(self, split: str, easy: bool = False) -> ClutteredDigits:
@@ -184,6 +190,7 @@ class Experiment:
             self._objective(model),
             seed=derive_seed(self._seed, _STEPS),
         )
+        self._check_shared_memory(recipe.batch_size)
         losses = []
         for epoch in range(recipe.epochs):
             data = self._data("train", easy=epoch < easy_epochs)
@@ -194,6 +201,7 @@ class Experiment:
 
     def _test(self, model: nn.Module) -> dict[str, Any]:
         data, patch_size = self._data("test"), self._plan.task.patch_size
+        self._check_shared_memory(_TEST_BATCH)
         with seeded(derive_seed(self._seed, _TEST), self._device):
             found = evaluate(model, data.batches(_TEST_BATCH, workers=self._workers), self._precision)
         result: dict[str, Any] = {
@@ -210,17 +218,35 @@ class Experiment:
             result["object_patches_kept_at_random"] = [round(share, 4) for share in at_random]
         return result
 
+    def _check_shared_memory(self, batch_size: int) -> None:
+        """Raise ValueError where the workers' batches would not fit: images of float32, and masks."""
+        batch_bytes = batch_size * self._canvas_size**2 * (3 * 4 + 1)
+        check_shared_memory(self._workers, batch_bytes, "use fewer --workers")
+
     def _save(self, model: nn.Module) -> None:
         path = weights_file(self._weights, self._name, self._seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
         with replacing(path, "wb") as file:
-            file.write(to_bytes(tensors, {"arm": self._name, "seed": str(self._seed)}))
+            file.write(to_bytes(tensors, {"settings": _settings_of(self._plan, self._name)}))
 
 
 def weights_file(folder: Path, name: str, seed: int) -> Path:
     """Return where the weights of a run are."""
     return folder / f"{name}.{seed}.safetensors"
+
+
+def has_weights(folder: Path, plan: Plan, name: str, seed: int) -> bool:
+    """Return whether the weights of a run are there, and of a run with the plan's settings."""
+    path = weights_file(folder, name, seed)
+    if not path.exists():
+        return False
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("settings") == _settings_of(plan, name)
+
+
+def _settings_of(plan: Plan, name: str) -> str:
+    return json.dumps(plan.settings(name), sort_keys=True)
 
 
 def processor_name(device: torch.device) -> str:

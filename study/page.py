@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from evit_ext._util.files import replacing
 from study.plan import Comparison, Plan, Question
@@ -41,20 +42,22 @@ def _page(plan: Plan, results: Results, pictures: str) -> Iterator[str]:
         f"{task.canvas_size} pixels, {patches} patches, and tested on {task.test_images:,} canvases that no "
         f"run trains on, the same for all.{_easy(task.easy_epochs)} Runs of two arms with the same seed "
         "begin with the same weights and see the same images, so differences are taken seed by seed. "
-        "Intervals are those of Student's t "
-        f"over the seeds, at {CONFIDENCE:.0%}: they say how much another seed may change, not how much other "
-        "images may. Hypotheses and margins were written into the plan before the runs."
+        f"Intervals are those of Student's t over the seeds, at {CONFIDENCE * 100:.0f} %: they say how much "
+        "another seed may change, not how much other images may. Hypotheses and margins were written into the "
+        "plan before the runs."
     )
     speed = read_speed(plan, results.speed)
     if speed:
         yield ""
         yield (
-            f"Images a second are of inference on {speed['processor']}, {speed['threads']} threads, batches "
-            f"of {speed['batch']}, in float32, the networks of a canvas size in turns."
+            f"Images a second are of inference on {speed['processor']}, {_threads(speed)}batches of "
+            f"{speed['batch']}, in {speed['precision']}, the networks of a canvas size in turns. On a CPU "
+            "they are not due to fewer patches alone: blocks of an EViT run in a way of their own there "
+            "([how](kernels.md#the-blocks-around-it)), those of the dense network in timm's."
         )
     for question in plan.questions.values():
         yield ""
-        yield from _question(plan, results, question, pictures)
+        yield from _question(plan, results, question, pictures, speed.get("images_per_second", {}))
     if plan.dropped:
         yield ""
         yield "## Tried and dropped"
@@ -64,10 +67,24 @@ def _page(plan: Plan, results: Results, pictures: str) -> Iterator[str]:
     yield "## Again"
     yield ""
     yield "```sh"
-    device = "" if plan.name == "plan" else " DEVICE=cuda"
-    yield f"make study{device} ARGS='--minutes 60'   # runs what has no result yet"
-    yield f"make study-page{device}                  # writes this page"
+    command = f"python -m study --plan study/{_plan_file(plan)}"
+    if plan.name == "plan":
+        yield "make study ARGS='--minutes 60'   # runs what has no result yet"
+        yield "make study-page                  # writes this page"
+    else:
+        yield f"{command} run --minutes 60   # runs what has no result yet"
+        yield f"{command} page               # writes this page"
+    yield f"{command} speed              # measures images a second"
     yield "```"
+
+
+def page_name(plan: Plan) -> str:
+    """Return what the page of a plan is called."""
+    return "study" if plan.name == "plan" else f"study-{plan.name}"
+
+
+def _threads(speed: dict[str, Any]) -> str:
+    return "" if speed["threads"] is None else f"{speed['threads']} threads, "
 
 
 def _easy(epochs: int) -> str:
@@ -81,7 +98,9 @@ def _plan_file(plan: Plan) -> str:
     return f"{plan.name}.yaml"
 
 
-def _question(plan: Plan, results: Results, question: Question, pictures: str) -> Iterator[str]:
+def _question(
+    plan: Plan, results: Results, question: Question, pictures: str, speed: dict[str, float]
+) -> Iterator[str]:
     key = next(name for name, one in plan.questions.items() if one is question)
     yield f"## {question.title}"
     yield ""
@@ -100,7 +119,6 @@ def _question(plan: Plan, results: Results, question: Question, pictures: str) -
     yield ""
     yield "| arm | runs | top-1 % | test loss | GMACs | images/s | the digit's patches kept, stage by stage |"
     yield "|---|---|---|---|---|---|---|"
-    speed = read_speed(plan, results.speed).get("images_per_second", {})
     for name in question.arms:
         yield _row(results, name, speed.get(network_of(plan.arms[name])))
 

@@ -11,6 +11,7 @@ import torch
 
 from evit_ext._util.files import replacing
 from evit_ext.benchmark import Contestant, measure
+from evit_ext.training import choose_precision
 from study.experiment import Experiment, processor_name
 from study.plan import Arm, Plan
 
@@ -18,11 +19,14 @@ from study.plan import Arm, Plan
 _BATCH = 250
 
 
-def measure_speed(plan: Plan, path: Path, seconds: float, device: str = "cpu") -> None:
+def measure_speed(
+    plan: Plan, path: Path, seconds: float, device: str = "cpu", precision: str = "float32"
+) -> None:
     """Measure the networks of all arms, in turns, and write images a second into a JSON file.
 
     Arms whose networks differ in weights only are measured once. On the CPU each runs in its own process.
     """
+    chosen = choose_precision(torch.device(device), precision)
     networks: dict[str, str] = {}
     for name, arm in plan.arms.items():
         networks.setdefault(network_of(arm), name)
@@ -36,11 +40,12 @@ def measure_speed(plan: Plan, path: Path, seconds: float, device: str = "cpu") -
     for size, models in by_size.items():
         images = torch.randn(_BATCH, 3, size, size, device=device)
         share = seconds * len(models) / len(networks)
-        rows = measure(models, images, seconds=share)
+        rows = measure(models, images, precision=chosen, seconds=share)
         found |= {network_of(plan.arms[row.model]): round(row.images_per_second, 1) for row in rows}
     written: dict[str, Any] = {
         "processor": processor_name(torch.device(device)),
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+        "precision": precision,
         "settings": _settings(plan),
         "batch": _BATCH,
         "images_per_second": found,

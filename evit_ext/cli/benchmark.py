@@ -48,7 +48,8 @@ def run(options: argparse.Namespace) -> None:
     missing: dict[tuple[str, str], str] = {}
     with contextlib.ExitStack() as stack:
         files = stack.enter_context(_files(models, options, missing)) if options.engine else {}
-        progress = stack.enter_context(Progress("benchmark", len(groups), options.progress and not options.json))
+        shown = options.progress and not options.json
+        progress = stack.enter_context(Progress("benchmark", len(groups), shown))
         for task, precision, batch in groups:
             images = torch.randn(batch, 3, *embed.img_size, device=device)
             least = max(5, options.latency_calls) if (task, batch) == ("inference", 1) else 5

@@ -24,6 +24,17 @@ class _Packed:
         self._last: tuple[tuple[object, ...], Tensor, Tensor] | None = None
         #: Number of optimizer steps that may have changed the weight.
         self.steps = 0
+        self._warned = False
+
+    def warn(self) -> None:
+        """Say, once, that the weight cannot be packed."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "evit_ext.prepack has no effect on weights that were made in torch.inference_mode(), as "
+                "PyTorch does not count their changes: build and convert the model outside of it",
+                stacklevel=3,
+            )
 
     def of(self, weight: Tensor) -> Tensor:
         """Return `weight` in oneDNN's layout, converting it again if it has changed."""
@@ -75,10 +86,6 @@ def weight_of(layer: nn.Module, weight: Tensor) -> Tensor:
     if not _PACKED or (packed := _PACKED.get(layer)) is None or _reorder is None:
         return weight
     if weight.is_inference():  # it has no version to notice changes by
-        warnings.warn(
-            "evit_ext.prepack has no effect on weights that were made in torch.inference_mode(), as PyTorch "
-            "does not count their changes: build and convert the model outside of it",
-            stacklevel=2,
-        )
+        packed.warn()
         return weight
     return packed.of(weight)

@@ -240,13 +240,15 @@ class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
         if shuffle:
             order = np.random.default_rng([self.seed % 2**63, self.epoch]).permutation(self.size)
         end = self.size - self.size % batch_size if drop_last else self.size
-        parts: Any = [order[start : start + batch_size] for start in range(0, end, batch_size)]
+        parts = [order[start : start + batch_size] for start in range(0, end, batch_size)]
         if workers == 0:
             return map(self.render, parts)
         own = torch.Generator()  # or it would draw a number of the global one
-        return iter(
-            DataLoader(parts, batch_size=None, collate_fn=self.render, num_workers=workers, generator=own)
+        listed: Any = parts  # a list is data set enough
+        loader = DataLoader(
+            listed, batch_size=None, collate_fn=self.render, num_workers=workers, generator=own
         )
+        return iter(loader)
 
     def with_difficulty(self, difficulty: Difficulty) -> ClutteredDigits:
         """The same items at another difficulty, for a curriculum."""

@@ -20,8 +20,12 @@ def shared_memory_free() -> int | None:
     return shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None
 
 
-def check_shared_memory(workers: int, batch_bytes: int) -> None:
-    """Raise ValueError unless the batches of all workers fit into /dev/shm.
+def check_shared_memory(
+    workers: int,
+    batch_bytes: int,
+    way_out: str = "use --workers 0, or a smaller --micro-batch or --batch-size",
+) -> None:
+    """Raise ValueError unless the batches of all workers fit into /dev/shm; its message has the `way_out`.
 
     A worker that finds it full cannot tell the training, which would then wait for its batch without end.
     """
@@ -29,6 +33,6 @@ def check_shared_memory(workers: int, batch_bytes: int) -> None:
     if free is not None and needed > free:
         raise ValueError(
             f"/dev/shm has {free / 2**20:.0f} MiB free, and {workers} workers hand over up to "
-            f"{needed / 2**20:.0f} MiB of images through it: use --workers 0, or a smaller --micro-batch or "
-            "--batch-size, or make it larger (docker run --shm-size 2g)"
+            f"{needed / 2**20:.0f} MiB of images through it: {way_out}, or make it larger (docker run "
+            "--shm-size 2g)"
         )

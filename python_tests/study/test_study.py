@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from evit_ext.training import shared_memory
 from study.__main__ import HERE, main
+from study.experiment import Experiment
 from study.plan import read_plan
 from study.results import Results
 from study.speed import network_of
@@ -58,6 +61,26 @@ def test_weights_that_are_gone_are_made_again(folder: Path, capsys: pytest.Captu
     assert weights.read_bytes() == before and result.read_bytes() == said
 
 
+def test_weights_of_other_settings_are_not_started_from(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two plans may have arms of one name."""
+    plan = tmp_path / "other.yaml"
+    plan.write_text(SMOKE.read_text().replace("lr: 1.0e-2", "lr: 2.0e-2"))
+    weights = tmp_path / "weights"
+    shutil.copytree(folder / "weights", weights)
+    before = (weights / "dense.0.safetensors").read_bytes()
+    experiment = Experiment(read_plan(plan), "untrained", 0, weights)
+    with pytest.raises(
+        FileNotFoundError, match="or is of a run with other settings than the plan's: run dense"
+    ):
+        experiment.build()
+    where = ["--plan", str(plan), "--results", str(tmp_path / "results")]
+    assert main([*where, "run", "--weights", str(weights), "--seeds", "0", "--arms", "untrained"]) == 0
+    assert "dense, seed 0" in capsys.readouterr().out
+    assert (weights / "dense.0.safetensors").read_bytes() != before
+
+
 def test_results_of_other_settings_are_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,6 +115,27 @@ def test_page(folder: Path, tmp_path: Path) -> None:
     assert main([*where, "page", "--output", str(tmp_path / "other.md")]) == 0
     assert "(other/smoke.svg)" in (tmp_path / "other.md").read_text()
     assert (tmp_path / "other/smoke.svg").read_bytes() == (tmp_path / "study/smoke.svg").read_bytes()
+
+
+def test_where_pages_are(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of plan.yaml is not written over by another."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["--plan", str(SMOKE), "--results", str(folder / "results"), "page"]) == 0
+    assert [path.name for path in (tmp_path / "docs").glob("*.md")] == ["study-smoke.md"]
+    text = (tmp_path / "docs/study-smoke.md").read_text()
+    assert "python -m study --plan study/smoke.yaml run --minutes 60" in text and "make study" not in text
+
+
+def test_too_many_workers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shared_memory, "shared_memory_free", lambda: 2**20)
+    where = ["--plan", str(SMOKE), "--results", str(tmp_path / "results"), "run", "--weights"]
+    options = ["--arms", "dense", "--seeds", "0", "--workers", "4"]
+    assert main([*where, str(tmp_path / "weights"), *options]) == 1
+    assert "use fewer --workers, or make it larger" in capsys.readouterr().err
+    assert run(folder, "--workers", "-1") == 1
+    assert "--workers must be at least 0, got -1" in capsys.readouterr().err
 
 
 def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
