@@ -43,8 +43,9 @@ def _page(plan: Plan, results: Results, pictures: str) -> Iterator[str]:
         f"run trains on, the same for all.{_easy(task.easy_epochs)} Runs of two arms with the same seed "
         "begin with the same weights and see the same images, so differences are taken seed by seed. "
         f"Intervals are those of Student's t over the seeds, at {CONFIDENCE * 100:.0f} %: they say how much "
-        "another seed may change, not how much other images may. Hypotheses and margins were written into the "
-        "plan before the runs."
+        "another seed may change, not how much other images may. Hypotheses and margins were written into "
+        "the plan before the runs. With so many comparisons, about one in twenty shows a difference by "
+        "chance."
     )
     speed = read_speed(plan, results.speed)
     if speed:

@@ -48,7 +48,10 @@ def measure_speed(
         "precision": precision,
         "settings": _settings(plan),
         "batch": _BATCH,
-        "images_per_second": found,
+        "networks": [
+            {"network": json.loads(network), "images_per_second": images}
+            for network, images in sorted(found.items())
+        ],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
@@ -73,6 +76,8 @@ def _settings(plan: Plan) -> dict[str, Any]:
 def read_speed(plan: Plan, path: Path) -> dict[str, Any]:
     """Return what :func:`measure_speed` wrote; an empty dictionary if it was not run.
 
+    Its ``images_per_second`` are by :func:`network_of`.
+
     Raises:
         ValueError: it was measured of other networks than the plan's.
     """
@@ -84,4 +89,8 @@ def read_speed(plan: Plan, path: Path) -> dict[str, Any]:
             f"{path} was measured of other networks than the plan's: {found.get('settings')}, in the plan "
             f"{_settings(plan)}; run python -m study speed again"
         )
+    found["images_per_second"] = {
+        json.dumps(entry["network"], sort_keys=True): entry["images_per_second"]
+        for entry in found.pop("networks")
+    }
     return found

@@ -10,6 +10,7 @@ from study.__main__ import HERE
 from study.plan import read_plan
 from study.results import Results
 from study.speed import network_of, read_speed
+from study.statistics import difference
 
 ROWS = {
     "DeiT": "dense",
@@ -37,8 +38,13 @@ def rows() -> Iterator[str]:
                 )
             )
         spread = f"{statistics.median(top1):.1f} ({min(top1):.1f} to {max(top1):.1f})"
+        dense, own = (
+            {seed: result["top1"] for seed, result in results.of(one).items()} for one in ("dense", name)
+        )
+        change = difference(own, dense)
+        against = "–" if name == "dense" else f"{change.mean:+.2f} [{change.low:+.2f}, {change.high:+.2f}]"
         images = f"{speed[network_of(plan.arms[name])]:,.0f}"
-        cells = [title, str(len(found)), spread, f"{found[0]['gmacs']:.4f}", images, kept, at_random]
+        cells = [title, str(len(found)), spread, against, f"{found[0]['gmacs']:.4f}", images, kept, at_random]
         yield "| " + " | ".join(cell.replace("%", " %") for cell in cells) + " |"
 
 

@@ -13,7 +13,7 @@ from study.__main__ import HERE, main
 from study.experiment import Experiment
 from study.plan import read_plan
 from study.results import Results
-from study.speed import network_of
+from study.speed import network_of, read_speed
 
 SMOKE = HERE / "smoke.yaml"
 ARMS = ("dense", "evit")
@@ -147,7 +147,7 @@ def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = SMOKE.read_text()
     plan.write_text(text[: text.index("arms:")] + f"arms:\n{arms}questions:\n{questions}")
     assert main(["--plan", str(plan), "speed", "--seconds", "0.2"]) == 0
-    speed = json.loads((tmp_path / "results/two/speed.json").read_text())
+    speed = read_speed(read_plan(plan), tmp_path / "results/two/speed.json")
     dense, evit = (speed["images_per_second"][network_of(read_plan(plan).arms[name])] for name in ARMS)
     assert len(speed["images_per_second"]) == 2 and dense > 0 and evit > 0
     assert main(["--plan", str(plan), "page", "--output", str(tmp_path / "study.md")]) == 0
