@@ -16,6 +16,7 @@ from torch import nn
 
 from evit_ext import models
 from evit_ext._util.files import replacing
+from evit_ext._util.modes import eval_mode
 from evit_ext._util.randomness import derive_seed, seeded
 from evit_ext._util.safetensors_bytes import to_bytes
 from evit_ext.cost.macs import count_macs
@@ -204,11 +205,13 @@ class Experiment:
         self._check_shared_memory(_TEST_BATCH)
         with seeded(derive_seed(self._seed, _TEST), self._device):
             found = evaluate(model, data.batches(_TEST_BATCH, workers=self._workers), self._precision)
+        with eval_mode(model):  # a DynamicViT drops tokens in it alone
+            gmacs = count_macs(model) / 1e9
         result: dict[str, Any] = {
             "top1": round(found.top1, 3),
             "loss": round(found.loss, 5),
             "test_images": found.images,
-            "gmacs": count_macs(model) / 1e9,
+            "gmacs": gmacs,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
         if self._arm.reduces and self._arm.rule != "tome":  # which keeps a part of every patch

@@ -44,6 +44,7 @@ def test_every_run_has_a_result(folder: Path) -> None:
     dense, evit = results.of("dense")[0], results.of("evit")[0]
     assert evit["gmacs"] < dense["gmacs"] and evit["parameters"] == dense["parameters"]
     assert results.of("larger")[0]["gmacs"] > evit["gmacs"]
+    assert results.of("dynamicvit")[0]["gmacs"] < dense["gmacs"]
 
 
 def test_nothing_is_run_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
