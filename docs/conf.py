@@ -48,6 +48,7 @@ NAVIGATION: dict[str, list[str]] = {
         "benchmarks/results/real-weights-cpu",
         "benchmarks/results/fine-tuning-cpu",
         "benchmarks/results/attention-choice-cpu",
+        "benchmarks/results/single-image-cpu",
         "benchmarks/results/vision-towers-cpu",
         "benchmarks/results/seam-cpu",
     ],
