@@ -27,6 +27,7 @@ NOT_RUN = {
     r"torchrun ": "several processes or machines; python_tests/training runs two processes",
     r"make (demo|bench|env|docs|wheels|real-weights)\b": "minutes, and an environment; its parts have tests",
     r"make study": "hours; python_tests/study runs a small plan",
+    r"python -m study .*speed": "minutes; python_tests/study measures a small plan",
     r"make (test|lint|format|gpu-check)": "runs the tests, or what checks the sources beside them",
     r"(\S+/)?pip install": "installs; the environment that this runs in was made by it",
     r"\S+/pre-commit install": "would put a hook into the repository",
