@@ -59,8 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_page(plan, results, options.output or Path("docs") / f"{page_name(plan)}.md")
         else:
             options.weights = options.weights or Path("runs/study") / plan.name
-            if options.workers < 0:
-                raise ValueError(f"--workers must be at least 0, got {options.workers}")
             if options.jobs > 1:
                 return _run_in_processes(plan, options)
             _run(plan, results, options)

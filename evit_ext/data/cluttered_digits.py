@@ -233,9 +233,14 @@ class ClutteredDigits(Dataset[tuple[torch.Tensor, int]]):
         """All items of this epoch, `batch_size` at a time; seed and epoch determine the shuffled order.
 
         `workers` are processes that draw them in advance; the images are the same.
+
+        Raises:
+            ValueError: `batch_size` is below 1, or `workers` below 0.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if workers < 0:
+            raise ValueError(f"workers must be at least 0, got {workers}")
         order = np.arange(self.size)
         if shuffle:
             order = np.random.default_rng([self.seed % 2**63, self.epoch]).permutation(self.size)

@@ -261,7 +261,9 @@ def test_other_errors() -> None:
         with pytest.raises(IndexError, match="out of range for 10 items"):
             data[index]
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        next(data.batches(0))
+        data.batches(0)
+    with pytest.raises(ValueError, match="workers must be at least 0, got -1"):
+        data.batches(5, workers=-1)
     with pytest.raises(ValueError, match="patch_size 7 does not divide the canvas' 64 pixels"):
         data.object_patches(0, 7)
     with pytest.raises(ValueError, match=r"masks must have shape \[B, S, S\], got \[3, 8\]"):
